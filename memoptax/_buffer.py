@@ -1,0 +1,303 @@
+"""The buffer: the C most critical values seen so far, their sum, and who leaves next.
+
+Every leaf of the tree has C + 1 slots, one of them always spare. A step writes the new
+value into the spare slot, whether or not it will be kept; if it is, the evicted slot
+becomes the spare. Every read of the slots therefore follows the write *by data*, which
+is what lets XLA update them in place: a step touches two slots, whatever C is.
+
+Entries have a logical index (keys, norms, ages; what ties are broken by) and a physical
+one (where the value lies); ``place`` maps the first to the second. A slot that was
+never filled holds zeros, so that sums may run over it.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from memoptax import _storage
+
+# A running sum is rebuilt when its error may exceed this share of the summed norms of
+# its leaf's slots, in unit roundoffs: 1e-5 in float32, 1.9e-14 in float64.
+_TOLERANCE = 1e-5 / float(jnp.finfo(jnp.float32).eps / 2)
+# Slots that one turn of the rebuilding loop adds up. Every turn reads and writes the
+# sum once, and adds one rounding to it.
+_BLOCK = 8
+
+
+class Buffer(NamedTuple):
+    """Fixed-shape memory of C values of a tree with L leaves.
+
+    There are R rows of keys: one where all leaves are kept or dropped together
+    (synced), else L.
+    """
+
+    slots: Any  # like the params, leaves (C + 1, *shape), in the storage's dtype
+    total: Any  # like the params, float32 or better: the sum of the filled slots
+    keys: jax.Array  # (R, C), float32 or better: decayed priorities, -inf where empty
+    ages: jax.Array  # (R, C), int32: offers since the entry came in
+    place: jax.Array  # (R, C), int32: the physical slot of each entry
+    spare: jax.Array  # (R,), int32: the physical slot of no entry
+    norms: jax.Array  # (L, C), dtype of keys: L2 norm of each stored value
+    error: jax.Array  # (L,), dtype of keys: bound on the L2 error of total
+    offered: jax.Array  # (R,), int32: finite values offered
+    accepted: jax.Array  # (R,), int32: those of them that were stored
+    rebuilds: jax.Array  # (L,), int32: times that total was summed anew
+    draws: Any  # (2,), uint32: raw key of the FIFO draws; None where there are none
+
+
+class Recall(NamedTuple):
+    """What a buffer held before a push."""
+
+    total: Any  # like the params: the sum of the filled slots
+    fill: Any  # like the params, leaves (): how many slots were filled
+
+
+def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> Buffer:
+    """A buffer for ``topc`` values like ``params``, holding none."""
+    jax.tree_util.tree_map_with_path(_check_floating, params)
+    leaves = jax.tree.leaves(params)
+    rows = 1 if synced else len(leaves)
+    key_dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+    return Buffer(
+        slots=jax.tree.map(lambda p: _storage.zeros(p, topc + 1, dtype), params),
+        total=jax.tree.map(_storage.zero_sum, params),
+        keys=jnp.full((rows, topc), -jnp.inf, key_dtype),
+        ages=jnp.zeros((rows, topc), jnp.int32),
+        place=jnp.tile(jnp.arange(topc, dtype=jnp.int32), (rows, 1)),
+        spare=jnp.full((rows,), topc, jnp.int32),
+        norms=jnp.zeros((len(leaves), topc), key_dtype),
+        error=jnp.zeros((len(leaves),), key_dtype),
+        offered=jnp.zeros((rows,), jnp.int32),
+        accepted=jnp.zeros((rows,), jnp.int32),
+        rebuilds=jnp.zeros((len(leaves),), jnp.int32),
+        draws=draws,
+    )
+
+
+def priority(buffer: Buffer, gradients, priority_fn=None) -> jax.Array:
+    """How critical ``gradients`` are, (R,): the sum of the L2 norms of a row's leaves.
+
+    ``priority_fn`` replaces the rule; without syncing it is given one leaf at a time.
+    """
+    dtype, synced = buffer.keys.dtype, buffer.keys.shape[0] == 1
+    if priority_fn is None:
+        norms = _norms(jax.tree.leaves(gradients), dtype)
+        return jnp.sum(norms, keepdims=True) if synced else norms
+    gradients = jax.lax.stop_gradient(gradients)
+    parts = [gradients] if synced else jax.tree.leaves(gradients)
+    return _vector([jnp.asarray(priority_fn(part), dtype) for part in parts], dtype)
+
+
+def push(
+    buffer: Buffer, values, priority, decay, fifo_probability=None
+) -> tuple[Recall, Buffer]:
+    """Offer ``values``; return what was held before, and the buffer after.
+
+    A row takes its values if their ``priority`` (R,) is strictly greater than the least
+    of its keys, or if a FIFO draw says so. They replace the entry with that key (under
+    FIFO the oldest), and then the keys of all filled entries decay, the new one's too.
+    Values that are not finite, or whose priority is not, count as never offered.
+    """
+    leaves, treedef = jax.tree.flatten(values)
+    stacks = treedef.flatten_up_to(buffer.slots)
+    totals = treedef.flatten_up_to(buffer.total)
+    stored = [_storage.encode(stack, x) for stack, x in zip(stacks, leaves)]
+    norms = _norms(
+        [_storage.decode(x, t.dtype) for x, t in zip(stored, totals)], buffer.keys.dtype
+    )
+    units = jnp.asarray([jnp.finfo(t.dtype).eps / 2 for t in totals], norms.dtype)
+
+    finite = jnp.isfinite(priority) & _in_rows(jnp.isfinite(norms), buffer)
+    fifo, draws = _draw(buffer.draws, fifo_probability, finite)
+    entry, accept = _choose(buffer, priority, finite, fifo)
+    evicted = jnp.take_along_axis(buffer.place, entry[:, None], axis=1)[:, 0]
+    after = _insert(buffer, entry, accept, finite, evicted, priority, decay)
+    after, rebuild = _bound_error(after, entry, accept, norms, units)
+
+    each_leaf = (finite, accept, evicted, buffer.spare, after.spare, _fill(buffer))
+    finite, accept, evicted, spare, spare_after, fill = (
+        jnp.broadcast_to(per_row, norms.shape) for per_row in each_leaf
+    )
+    changes = []
+    for leaf, new in enumerate(stored):
+        dtype = totals[leaf].dtype
+        kept = _storage.keep(finite[leaf], new)
+        stacks[leaf] = _storage.write(stacks[leaf], kept, spare[leaf])
+        old = _storage.decode(_storage.read(stacks[leaf], evicted[leaf]), dtype)
+        change = jnp.where(accept[leaf], _storage.decode(new, dtype) - old, 0)
+        totals[leaf] = totals[leaf] + change
+        changes.append(change)
+    totals = _rebuild(stacks, totals, spare_after, rebuild)
+    # The sum before is taken back from the sum after: to read it in both places would
+    # cost a copy of it.
+    before = [total - change for total, change in zip(totals, changes)]
+    slots, total = treedef.unflatten(stacks), treedef.unflatten(totals)
+    return (
+        Recall(treedef.unflatten(before), treedef.unflatten(list(fill))),
+        after._replace(slots=slots, total=total, draws=draws),
+    )
+
+
+def _choose(buffer, priority, finite, fifo):
+    """The entry that would leave, and whether it does, (R,) each.
+
+    An empty slot has the least of keys, so slots are filled first, and in order. Among
+    equal keys the lowest entry leaves; a priority equal to the least key is refused.
+    """
+    _, lowest = jax.lax.top_k(-buffer.keys, 1)
+    least = jnp.take_along_axis(buffer.keys, lowest, axis=1)[:, 0]
+    if fifo is None:
+        return lowest[:, 0], finite & (priority > least)
+    filled = buffer.keys > -jnp.inf
+    oldest = jnp.argmax(jnp.where(filled, buffer.ages, -1), axis=1)
+    first_out = fifo & jnp.all(filled, axis=1)
+    entry = jnp.where(first_out, oldest.astype(lowest.dtype), lowest[:, 0])
+    return entry, finite & (first_out | (priority > least))
+
+
+def _insert(buffer, entry, accept, finite, evicted, priority, decay):
+    """Keys, ages, places and counters after the push."""
+    new = _here(buffer.keys.shape, entry, accept)
+    keys = jnp.where(new, priority[:, None], buffer.keys)
+    # The key of an empty slot must not be multiplied: -inf times a decay of 0 is NaN.
+    held = finite[:, None] & (keys > -jnp.inf)
+    ages = jnp.where(held, optax.safe_increment(buffer.ages), buffer.ages)
+    return buffer._replace(
+        keys=jnp.where(held, keys * jnp.asarray(decay, keys.dtype), keys),
+        ages=jnp.where(new, 0, ages),
+        place=jnp.where(new, buffer.spare[:, None], buffer.place),
+        spare=jnp.where(accept, evicted, buffer.spare),
+        offered=_count(buffer.offered, finite),
+        accepted=_count(buffer.accepted, accept),
+    )
+
+
+def _bound_error(buffer, entry, accept, norms, units):
+    """The buffer with its norms and error bounds, and which sums (L,) to rebuild.
+
+    A sum that takes in new - old rounds twice: at most one unit of |new| + |old|, and
+    one of itself, which the norms of the slots bound. One bound for the whole tree
+    would let an outlier in a small leaf hide behind a large leaf.
+    """
+    new = _here(buffer.norms.shape, entry, accept)
+    old_norms = jnp.sum(jnp.where(new, buffer.norms, 0), axis=1)
+    all_norms = jnp.where(new, norms[:, None], buffer.norms)
+    scale = units * jnp.sum(all_norms, axis=1)
+    rounding = jnp.where(jnp.any(new, axis=1), units * (norms + old_norms) + scale, 0)
+    error = buffer.error + rounding
+    rebuild = error > _TOLERANCE * scale
+    copies = buffer.norms.shape[1] + 1
+    additions = math.ceil(copies / _BLOCK) + math.ceil(math.log2(min(copies, _BLOCK)))
+    return buffer._replace(
+        norms=all_norms,
+        error=jnp.where(rebuild, additions * scale, error),
+        rebuilds=_count(buffer.rebuilds, rebuild),
+    ), rebuild
+
+
+def _rebuild(stacks, totals, spare, rebuild):
+    """The sums, those of the leaves marked in ``rebuild`` taken anew from the slots.
+
+    Only sums leave the conditionals, so that no stack is copied; the outer one spares a
+    step without any rebuild from asking leaf by leaf.
+    """
+
+    def marked(leaf, total):
+        return jax.lax.cond(
+            _anywhere(rebuild[leaf]),
+            lambda stack, total: _resum(stack, total, spare[leaf], rebuild[leaf]),
+            lambda stack, total: total,
+            stacks[leaf],
+            total,
+        )
+
+    return jax.lax.cond(
+        _anywhere(jnp.any(rebuild)),
+        lambda stacks, totals: [marked(leaf, t) for leaf, t in enumerate(totals)],
+        lambda stacks, totals: totals,
+        stacks,
+        totals,
+    )
+
+
+def _resum(stack, total, spare, wanted):
+    """``total``, or if ``wanted`` the sum of all slots but the spare one."""
+    copies = jax.tree.leaves(stack)[0].shape[0]
+
+    def held(slot):
+        value = _storage.decode(_storage.read(stack, slot), total.dtype)
+        return jnp.where(wanted & (slot != spare) & (slot < copies), value, 0)
+
+    def add_block(turn, total):
+        terms = [held(turn * _BLOCK + k) for k in range(min(copies, _BLOCK))]
+        while len(terms) > 1:
+            pairs = [a + b for a, b in zip(terms[::2], terms[1::2])]
+            terms = pairs + terms[2 * len(pairs) :]
+        return total + terms[0]
+
+    total = jnp.where(wanted, 0, total)
+    return jax.lax.fori_loop(0, math.ceil(copies / _BLOCK), add_block, total)
+
+
+@jax.custom_batching.custom_vmap
+def _anywhere(predicate):
+    """A predicate that stays one scalar under vmap, so that its cond stays a branch."""
+    return predicate
+
+
+@_anywhere.def_vmap
+def _anywhere_batched(axis_size, in_batched, predicate):
+    del axis_size
+    return _anywhere(jnp.any(predicate) if in_batched[0] else predicate), False
+
+
+def _draw(draws, probability, finite):
+    """Whether this step is first in, first out (None: never), and the next key."""
+    if draws is None:
+        return None, None
+    kept, key = jax.random.split(jax.random.wrap_key_data(draws))
+    fifo = jax.random.uniform(key) < probability
+    return fifo, jnp.where(jnp.any(finite), jax.random.key_data(kept), draws)
+
+
+def _fill(buffer):
+    """How many entries there are, (R,), in the dtype of the keys."""
+    return jnp.sum(buffer.keys > -jnp.inf, axis=1, dtype=buffer.keys.dtype)
+
+
+def _here(shape, entry, accept):
+    """Where in (R or L, C) the new entry goes, if anywhere."""
+    column = jnp.arange(shape[1], dtype=entry.dtype)
+    return jnp.broadcast_to((column == entry[:, None]) & accept[:, None], shape)
+
+
+def _in_rows(per_leaf, buffer):
+    """Truth of each leaf (L,) as truth of each row (R,)."""
+    synced = buffer.keys.shape[0] == 1
+    return jnp.all(per_leaf, keepdims=True) if synced else per_leaf
+
+
+def _count(counter, happened):
+    return jnp.where(happened, optax.safe_increment(counter), counter)
+
+
+def _norms(leaves, dtype):
+    """The L2 norm of every leaf, (L,). No gradient flows: norms only decide."""
+    leaves = [jax.lax.stop_gradient(x).astype(dtype) for x in leaves]
+    return _vector([jnp.sqrt(jnp.sum(jnp.square(x))) for x in leaves], dtype)
+
+
+def _vector(scalars, dtype):
+    return jnp.stack(scalars) if scalars else jnp.zeros((0,), dtype)
+
+
+def _check_floating(path, leaf):
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(
+            "A buffer keeps real floating-point values, but parameter "
+            f"{jax.tree_util.keystr(path) or '(the only one)'} has dtype {leaf.dtype};"
+            " leave it out with optax.masked."
+        )

@@ -1,0 +1,145 @@
+"""What a user chooses of a buffer: one record, checked once and documented once."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memoptax import _aggregation, _buffer, _check, _storage
+
+_ARGS = """\
+topc: the capacity C of the buffer, a static integer; None means 5. The papers' grid is
+  5, 10, 20. A concrete 0 keeps no buffer: the base optimizer, bit for bit.
+decay: what the buffer's priorities are multiplied by at every step, in [0, 1]; not a
+  moment's decay. The papers' grid is 0.7, 0.9, 0.99: the larger, the longer a value may
+  stay. Computed in float32 at least.
+kappa: κ, the weight of the buffer's term. A concrete 0 keeps no buffer.
+aggr: ``'sum'`` u + κ·mean(B), ``'mid'`` half of that, ``'mean'`` (u + κ·ΣB)/(|B| + 1),
+  or a function ``(update, buffer_mean, fill) -> update`` of one leaf, whose
+  ``buffer_mean`` is κ·mean(B). |B| is the number of filled slots. ``'sum'`` roughly
+  doubles the step: compare it with its base at twice the learning rate, and tune from a
+  tenth of the base's rate up.
+synced: if True, all leaves are kept or dropped together, by one priority; else each
+  leaf has its own.
+priority_fn: what makes a gradient critical, a function from the gradients to a scalar
+  (from one leaf if not ``synced``). None means the sum of the leaves' L2 norms, the
+  authors' rule; ``optax.tree.norm`` is the global norm.
+buffer_dtype: dtype of the slots: None (the parameters'), float32, bfloat16, float16.
+  Sum and priorities stay in float32 or better.
+fifo_probability: None, or the probability with which a step replaces the oldest entry
+  instead of asking for the priority; drawn once per step.
+seed: of those draws."""
+
+_RAISES = """\
+ValueError: if an argument is out of its range, naming it and its value; if ``topc`` is
+  traced (under ``optax.inject_hyperparams`` pass ``static_args='topc'``, and likewise
+  for ``aggr``, ``priority_fn``, ``buffer_dtype`` and ``seed`` where they are given);
+  in ``init``, if a parameter is not of a real floating-point dtype."""
+
+
+class Options(NamedTuple):
+    topc: int
+    decay: Any
+    kappa: Any
+    aggr: str | Callable
+    synced: bool
+    priority_fn: Callable | None
+    buffer_dtype: Any
+    fifo_probability: Any
+    seed: Any
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """A concrete C or κ of 0: no buffer exists, and updates pass through."""
+        return self.topc == 0 or _check.is_zero(self.kappa)
+
+
+def options(
+    topc, decay, kappa, aggr, synced, priority_fn, buffer_dtype, fifo_probability, seed
+) -> Options:
+    """The record of these arguments, once they have been checked."""
+    topc = _capacity(topc)
+    _check.number("decay", decay, 0, 1)
+    _check.number("kappa", kappa)
+    if not callable(aggr):
+        _check.choice("aggr", aggr, _aggregation.WEIGHTS)
+    if not isinstance(synced, (bool, np.bool_)):
+        raise ValueError(f"synced must be True or False, but is {synced!r}.")
+    if not (priority_fn is None or callable(priority_fn)):
+        raise ValueError(f"priority_fn must be a function, but is {priority_fn!r}.")
+    if buffer_dtype is not None:
+        buffer_dtype = _slot_dtype(buffer_dtype)
+    if fifo_probability is not None:
+        _check.number("fifo_probability", fifo_probability, 0, 1)
+    return Options(
+        topc,
+        decay,
+        kappa,
+        aggr,
+        synced,
+        priority_fn,
+        buffer_dtype,
+        fifo_probability,
+        seed,
+    )
+
+
+def empty(options: Options, params) -> _buffer.Buffer:
+    """The buffer that ``options`` ask for, holding nothing."""
+    draws = None
+    if options.fifo_probability is not None:
+        draws = jax.random.key_data(jax.random.key(options.seed))
+    return _buffer.empty(
+        params,
+        options.topc,
+        synced=options.synced,
+        dtype=options.buffer_dtype,
+        draws=draws,
+    )
+
+
+def remember(options: Options, buffer: _buffer.Buffer, values, gradients):
+    """``values`` joined with the buffer, and the buffer once they were offered to it.
+
+    Read before write, as in the papers: a value is never averaged with itself.
+    """
+    priority = _buffer.priority(buffer, gradients, options.priority_fn)
+    recall, buffer = _buffer.push(
+        buffer, values, priority, options.decay, options.fifo_probability
+    )
+    joined = _aggregation.aggregate(values, recall, options.kappa, options.aggr)
+    return joined, buffer
+
+
+def documented(function):
+    """Put the shared part of the docstring in place of its ``{buffer}`` lines."""
+    doc = inspect.cleandoc(function.__doc__)
+    for mark, text in (("{buffer}", _ARGS), ("{buffer_raises}", _RAISES)):
+        doc = doc.replace("  " + mark, "  " + text.replace("\n", "\n  "))
+    function.__doc__ = doc
+    return function
+
+
+def _capacity(topc) -> int:
+    if topc is None:
+        return 5
+    if isinstance(topc, jax.core.Tracer):
+        raise ValueError(
+            f"topc must be a static integer, but is traced ({topc}): it sets the shape "
+            "of the state. Under optax.inject_hyperparams pass static_args='topc'."
+        )
+    if isinstance(topc, bool) or not isinstance(topc, (int, np.integer)) or topc < 0:
+        raise ValueError(f"topc must be an integer of at least 0, but is {topc!r}.")
+    return int(topc)
+
+
+def _slot_dtype(dtype):
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = dtype
+    _check.choice("buffer_dtype", name, _storage.DTYPES)
+    return jnp.dtype(name)
