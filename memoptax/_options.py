@@ -1,6 +1,7 @@
 """What a user chooses of a buffer: one record, checked once and documented once."""
 
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,11 +34,15 @@ fifo_probability: None, or the probability with which a step replaces the oldest
   instead of asking for the priority; drawn once per step.
 seed: of those draws."""
 
-_RAISES = """\
-ValueError: if an argument is out of its range, naming it and its value; if ``topc`` is
-  traced (under ``optax.inject_hyperparams`` pass ``static_args='topc'``, and likewise
-  for ``aggr``, ``priority_fn``, ``buffer_dtype`` and ``seed`` where they are given);
-  in ``init``, if a parameter is not of a real floating-point dtype."""
+_RETURNS = """\
+Returns:
+  An ``optax.GradientTransformation``; updates return in the dtype in which they came.
+
+Raises:
+  ValueError: if an argument is out of its range, naming it and its value; if ``topc`` is
+    traced (under ``optax.inject_hyperparams`` pass ``static_args='topc'``, and likewise
+    for ``aggr``, ``priority_fn``, ``buffer_dtype`` and ``seed`` where they are given);
+    in ``init``, if a parameter is not of a real floating-point dtype."""
 
 
 class Options(NamedTuple):
@@ -114,13 +119,25 @@ def remember(options: Options, buffer: _buffer.Buffer, values, gradients):
     return joined, buffer
 
 
-def documented(function):
-    """Put the shared part of the docstring in place of its ``{buffer}`` lines."""
-    doc = inspect.cleandoc(function.__doc__)
-    for mark, text in (("{buffer}", _ARGS), ("{buffer_raises}", _RAISES)):
-        doc = doc.replace("  " + mark, "  " + text.replace("\n", "\n  "))
-    function.__doc__ = doc
-    return function
+def among(arguments: dict) -> dict:
+    """Of the ``arguments`` of an optimizer, those that are the buffer's."""
+    return {name: arguments[name] for name in Options._fields}
+
+
+def documented(references: str):
+    """Fill the marks in a docstring with what all optimizers have in common."""
+    parts = {"{buffer}": _ARGS, "{returns}": _RETURNS, "{references}": references}
+
+    def fill(function):
+        lines = inspect.cleandoc(function.__doc__).splitlines()
+        for i, line in enumerate(lines):
+            if part := parts.get(line.strip()):
+                indent = line[: len(line) - len(line.lstrip())]
+                lines[i] = textwrap.indent(part, indent)
+        function.__doc__ = "\n".join(lines)
+        return function
+
+    return fill
 
 
 def _capacity(topc) -> int:

@@ -1,0 +1,188 @@
+"""Bases with PyTorch's semantics, where optax's own transformations have others.
+
+The authors' optimizers are PyTorch's with a buffer in front, so these are the bases of
+their variants. Everything else is taken from optax as it is.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from memoptax import _check
+
+
+def weight_decay(rate, mask=None) -> optax.GradientTransformation:
+    """``optax.add_decayed_weights``; a concrete rate of 0 asks for no parameters."""
+    if _check.is_zero(rate):
+        return optax.identity()
+    if not callable(rate):
+        _check.number("weight_decay", rate, 0)
+    return optax.add_decayed_weights(rate, mask)
+
+
+def scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad):
+    """``optax.scale_by_adam``, or with ``amsgrad`` PyTorch's form of it."""
+    check_adam(b1, b2, eps, eps_root)
+    if amsgrad and nesterov:
+        raise ValueError("amsgrad and nesterov are both True, but exclude each other.")
+    if amsgrad:
+        return scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype)
+    return optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+
+
+def check_adam(b1, b2, eps, eps_root=0.0) -> None:
+    _check.number("b1", b1, 0, 1, below=True)
+    _check.number("b2", b2, 0, 1, below=True)
+    _check.number("eps", eps, 0)
+    _check.number("eps_root", eps_root, 0)
+
+
+def trace(momentum, dampening=0.0, nesterov=False, accumulator_dtype=None):
+    """``optax.trace``, or nothing for a momentum of None, or dampened."""
+    if momentum is None:
+        return optax.identity()
+    _check.number("momentum", momentum, 0, 1)
+    _check.number("dampening", dampening, 0, 1)
+    if _check.is_zero(dampening):
+        return optax.trace(momentum, nesterov, accumulator_dtype)
+    return dampened_trace(momentum, dampening, nesterov, accumulator_dtype)
+
+
+def scale_by_rms(alpha, eps, initial_scale, centered):
+    """``optax.scale_by_rms`` with eps outside the root, or centered and clamped."""
+    _check.number("alpha", alpha, 0, 1)
+    _check.number("eps", eps, 0)
+    if centered:
+        return scale_by_centered_rms(alpha, eps, initial_scale)
+    return optax.scale_by_rms(alpha, eps, initial_scale, eps_in_sqrt=False)
+
+
+class DampenedTraceState(NamedTuple):
+    """State of dampened_trace."""
+
+    count: jax.Array  # (), int32: steps taken
+    trace: Any  # like the params, and in their dtypes
+
+
+def dampened_trace(momentum, dampening, nesterov=False, accumulator_dtype=None):
+    """b₁ = u₁, then b = momentum·b + (1 − dampening)·u; emits b.
+
+    Differs from ``optax.trace`` in the dampening, which spares the first step.
+    """
+
+    def init_fn(params):
+        trace = optax.tree.zeros_like(params, dtype=accumulator_dtype)
+        return DampenedTraceState(jnp.zeros((), jnp.int32), trace)
+
+    def update_fn(updates, state, params=None):
+        del params
+        scale = jnp.where(state.count == 0, 1, 1 - jnp.asarray(dampening))
+        trace = jax.tree.map(
+            lambda u, b: scale.astype(u.dtype) * u + momentum * b.astype(u.dtype),
+            updates,
+            state.trace,
+        )
+        if nesterov:
+            updates = jax.tree.map(lambda u, b: u + momentum * b, updates, trace)
+        else:
+            updates = trace
+        trace = optax.tree.cast_like(trace, state.trace)
+        return updates, DampenedTraceState(optax.safe_increment(state.count), trace)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+class CenteredRmsState(NamedTuple):
+    """State of scale_by_centered_rms."""
+
+    mu: Any  # like the params: mean of the updates
+    nu: Any  # like the params: mean of their squares
+
+
+def scale_by_centered_rms(decay, eps, initial_scale=0.0):
+    """u / (√max(v − h², 0) + eps), h and v the EMAs of u and u².
+
+    Differs from ``optax.scale_by_stddev`` in the clamp: rounding makes the variance of
+    a constant gradient negative, and its root NaN.
+    """
+
+    def init_fn(params):
+        return CenteredRmsState(
+            mu=optax.tree.zeros_like(params),
+            nu=optax.tree.full_like(params, initial_scale),
+        )
+
+    def update_fn(updates, state, params=None):
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, decay, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, decay, 2)
+        updates = jax.tree.map(
+            lambda u, h, v: u / (jnp.sqrt(jnp.maximum(v - h * h, 0)) + eps),
+            updates,
+            mu,
+            nu,
+        )
+        return updates, CenteredRmsState(mu, nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+class AmsgradState(NamedTuple):
+    """State of scale_by_amsgrad."""
+
+    count: jax.Array  # (), int32: steps taken
+    mu: Any  # like the params: first moment
+    nu: Any  # like the params: second moment
+    nu_max: Any  # like the params: its maximum so far
+
+
+def scale_by_amsgrad(b1, b2, eps, eps_root=0.0, mu_dtype=None):
+    """Adam over the maximum of the *uncorrected* second moment.
+
+    Differs from ``optax.scale_by_amsgrad``, which takes it of the corrected one.
+    """
+
+    def init_fn(params):
+        return AmsgradState(
+            count=jnp.zeros((), jnp.int32),
+            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
+            nu=optax.tree.zeros_like(params),
+            nu_max=optax.tree.zeros_like(params),
+        )
+
+    def update_fn(updates, state, params=None):
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
+        count = optax.safe_increment(state.count)
+        updates = normalize(mu, nu_max, count, b1, b2, eps, eps_root)
+        mu = optax.tree.cast_like(mu, state.mu)
+        return updates, AmsgradState(count, mu, nu, nu_max)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def normalize(mu, nu, count, b1, b2, eps, eps_root=0.0):
+    """(m / (1 − b1ᵗ)) / (√(v / (1 − b2ᵗ) + eps_root) + eps)."""
+
+    def leaf(m, v):
+        # Scalars are inverted first: a division per element would be done again by
+        # every transformation that recomputes this one.
+        m_scale = (1 / bias_correction(b1, count)).astype(m.dtype)
+        v_scale = (1 / bias_correction(b2, count)).astype(v.dtype)
+        return m * m_scale / (jnp.sqrt(v * v_scale + eps_root) + eps)
+
+    return jax.tree.map(leaf, mu, nu)
+
+
+def bias_correction(decay, count):
+    """1 − decayᵗ. As −expm1(t·log decay): the plain form costs 2e-5 in float32."""
+    if _check.concrete(decay):
+        log = math.log(decay) if decay > 0 else -math.inf
+    else:
+        log = jnp.log(jnp.asarray(decay, jnp.promote_types(decay.dtype, jnp.float32)))
+    return -jnp.expm1(count * log)
