@@ -7,10 +7,8 @@ TMLR 2024.
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 
-from memoptax import _buffer, _check, _options, _precision, _pytorch
+from memoptax import _buffer
 
 REFERENCES = """\
 References:

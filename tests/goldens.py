@@ -27,7 +27,7 @@ class Case:
     stream: str
     quirks: tuple  # of the original, met (or, if corrected, removed) on this stream
     sparse_rows: dict | None  # leaf -> (T, rows) bool, the rows present in the gradient
-    decisions: np.ndarray | None  # (T, 2) so far accepted, rejected by full buffers
+    decisions: np.ndarray | None  # (T, 2) so far accepted, rejected; if comparable
 
     def __repr__(self):
         return self.id

@@ -4,6 +4,9 @@ Written from the equations, in float64 throughout, and naive on purpose: the buf
 a list of arrays, and every mean is computed afresh from that list.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import ml_dtypes  # noqa: F401  (teaches NumPy the names bfloat16 and float8_*)
 import numpy as np
 
@@ -59,7 +62,7 @@ AGGREGATIONS = {
 }
 
 
-def aggregate(x, entries, kappa=1.0, aggr="sum"):
+def aggregate(x, entries, kappa=1.0, aggr: Any = "sum"):
     """Combine `x` with the stored `entries`; without entries or kappa, `x` itself."""
     if not entries or kappa == 0:
         return x
@@ -87,7 +90,7 @@ class Memory:
         self.topc, self.decay, self.kappa, self.aggr = topc, decay, kappa, aggr
         self.synced, self.priority_fn = synced, priority_fn
         self.buffer_dtype = buffer_dtype
-        self.buffers = None  # {tuple of leaf names: Buffer}, made at the first step
+        self.buffers = {}  # tuple of leaf names -> Buffer, made at the first step
 
     def keys(self, grads):
         groups = [tuple(grads)] if self.synced else [(name,) for name in grads]
@@ -95,19 +98,16 @@ class Memory:
 
     def step(self, values, keys, fifo=False):
         """Aggregate `values` with the old entries, then offer them under `keys`."""
-        if self.buffers is None:
-            self.buffers = {
-                group: Buffer(self.topc, self.decay, self.buffer_dtype)
-                for group in keys
-            }
         aggregated = {}
-        for group, buffer in self.buffers.items():
+        for group, key in keys.items():
+            new = Buffer(self.topc, self.decay, self.buffer_dtype)
+            buffer = self.buffers.setdefault(group, new)
             for name in group:
                 entries = [entry[name] for entry in buffer.values]
                 aggregated[name] = aggregate(
                     values[name], entries, self.kappa, self.aggr
                 )
-            buffer.offer(keys[group], {name: values[name] for name in group}, fifo)
+            buffer.offer(key, {name: values[name] for name in group}, fifo)
         return aggregated
 
 
@@ -133,11 +133,11 @@ class CriticalMomenta:
     def __init__(self, b1=0.9, skip_first=False, **options):
         self.b1, self.skip_first = b1, skip_first
         self.memory = Memory(**options)
-        self.m = None
+        self.m = {}
 
     def step(self, grads, fifo=False):
         keys = self.memory.keys(grads)
-        first = self.m is None
+        first = not self.m
         if first:
             self.m = {name: np.zeros_like(g) for name, g in grads.items()}
         if first and self.skip_first:
@@ -151,12 +151,12 @@ class CriticalMomenta:
         return self.memory.step(m, keys, fifo)
 
 
-def critical_gradients(grads, fifo=None, **options):
+def critical_gradients(grads, fifo=None, **options) -> Iterator[Any]:
     """Yield the update of every step of a stream of dicts or lists of arrays."""
     yield from _stream(CriticalGradients(**options), grads, fifo)
 
 
-def critical_momenta(grads, fifo=None, **options):
+def critical_momenta(grads, fifo=None, **options) -> Iterator[Any]:
     """As `critical_gradients`, for momenta."""
     yield from _stream(CriticalMomenta(**options), grads, fifo)
 

@@ -3,22 +3,23 @@
 import functools
 
 import chex
-import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
+
+from memoptax import _buffer
+from memoptax._critical_gradients import critical_gradients
+
+import goldens
+import oracle
 from compiled import (
     compile_step,
     step_of,
     temporaries,
     whole_buffer_operations,
 )
-
-from memoptax import _buffer
-from memoptax._critical_gradients import critical_gradients
 
 
 def offer(buffer, values, key=None, decay=1.0):
