@@ -10,5 +10,12 @@ from memoptax._critical_gradients import adamw_c as adamw_c
 from memoptax._critical_gradients import critical_gradients as critical_gradients
 from memoptax._critical_gradients import rmsprop_c as rmsprop_c
 from memoptax._critical_gradients import sgd_c as sgd_c
+from memoptax._critical_momenta import CriticalMomentaState as CriticalMomentaState
+from memoptax._critical_momenta import ScaleByAdamCmState as ScaleByAdamCmState
+from memoptax._critical_momenta import adam_cm as adam_cm
+from memoptax._critical_momenta import adamw_cm as adamw_cm
+from memoptax._critical_momenta import critical_momenta as critical_momenta
+from memoptax._critical_momenta import scale_by_adam_cm as scale_by_adam_cm
+from memoptax._critical_momenta import sgd_cm as sgd_cm
 
 __version__ = importlib.metadata.version("memoptax")

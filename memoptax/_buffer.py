@@ -91,6 +91,11 @@ def priority(buffer: Buffer, gradients, priority_fn=None) -> jax.Array:
     return _vector([jnp.asarray(priority_fn(part), dtype) for part in parts], dtype)
 
 
+def all_finite(gradients) -> jax.Array:
+    """Whether every gradient, and the norm of every leaf, is a finite number."""
+    return jnp.all(jnp.isfinite(_norms(jax.tree.leaves(gradients), jnp.float32)))
+
+
 def push(
     buffer: Buffer, values, priority, decay, fifo_probability=None
 ) -> tuple[Recall, Buffer]:
@@ -286,7 +291,10 @@ def _count(counter, happened):
 
 def _norms(leaves, dtype):
     """The L2 norm of every leaf, (L,). No gradient flows: norms only decide."""
-    leaves = [jax.lax.stop_gradient(x).astype(dtype) for x in leaves]
+    leaves = [
+        jax.lax.stop_gradient(x).astype(jnp.promote_types(dtype, x.dtype))
+        for x in leaves
+    ]
     return _vector([jnp.sqrt(jnp.sum(jnp.square(x))) for x in leaves], dtype)
 
 

@@ -7,10 +7,12 @@ TMLR 2024.
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 
-from memoptax import _buffer
+from memoptax import _buffer, _check, _options, _pytorch, _storage
 
-REFERENCES = """\
+_REFERENCES = """\
 References:
   Malviya et al, `Promoting Exploration in Memory-Augmented Adam using Critical Momenta
   <https://arxiv.org/abs/2307.09638>`_, TMLR 2024"""
@@ -28,6 +30,433 @@ class ScaleByAdamCmState(NamedTuple):
 
     count: jax.Array  # (), int32: finite steps taken
     mu: Any  # like the params, float32 or better: the momentum m
-    nu: Any  # like the params, float32 or better: second moment of the aggregate
-    nu_max: Any  # like nu: its maximum so far; None without AMSGrad
-    buffer: _buffer.Buffer | None  # of momenta; None where none is kept
+    nu: Any  # like mu: second moment of the aggregate M
+    nu_max: Any  # like mu: its maximum so far; None without AMSGrad
+    buffer: _buffer.Buffer  # of momenta; Buffer says what shapes and dtypes it has
+
+
+@_options.documented(_REFERENCES)
+def critical_momenta(
+    b1=0.9,
+    topc=None,
+    decay=0.7,
+    kappa=1.0,
+    aggr="sum",
+    *,
+    synced=True,
+    priority_fn=None,
+    buffer_dtype=None,
+    fifo_probability=None,
+    seed=0,
+) -> optax.GradientTransformation:
+    r"""Join the momentum to the C momenta of the most critical gradients before it.
+
+    .. math::
+      m_t = \beta_1 m_{t-1} + (1 - \beta_1)\,g_t, \qquad
+      M_t = m_t + \frac{\kappa}{|B_t|} \sum_{b \in B_t} b, \qquad
+      B_{t+1} = \mathrm{top}_C\big(B_t \cup \{m_t\}\big)
+
+    Emits M. A momentum is kept by the key of its *gradient*, which starts as
+    :math:`\lVert g_t \rVert` and is multiplied by ``decay`` at every step. M is not
+    written back into m. There is no bias correction. On a step whose gradient is not
+    finite M is not finite either, and the whole state stays as it was.
+
+    Memory: C + 3 copies of the parameters: C slots, a spare one, their sum, and m. What
+    :func:`critical_gradients` says of its buffer holds here too.
+
+    Args:
+      b1: β₁ in [0, 1), the decay of the momentum.
+      {buffer}
+
+    {returns}
+
+    Examples:
+      >>> import memoptax, optax, jax, jax.numpy as jnp
+      >>> tx = optax.chain(memoptax.critical_momenta(0.9, topc=5), optax.sgd(0.1))
+      >>> f = lambda x: jnp.sum(x**2)
+      >>> x = jnp.array([1.0, 2.0, 3.0])
+      >>> state = tx.init(x)
+      >>> for _ in range(5):
+      ...   updates, state = tx.update(jax.grad(f)(x), state, x)
+      ...   x = optax.apply_updates(x, updates)
+      ...   print(f"{f(x):.2E}")
+      1.34E+01
+      1.19E+01
+      9.91E+00
+      7.68E+00
+      5.47E+00
+
+    {references}
+
+    Differs from the authors' code (CMOptimizer) in:
+      1. The first step stores the first momentum and is taken; theirs stores the bare
+         gradient and moves nothing.
+      2. ``aggr``, ``kappa``, FIFO draws: theirs ignores the first two, and its FIFO
+         replaces one and the same slot.
+      3. What :func:`critical_gradients` lists of the buffer.
+    """
+    _check.number("b1", b1, 0, 1, below=True)
+    options = _options.options(**_options.among(locals()))
+    if options.keeps_nothing:
+        return optax.ema(b1, debias=False)
+
+    def init_fn(params):
+        mu = jax.tree.map(_storage.zero_sum, params)
+        return CriticalMomentaState(mu, _options.empty(options, params))
+
+    def update_fn(updates, state, params=None):
+        del params
+        finite = _buffer.all_finite(updates)
+        mu = _momentum(updates, state.mu, b1, finite)
+        joined, buffer = _options.remember(options, state.buffer, mu, updates, finite)
+        return _spoiled(joined, updates, finite), CriticalMomentaState(mu, buffer)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+@_options.documented(_REFERENCES)
+def scale_by_adam_cm(
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    eps_root=0.0,
+    *,
+    amsgrad=False,
+    skip_first=False,
+    topc=None,
+    decay=0.7,
+    kappa=1.0,
+    aggr="sum",
+    synced=True,
+    priority_fn=None,
+    buffer_dtype=None,
+    fifo_probability=None,
+    seed=0,
+) -> optax.GradientTransformation:
+    r"""Scale the aggregate of critical momenta by the root of its second moment.
+
+    .. math::
+      M_t &= m_t + \frac{\kappa}{|B_t|} \sum_{b \in B_t} b, \qquad
+      v_t = \beta_2 v_{t-1} + (1 - \beta_2) M_t^2 \\
+      u_t &= \frac{M_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
+
+    with m and B of :func:`critical_momenta`. A κ or C of 0 is Adam, whose v is of the
+    gradients. On a step whose gradient is not finite u is not finite either, and the
+    whole state stays as it was.
+
+    Memory: C + 4 copies of the parameters (slots, spare, sum, m and v), one more with
+    AMSGrad. C = 1 gives most of the effect, at 20 bytes per float32 parameter.
+
+    Args:
+      b1: β₁ in [0, 1).
+      b2: β₂ in [0, 1).
+      eps: ε ≥ 0, outside the root.
+      eps_root: added inside the root.
+      amsgrad: whether to divide by the maximum of the uncorrected v so far.
+      skip_first: whether to repeat the first step of the authors' code: it stores the
+        bare gradient, and leaves the moments at 0 and the parameters where they are.
+      {buffer}
+
+    {returns}
+
+    Examples:
+      >>> import memoptax, optax, jax, jax.numpy as jnp
+      >>> tx = optax.chain(memoptax.scale_by_adam_cm(), optax.scale(-0.03))
+      >>> f = lambda x: jnp.sum(x**2)
+      >>> x = jnp.array([1.0, 2.0, 3.0])
+      >>> state = tx.init(x)
+      >>> for _ in range(5):
+      ...   updates, state = tx.update(jax.grad(f)(x), state, x)
+      ...   x = optax.apply_updates(x, updates)
+      ...   print(f"{f(x):.2E}")
+      1.07E+01
+      8.66E+00
+      7.38E+00
+      6.46E+00
+      5.74E+00
+
+    {references}
+
+    Differs from the authors' Adam_CM in:
+      1. What :func:`critical_momenta` lists; ``skip_first=True`` is their first step.
+      2. A κ of 0 is Adam; theirs raises a KeyError.
+      3. Weight decay is not part of it: :func:`adamw_cm` decouples it, as theirs does.
+    """
+    _pytorch.check_adam(b1, b2, eps, eps_root)
+    options = _options.options(**_options.among(locals()))
+    if options.keeps_nothing:
+        return _pytorch.scale_by_adam(b1, b2, eps, eps_root, amsgrad=amsgrad)
+
+    def init_fn(params):
+        def zeros():
+            return jax.tree.map(_storage.zero_sum, params)
+
+        return ScaleByAdamCmState(
+            count=jnp.zeros((), jnp.int32),
+            mu=zeros(),
+            nu=zeros(),
+            nu_max=zeros() if amsgrad else None,
+            buffer=_options.empty(options, params),
+        )
+
+    def update_fn(updates, state, params=None):
+        del params
+        finite = _buffer.all_finite(updates)
+        first = (state.count == 0) if skip_first else False
+        mu = _momentum(updates, state.mu, b1, finite & ~jnp.asarray(first))
+        offered = _where(first, updates, mu)
+        joined, buffer = _options.remember(
+            options, state.buffer, offered, updates, finite
+        )
+        joined = _where(first, mu, joined)
+        # Adam's second moment is of the gradients, and a κ of 0 is Adam.
+        squared = _where(jnp.asarray(kappa) == 0, updates, joined)
+        nu = optax.tree.update_moment_per_elem_norm(squared, state.nu, b2, 2)
+        nu = _where(finite, nu, state.nu)
+        nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu) if amsgrad else None
+        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
+        scaled = _pytorch.normalize(
+            joined, nu_max if amsgrad else nu, count, b1, b2, eps, eps_root
+        )
+        scaled = _spoiled(scaled, updates, finite)
+        return scaled, ScaleByAdamCmState(count, mu, nu, nu_max, buffer)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+@_options.documented(_REFERENCES)
+def sgd_cm(
+    learning_rate: optax.ScalarOrSchedule,
+    b1=0.9,
+    *,
+    topc=None,
+    decay=0.7,
+    kappa=1.0,
+    aggr="sum",
+    synced=True,
+    priority_fn=None,
+    buffer_dtype=None,
+    fifo_probability=None,
+    seed=0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGD with critical momenta: :math:`\theta_{t+1} = \theta_t - \eta\,M_t`.
+
+    :func:`critical_momenta` at a learning rate. m is (1 − β₁)-weighted and has no bias
+    correction, so its first steps are short.
+
+    Memory: C + 3 copies of the parameters.
+
+    Args:
+      learning_rate: η, a number or an optax schedule.
+      b1: β₁ in [0, 1), the decay of the momentum.
+      {buffer}
+
+    {returns}
+
+    Examples:
+      >>> import memoptax, optax, jax, jax.numpy as jnp
+      >>> tx = memoptax.sgd_cm(0.1)
+      >>> f = lambda x: jnp.sum(x**2)
+      >>> x = jnp.array([1.0, 2.0, 3.0])
+      >>> state = tx.init(x)
+      >>> for _ in range(5):
+      ...   updates, state = tx.update(jax.grad(f)(x), state, x)
+      ...   x = optax.apply_updates(x, updates)
+      ...   print(f"{f(x):.2E}")
+      1.34E+01
+      1.19E+01
+      9.91E+00
+      7.68E+00
+      5.47E+00
+
+    {references}
+
+    Differs from the authors' code in:
+      1. It exists: theirs has SGD with critical gradients alone.
+    """
+    _check.learning_rate(learning_rate)
+    return optax.chain(
+        critical_momenta(b1, **_options.among(locals())),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+@_options.documented(_REFERENCES)
+def adam_cm(
+    learning_rate: optax.ScalarOrSchedule,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    eps_root=0.0,
+    *,
+    amsgrad=False,
+    skip_first=False,
+    topc=None,
+    decay=0.7,
+    kappa=1.0,
+    aggr="sum",
+    synced=True,
+    priority_fn=None,
+    buffer_dtype=None,
+    fifo_probability=None,
+    seed=0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with critical momenta, which leaves sharp basins for flat ones.
+
+    :math:`\theta_{t+1} = \theta_t - \eta\,u_t` with the u of
+    :func:`scale_by_adam_cm`, which has the equations and the sources. The effect needs
+    a rate that is not small; with a ``decay`` of .99 it escapes and settles.
+
+    Memory: C + 4 copies of the parameters, one more with AMSGrad.
+
+    Args:
+      learning_rate: η, a number or an optax schedule.
+      b1: β₁ in [0, 1).
+      b2: β₂ in [0, 1).
+      eps: ε ≥ 0, outside the root.
+      eps_root: added inside the root.
+      amsgrad: as in :func:`scale_by_adam_cm`.
+      skip_first: as in :func:`scale_by_adam_cm`.
+      {buffer}
+
+    {returns}
+
+    Examples:
+      >>> import memoptax, optax, jax, jax.numpy as jnp
+      >>> tx = memoptax.adam_cm(0.03)
+      >>> f = lambda x: jnp.sum(x**2)
+      >>> x = jnp.array([1.0, 2.0, 3.0])
+      >>> state = tx.init(x)
+      >>> for _ in range(5):
+      ...   updates, state = tx.update(jax.grad(f)(x), state, x)
+      ...   x = optax.apply_updates(x, updates)
+      ...   print(f"{f(x):.2E}")
+      1.07E+01
+      8.66E+00
+      7.38E+00
+      6.46E+00
+      5.74E+00
+
+    {references}
+
+    Differs from the authors' Adam_CM in what :func:`scale_by_adam_cm` lists.
+    """
+    _check.learning_rate(learning_rate)
+    return optax.chain(
+        scale_by_adam_cm(
+            b1,
+            b2,
+            eps,
+            eps_root,
+            amsgrad=amsgrad,
+            skip_first=skip_first,
+            **_options.among(locals()),
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+@_options.documented(_REFERENCES)
+def adamw_cm(
+    learning_rate: optax.ScalarOrSchedule,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    eps_root=0.0,
+    weight_decay=0.01,
+    mask=None,
+    *,
+    amsgrad=False,
+    skip_first=False,
+    topc=None,
+    decay=0.7,
+    kappa=1.0,
+    aggr="sum",
+    synced=True,
+    priority_fn=None,
+    buffer_dtype=None,
+    fifo_probability=None,
+    seed=0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with critical momenta and decoupled weight decay.
+
+    :math:`\theta_{t+1} = \theta_t - \eta\,(u_t + \lambda\,\theta_t)` with the u of
+    :func:`scale_by_adam_cm`, which has the equations and the sources.
+
+    Memory: C + 4 copies of the parameters, one more with AMSGrad.
+
+    Args:
+      learning_rate: η, a number or an optax schedule.
+      b1: β₁ in [0, 1).
+      b2: β₂ in [0, 1).
+      eps: ε ≥ 0, outside the root.
+      eps_root: added inside the root.
+      weight_decay: λ ≥ 0, per unit of learning rate.
+      mask: a tree of booleans, or a function from parameters to one: which are decayed.
+      amsgrad: as in :func:`scale_by_adam_cm`.
+      skip_first: as in :func:`scale_by_adam_cm`; the first step then decays only.
+      {buffer}
+
+    {returns}
+
+    Examples:
+      >>> import memoptax, optax, jax, jax.numpy as jnp
+      >>> tx = memoptax.adamw_cm(0.03, weight_decay=0.1)
+      >>> f = lambda x: jnp.sum(x**2)
+      >>> x = jnp.array([1.0, 2.0, 3.0])
+      >>> state = tx.init(x)
+      >>> for _ in range(5):
+      ...   updates, state = tx.update(jax.grad(f)(x), state, x)
+      ...   x = optax.apply_updates(x, updates)
+      ...   print(f"{f(x):.2E}")
+      1.06E+01
+      8.54E+00
+      7.22E+00
+      6.27E+00
+      5.53E+00
+
+    {references}
+
+    Differs from the authors' Adam_CM with weight decay in:
+      1. What :func:`scale_by_adam_cm` lists.
+      2. Parameters are decayed in one product with the step; theirs multiplies them by
+         1 − η·λ, rounded, first.
+    """
+    _check.learning_rate(learning_rate)
+    return optax.chain(
+        scale_by_adam_cm(
+            b1,
+            b2,
+            eps,
+            eps_root,
+            amsgrad=amsgrad,
+            skip_first=skip_first,
+            **_options.among(locals()),
+        ),
+        _pytorch.weight_decay(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _momentum(gradients, mu, b1, taken):
+    """b1·m + (1 − b1)·g, or m where the step is not taken."""
+    return _where(taken, optax.tree.update_moment(gradients, mu, b1, 1), mu)
+
+
+def _spoiled(updates, gradients, finite):
+    """``updates`` in the gradients' dtypes, and not finite where those are not.
+
+    The state never sees such a gradient, but whoever guards the loop must.
+    """
+    return jax.tree.map(
+        lambda u, g: jnp.where(finite, u, u + g.astype(u.dtype)).astype(g.dtype),
+        updates,
+        gradients,
+    )
+
+
+def _where(condition, chosen, other):
+    """``chosen`` in the dtypes of ``other``, or ``other``."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(condition, a.astype(b.dtype), b), chosen, other
+    )

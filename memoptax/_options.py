@@ -39,10 +39,10 @@ Returns:
   An ``optax.GradientTransformation``; updates return in the dtype in which they came.
 
 Raises:
-  ValueError: if an argument is out of its range, naming it and its value; if ``topc`` is
-    traced (under ``optax.inject_hyperparams`` pass ``static_args='topc'``, and likewise
-    for ``aggr``, ``priority_fn``, ``buffer_dtype`` and ``seed`` where they are given);
-    in ``init``, if a parameter is not of a real floating-point dtype."""
+  ValueError: if an argument is out of its range, naming it and its value; if ``topc``
+    is traced (under ``optax.inject_hyperparams`` pass ``static_args='topc'``, likewise
+    for ``aggr``, ``priority_fn``, ``buffer_dtype``, ``seed`` where they are given); in
+    ``init``, if a parameter is not of a real floating-point dtype."""
 
 
 class Options(NamedTuple):
@@ -106,12 +106,14 @@ def empty(options: Options, params) -> _buffer.Buffer:
     )
 
 
-def remember(options: Options, buffer: _buffer.Buffer, values, gradients):
+def remember(options: Options, buffer: _buffer.Buffer, values, gradients, finite=True):
     """``values`` joined with the buffer, and the buffer once they were offered to it.
 
-    Read before write, as in the papers: a value is never averaged with itself.
+    Read before write, as in the papers: a value is never averaged with itself. Its
+    priority is that of the ``gradients``; if not ``finite``, nothing is offered.
     """
     priority = _buffer.priority(buffer, gradients, options.priority_fn)
+    priority = jnp.where(finite, priority, jnp.nan)
     recall, buffer = _buffer.push(
         buffer, values, priority, options.decay, options.fifo_probability
     )

@@ -23,7 +23,7 @@ def weight_decay(rate, mask=None) -> optax.GradientTransformation:
     return optax.add_decayed_weights(rate, mask)
 
 
-def scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad):
+def scale_by_adam(b1, b2, eps, eps_root, mu_dtype=None, nesterov=False, amsgrad=False):
     """``optax.scale_by_adam``, or with ``amsgrad`` PyTorch's form of it."""
     check_adam(b1, b2, eps, eps_root)
     if amsgrad and nesterov:
