@@ -446,10 +446,11 @@ def _momentum(gradients, mu, b1, taken):
 def _spoiled(updates, gradients, finite):
     """``updates`` in the gradients' dtypes, and not finite where those are not.
 
-    The state never sees such a gradient, but whoever guards the loop must.
+    The state never sees such a gradient, but whoever guards the loop must. Added, not
+    chosen: an update with two readers would be stored in between.
     """
     return jax.tree.map(
-        lambda u, g: jnp.where(finite, u, u + g.astype(u.dtype)).astype(g.dtype),
+        lambda u, g: (u + jnp.where(finite, 0, g).astype(u.dtype)).astype(g.dtype),
         updates,
         gradients,
     )
