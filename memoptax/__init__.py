@@ -17,5 +17,11 @@ from memoptax._critical_momenta import adamw_cm as adamw_cm
 from memoptax._critical_momenta import critical_momenta as critical_momenta
 from memoptax._critical_momenta import scale_by_adam_cm as scale_by_adam_cm
 from memoptax._critical_momenta import sgd_cm as sgd_cm
+from memoptax._inspect import buffer_stats as buffer_stats
+from memoptax._inspect import reset_buffer as reset_buffer
+from memoptax._inspect import resize_buffer as resize_buffer
+from memoptax._memory import MemoryReport as MemoryReport
+from memoptax._memory import memory_report as memory_report
+from memoptax._memory import state_bytes as state_bytes
 
 __version__ = importlib.metadata.version("memoptax")

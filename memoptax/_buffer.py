@@ -66,7 +66,7 @@ def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> 
         total=jax.tree.map(_storage.zero_sum, params),
         keys=jnp.full((rows, topc), -jnp.inf, key_dtype),
         ages=jnp.zeros((rows, topc), jnp.int32),
-        place=jnp.tile(jnp.arange(topc, dtype=jnp.int32), (rows, 1)),
+        place=_in_order(rows, topc),
         spare=jnp.full((rows,), topc, jnp.int32),
         norms=jnp.zeros((len(leaves), topc), key_dtype),
         error=jnp.zeros((len(leaves),), key_dtype),
@@ -91,6 +91,11 @@ def priority(buffer: Buffer, gradients, priority_fn=None) -> jax.Array:
     return _vector([jnp.asarray(priority_fn(part), dtype) for part in parts], dtype)
 
 
+def fill(buffer: Buffer) -> jax.Array:
+    """How many entries there are, (R,), in the dtype of the keys."""
+    return jnp.sum(buffer.keys > -jnp.inf, axis=1, dtype=buffer.keys.dtype)
+
+
 def all_finite(gradients) -> jax.Array:
     """Whether every gradient, and the norm of every leaf, is a finite number."""
     return jnp.all(jnp.isfinite(_norms(jax.tree.leaves(gradients), jnp.float32)))
@@ -113,7 +118,7 @@ def push(
     norms = _norms(
         [_storage.decode(x, t.dtype) for x, t in zip(stored, totals)], buffer.keys.dtype
     )
-    units = jnp.asarray([jnp.finfo(t.dtype).eps / 2 for t in totals], norms.dtype)
+    units = _units(totals, norms.dtype)
 
     finite = jnp.isfinite(priority) & _in_rows(jnp.isfinite(norms), buffer)
     fifo, draws = _draw(buffer.draws, fifo_probability, finite)
@@ -122,8 +127,8 @@ def push(
     after = _insert(buffer, entry, accept, finite, evicted, priority, decay)
     after, rebuild = _bound_error(after, entry, accept, norms, units)
 
-    each_leaf = (finite, accept, evicted, buffer.spare, after.spare, _fill(buffer))
-    finite, accept, evicted, spare, spare_after, fill = (
+    each_leaf = (finite, accept, evicted, buffer.spare, after.spare, fill(buffer))
+    finite, accept, evicted, spare, spare_after, filled = (
         jnp.broadcast_to(per_row, norms.shape) for per_row in each_leaf
     )
     changes = []
@@ -141,8 +146,51 @@ def push(
     before = [total - change for total, change in zip(totals, changes)]
     slots, total = treedef.unflatten(stacks), treedef.unflatten(totals)
     return (
-        Recall(treedef.unflatten(before), treedef.unflatten(list(fill))),
+        Recall(treedef.unflatten(before), treedef.unflatten(list(filled))),
         after._replace(slots=slots, total=total, draws=draws),
+    )
+
+
+def resize(buffer: Buffer, topc: int) -> Buffer:
+    """The buffer with ``topc`` slots: its most critical entries, in their order."""
+    kept = min(topc, buffer.keys.shape[1])
+    entries = jnp.sort(jax.lax.top_k(buffer.keys, kept)[1], axis=1)
+    rows, leaves = buffer.keys.shape[0], buffer.norms.shape[0]
+    entries_of_leaf = jnp.broadcast_to(entries, (leaves, kept))
+    place = jnp.take_along_axis(buffer.place, entries, axis=1)
+
+    def take(array, index, empty):
+        more = [(0, 0), (0, topc - kept)]
+        taken = jnp.take_along_axis(array, index, axis=1)
+        return jnp.pad(taken, more, constant_values=empty)
+
+    totals, treedef = jax.tree.flatten(buffer.total)
+    stacks = treedef.flatten_up_to(buffer.slots)
+    for leaf, slots in enumerate(jnp.broadcast_to(place, (leaves, kept))):
+        stacks[leaf] = _storage.select(stacks[leaf], slots, topc + 1)
+        totals[leaf] = _resum(stacks[leaf], totals[leaf], topc, True)
+    resized = buffer._replace(
+        slots=treedef.unflatten(stacks),
+        total=treedef.unflatten(totals),
+        keys=take(buffer.keys, entries, -jnp.inf),
+        ages=take(buffer.ages, entries, 0),
+        place=_in_order(rows, topc),
+        spare=jnp.full((rows,), topc, jnp.int32),
+        norms=take(buffer.norms, entries_of_leaf, 0),
+    )
+    scale = _units(totals, buffer.norms.dtype) * jnp.sum(resized.norms, axis=1)
+    return resized._replace(error=_additions(resized) * scale)
+
+
+def reset(buffer: Buffer) -> Buffer:
+    """The buffer, holding none; the key of its draws stays."""
+    zeros = jax.tree.map(jnp.zeros_like, buffer)
+    rows, topc = buffer.keys.shape
+    return zeros._replace(
+        keys=jnp.full_like(buffer.keys, -jnp.inf),
+        place=_in_order(rows, topc),
+        spare=jnp.full((rows,), topc, jnp.int32),
+        draws=buffer.draws,
     )
 
 
@@ -194,13 +242,17 @@ def _bound_error(buffer, entry, accept, norms, units):
     rounding = jnp.where(jnp.any(new, axis=1), units * (norms + old_norms) + scale, 0)
     error = buffer.error + rounding
     rebuild = error > _TOLERANCE * scale
-    copies = buffer.norms.shape[1] + 1
-    additions = math.ceil(copies / _BLOCK) + math.ceil(math.log2(min(copies, _BLOCK)))
     return buffer._replace(
         norms=all_norms,
-        error=jnp.where(rebuild, additions * scale, error),
+        error=jnp.where(rebuild, _additions(buffer) * scale, error),
         rebuilds=_count(buffer.rebuilds, rebuild),
     ), rebuild
+
+
+def _additions(buffer):
+    """How many roundings a slot meets at most in _resum."""
+    copies = buffer.norms.shape[1] + 1
+    return math.ceil(copies / _BLOCK) + math.ceil(math.log2(min(copies, _BLOCK)))
 
 
 def _rebuild(stacks, totals, spare, rebuild):
@@ -268,9 +320,9 @@ def _draw(draws, probability, finite):
     return fifo, jnp.where(jnp.any(finite), jax.random.key_data(kept), draws)
 
 
-def _fill(buffer):
-    """How many entries there are, (R,), in the dtype of the keys."""
-    return jnp.sum(buffer.keys > -jnp.inf, axis=1, dtype=buffer.keys.dtype)
+def _in_order(rows, topc):
+    """Places (R, C) of entries that lie where their index says."""
+    return jnp.tile(jnp.arange(topc, dtype=jnp.int32), (rows, 1))
 
 
 def _here(shape, entry, accept):
@@ -296,6 +348,11 @@ def _norms(leaves, dtype):
         for x in leaves
     ]
     return _vector([jnp.sqrt(jnp.sum(jnp.square(x))) for x in leaves], dtype)
+
+
+def _units(totals, dtype):
+    """The unit roundoff of every sum, (L,)."""
+    return jnp.asarray([jnp.finfo(t.dtype).eps / 2 for t in totals], dtype)
 
 
 def _vector(scalars, dtype):

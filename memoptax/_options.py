@@ -66,7 +66,7 @@ def options(
     topc, decay, kappa, aggr, synced, priority_fn, buffer_dtype, fifo_probability, seed
 ) -> Options:
     """The record of these arguments, once they have been checked."""
-    topc = _capacity(topc)
+    topc = capacity(topc)
     _check.number("decay", decay, 0, 1)
     _check.number("kappa", kappa)
     if not callable(aggr):
@@ -142,7 +142,8 @@ def documented(references: str):
     return fill
 
 
-def _capacity(topc) -> int:
+def capacity(topc) -> int:
+    """``topc`` as an integer, once it has been checked."""
     if topc is None:
         return 5
     if isinstance(topc, jax.core.Tracer):

@@ -48,3 +48,10 @@ def read(stack, slot):
 def write(stack, stored, slot):
     """The stack with ``stored`` in ``slot``."""
     return jax.lax.dynamic_update_index_in_dim(stack, stored, slot, 0)
+
+
+def select(stack, slots, copies: int):
+    """A stack of ``copies`` that begins with ``slots`` of this one, and is else 0."""
+    chosen = jnp.take(stack, slots, axis=0)
+    more = [(0, copies - chosen.shape[0])] + [(0, 0)] * (chosen.ndim - 1)
+    return jnp.pad(chosen, more)

@@ -1,0 +1,128 @@
+"""Statistics, resizing and emptying of the buffers inside a state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_buffer import entries, exact_sums
+
+import memoptax
+
+
+def trained(tx, steps=12, seed=0):
+    """The state after gradients of random scale, on a tree of two leaves."""
+    random = np.random.default_rng(seed)
+    params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(())}
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for _ in range(steps):
+        grads = jax.tree.map(
+            lambda p: jnp.asarray(random.lognormal(0, 2) * random.normal(size=p.shape)),
+            params,
+        )
+        _, state = update(grads, state, params)
+    return state
+
+
+def test_stats_of_a_buffer_by_hand():
+    tx = memoptax.critical_gradients(topc=3, decay=0.5)
+    state = tx.init(jnp.zeros(()))
+    for gradient in (4.0, -2.0, 0.0, 0.25):
+        _, state = tx.update(jnp.asarray(gradient), state)
+    # Keys 4/16, 2/8 and 0; then .25 replaces the 0, and decays.
+    stats = jax.jit(memoptax.buffer_stats)(state)
+    expected = {
+        "fill": 3,
+        "acceptance": 1,
+        "key_min": 0.125,
+        "key_mean": (0.25 + 0.25 + 0.125) / 3,
+        "key_max": 0.25,
+        "age_mean": (3 + 2 + 0) / 3,
+        "age_max": 3,
+        "mean_norm": (4 - 2 + 0.25) / 3,
+        "rebuilds": 0,
+    }
+    assert {k: pytest.approx(v, rel=1e-6) for k, v in expected.items()} == stats
+
+
+def test_stats_are_zero_while_empty_and_found_in_any_nesting():
+    tx = optax.partition(
+        {"a": memoptax.adam_c(0.1), "b": optax.apply_if_finite(memoptax.sgd_c(0.1), 2)},
+        {"a": "a", "b": "b"},
+    )
+    stats = memoptax.buffer_stats(tx.init({"a": jnp.zeros(2), "b": jnp.zeros(3)}))
+    assert {name.split("/")[0] for name in stats} == {"0", "1"}
+    assert not any(float(value) for value in stats.values())
+
+
+@pytest.mark.parametrize("synced", [True, False])
+@pytest.mark.parametrize("topc", [2, 4, 9])
+def test_a_resized_buffer_keeps_the_most_critical_entries(topc, synced):
+    state = trained(memoptax.critical_gradients(4, 0.9, synced=synced))
+    old, new = state.buffer, memoptax.resize_buffer(state, topc).buffer
+    for row in range(old.keys.shape[0]):
+        order = np.sort(np.argsort(-old.keys[row], stable=True)[:topc])
+        filled = len(order)
+        np.testing.assert_array_equal(new.keys[row][:filled], old.keys[row][order])
+        np.testing.assert_array_equal(new.ages[row][:filled], old.ages[row][order])
+        assert not np.isfinite(new.keys[row][filled:]).any()
+        leaves = [row] if not synced else [0, 1]
+        for leaf in leaves:
+            np.testing.assert_array_equal(
+                entries(new, row, leaf), entries(old, row, leaf)[order]
+            )
+    for total, exact in zip(jax.tree.leaves(new.total), exact_sums(new)):
+        np.testing.assert_allclose(total, exact, rtol=1e-6)
+
+
+def test_a_resized_state_goes_on_as_one_of_that_size():
+    """Grown while it was not full, a buffer is the one that was always large."""
+    small, large = (memoptax.adam_c(0.1, topc=c) for c in (5, 8))
+    grown = memoptax.resize_buffer(trained(small, steps=4), 8)
+    fresh = trained(large, steps=4)
+    assert jax.tree.structure(grown) == jax.tree.structure(fresh)
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones(())}
+    for _ in range(12):
+        ours, grown = large.update(params, grown, params)
+        theirs, fresh = large.update(params, fresh, params)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_reset_buffer_is_a_new_one_and_moments_stay():
+    tx = memoptax.adam_cm(0.1, fifo_probability=0.5)
+    state = trained(tx)
+    params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(())}
+    fresh, reset = tx.init(params), memoptax.reset_buffer(state)
+    draws = state[0].buffer.draws
+    expected = fresh[0].buffer._replace(draws=draws)
+    jax.tree.map(np.testing.assert_array_equal, reset[0].buffer, expected)
+    jax.tree.map(np.testing.assert_array_equal, reset[0].mu, state[0].mu)
+
+
+@pytest.mark.parametrize("call", ["buffer_stats", "reset_buffer", "resize_buffer"])
+@pytest.mark.parametrize("tx", [optax.adam(0.1), memoptax.adam_c(0.1, topc=0)])
+def test_a_state_without_a_buffer_is_refused(call, tx):
+    arguments = (3,) if call == "resize_buffer" else ()
+    with pytest.raises(ValueError, match=f"{call} found no buffer in state"):
+        getattr(memoptax, call)(tx.init(jnp.zeros(2)), *arguments)
+
+
+@pytest.mark.parametrize("topc", [0, -1, 2.0, True])
+def test_a_size_that_is_none_is_refused(topc):
+    state = memoptax.sgd_c(0.1).init(jnp.zeros(2))
+    with pytest.raises(ValueError, match=f"topc must be .*{topc}"):
+        memoptax.resize_buffer(state, topc)
+
+
+def test_memory_report_counts_what_init_allocates():
+    params = {"w": jnp.zeros((30, 7), jnp.bfloat16), "b": jnp.zeros(7)}
+    tx = memoptax.adam_c(0.1, topc=3)
+    report = memoptax.memory_report(tx, params)
+    allocated = sum(leaf.nbytes for leaf in jax.tree.leaves(tx.init(params)))
+    assert report.total == allocated == memoptax.state_bytes(tx, params)
+    assert report.fields["slots"] == 4 * (30 * 7 * 2 + 7 * 4)
+    assert report.fields["total"] == 4 * (30 * 7 + 7)
+    assert report.parameters == 30 * 7 + 7
+    assert report.per_parameter == allocated / 217
+    assert str(report).splitlines()[-1].split()[-2] == f"{allocated:,}"
