@@ -1,7 +1,5 @@
 """One buffer: who stays, how exact the sum is, and that a step touches two slots."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -30,6 +28,9 @@ def offer(buffer, values, key=None, decay=1.0):
     else:
         key = jnp.broadcast_to(jnp.asarray(key, buffer.keys.dtype), buffer.spare.shape)
     return _buffer.push(buffer, values, key, decay)
+
+
+jitted = jax.jit(offer)  # one compilation for every shape of buffer, whatever the decay
 
 
 def entries(buffer, row=0, leaf=0):
@@ -121,8 +122,8 @@ def test_rows_of_their_own_decide_for_themselves():
 
 
 @pytest.mark.parametrize("synced", [True, False])
-@pytest.mark.parametrize("topc", [1, 2, 5, 20])
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("topc", [1, 3, 20])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
 def test_agrees_with_the_oracle_on_streams_full_of_ties(topc, decay, synced, x64):
     random = np.random.default_rng(topc)
     shapes = {"a": (), "b": (3,), "c": (2, 2)}
@@ -131,14 +132,13 @@ def test_agrees_with_the_oracle_on_streams_full_of_ties(topc, decay, synced, x64
     )
     names = [("a", "b", "c")] if synced else [("a",), ("b",), ("c",)]
     naive = [oracle.Buffer(topc, decay) for _ in names]
-    push = jax.jit(functools.partial(offer, decay=decay))
     for _ in range(60):
         # Powers of two, signs and zeros: norms tie exactly, decayed ones too.
         scale = random.choice([0.0, 0.25, 0.5, 1.0, 1.0, 2.0])
         values = {
             k: scale * random.choice([-1.0, 1.0], size=s) for k, s in shapes.items()
         }
-        _, buffer = push(buffer, values)
+        _, buffer = jitted(buffer, values, decay=decay)
         for group, one in zip(names, naive):
             part = {k: values[k] for k in group}
             one.offer(oracle.sum_of_norms(part), part)
@@ -211,19 +211,26 @@ def outliers(random, steps, scale=1e4):
         yield jax.tree.map(lambda g: np.asarray(g, np.float32), grads)
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-@pytest.mark.parametrize("synced", [True, False])
-@pytest.mark.parametrize("topc", [1, 2, 5, 20])
+@pytest.mark.parametrize(
+    ("topc", "synced", "dtype"),
+    [
+        (1, True, None),
+        (2, False, None),
+        (5, True, None),
+        (5, True, "bfloat16"),
+        (20, False, "float16"),
+        (40, True, None),
+    ],
+)
 def test_the_sum_stays_within_its_bound(topc, synced, dtype):
     random = np.random.default_rng(0)
-    push = jax.jit(functools.partial(offer, decay=0.7))
     buffer = None
     for grads in outliers(random, 400):
         if buffer is None:
             buffer = _buffer.empty(
                 jax.tree.map(jnp.zeros_like, grads), topc, synced=synced, dtype=dtype
             )
-        _, buffer = push(buffer, grads)
+        _, buffer = jitted(buffer, grads, decay=0.7)
         sums = zip(jax.tree.leaves(buffer.total), exact_sums(buffer))
         for leaf, (total, exact) in enumerate(sums):
             error = np.linalg.norm(np.asarray(total, np.float64) - exact)
@@ -235,13 +242,13 @@ def test_the_sum_stays_within_its_bound(topc, synced, dtype):
 
 def test_the_mean_used_is_exact_to_the_bound_and_the_arriving_outlier():
     random = np.random.default_rng(1)
-    buffer, push = None, jax.jit(functools.partial(offer, decay=0.7))
+    buffer = None
     eps = float(jnp.finfo(jnp.float32).eps)
     for grads in outliers(random, 300):
         if buffer is None:
             buffer = _buffer.empty(jax.tree.map(jnp.zeros_like, grads), 5)
         exact, norms = exact_sums(buffer), np.asarray(buffer.norms, np.float64)
-        recall, buffer = push(buffer, grads)
+        recall, buffer = jitted(buffer, grads, decay=0.7)
         leaves = zip(jax.tree.leaves(recall.total), jax.tree.leaves(grads))
         for leaf, (used, offered) in enumerate(leaves):
             error = np.linalg.norm(np.asarray(used, np.float64) - exact[leaf])
