@@ -287,7 +287,10 @@ def _count(counter, happened):
 def _norms(leaves, dtype):
     """The L2 norm of every leaf, (L,). No gradient flows: norms only decide."""
     leaves = [jax.lax.stop_gradient(x).astype(dtype) for x in leaves]
-    return _vector([jnp.sqrt(jnp.sum(jnp.square(x))) for x in leaves], dtype)
+    squares = [jnp.sum(jnp.square(x)) for x in leaves]
+    # Of a single element XLA would make |x|, which overflows later than its square.
+    roots = [jnp.where(jnp.isfinite(x), jnp.sqrt(x), x) for x in squares]
+    return _vector(roots, dtype)
 
 
 def _vector(scalars, dtype):
