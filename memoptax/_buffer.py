@@ -398,11 +398,11 @@ def _count(counter, happened):
 
 def _norms(leaves, dtype):
     """The L2 norm of every leaf, (L,). No gradient flows: norms only decide."""
-    leaves = [
-        jax.lax.stop_gradient(x).astype(jnp.promote_types(dtype, x.dtype))
-        for x in leaves
-    ]
-    return _vector([jnp.sqrt(jnp.sum(jnp.square(x))) for x in leaves], dtype)
+    wide = [x.astype(jnp.promote_types(dtype, x.dtype)) for x in leaves]
+    squares = [jnp.sum(jnp.square(jax.lax.stop_gradient(x))) for x in wide]
+    # Of a single element XLA would make |x|, which overflows later than its square.
+    roots = [jnp.where(jnp.isfinite(x), jnp.sqrt(x), x) for x in squares]
+    return _vector([root.astype(dtype) for root in roots], dtype)
 
 
 def _units(totals, dtype):
