@@ -11,15 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import numpy as np
+import optax
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-
-import memoptax  # noqa: E402
+import memoptax
 
 TIMES = (50, 100, 200, 999)
 
@@ -113,7 +109,8 @@ def walk(problem, tx, steps):
 
 def draw(paths, output):
     """The paths over contour lines: plain above, with momentum below."""
-    figure, axes = plt.subplots(2, len(PROBLEMS), figsize=(13, 8.6), squeeze=False)
+    figure = Figure(figsize=(13, 8.6))
+    axes = figure.subplots(2, len(PROBLEMS), squeeze=False)
     for column, (name, problem) in enumerate(PROBLEMS.items()):
         lines = list(paths[name].items())
         for axis, some in zip(axes[:, column], (lines[:3], lines[3:])):
@@ -132,7 +129,6 @@ def draw(paths, output):
     )
     figure.tight_layout()
     figure.savefig(output, dpi=110)
-    plt.close(figure)
 
 
 def _draw_surface(axis, problem):
