@@ -225,8 +225,8 @@ def print_steps(rows):
         line += f"{row['temporaries_per_parameter_byte']:>11.3f} N"
         print(line + f"{row['state_bytes_per_parameter']:>15.2f}")
     print(
-        "Medians; temporaries in copies of the parameters (N). The row of adam shows by "
-        "how much such ratios err."
+        "Medians; temporaries in copies of the parameters (N). The row of adam shows "
+        "by how much such ratios err."
     )
 
 

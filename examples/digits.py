@@ -324,8 +324,8 @@ def main(argv=None):
             print(f"{name:<20}{swept}")
     print_table(results)
     print(
-        f"A step of adam took {1e3 * times['adam']:.3f} ms here, most of it overhead of "
-        "the call; benchmarks/steps.py measures larger models."
+        f"A step of adam took {1e3 * times['adam']:.3f} ms here, most of it overhead; "
+        "benchmarks/steps.py measures larger models."
     )
     draw(results, args.output)
     print(f"Learning curves: {args.output}")
