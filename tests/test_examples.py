@@ -63,6 +63,7 @@ def test_digits_train_and_are_drawn(tmp_path, capsys):
 def test_digits_are_the_same_every_time():
     digits = load("examples/digits.py")
     data = jax.tree.map(jnp.asarray, digits.load_digits(0))
+    starts = jax.vmap(digits.create_params)(jnp.arange(2))
     batches = np.stack([digits.draw_batches(s, 20, len(data[0][1])) for s in (0, 1)])
 
     class Bar:
@@ -70,7 +71,7 @@ def test_digits_are_the_same_every_time():
             pass
 
     once, again = (
-        digits.train(memoptax.sgd_c, (0.01, 0.1), (0, 1), batches, data, Bar())[1]
+        digits.train(memoptax.sgd_c, (0.01, 0.1), starts, batches, data, Bar())[1]
         for _ in range(2)
     )
     np.testing.assert_array_equal(once, again)
