@@ -1,0 +1,320 @@
+"""Time and memory of one step of every optimizer, as ratios to ``optax.adam``.
+
+One process; each optimizer takes turns with adam on the same parameters and gradients,
+so that whatever else the machine does falls on both. Timed is the donated, jitted
+update with ``apply_updates``, in two streams once the buffer is full: one in which
+every gradient enters it, one in which none does.
+
+``--flat`` asks instead whether the step is flat in C: the mean over 500 accepted steps
+of ``sgd_c``, the rebuilds of its sums included.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import optax
+from tqdm import tqdm
+
+import memoptax
+
+RATE = 1e-4
+TOPC = (1, 5, 20, 80)
+FLAT_TOPC = (1, 5, 20, 100)
+SIZES = (1 << 20, 1 << 24)
+LEAVES = (1, 64)
+
+# Functions of C and of the decay of the buffer's keys, which is traced.
+BUFFERED = {
+    "sgd_c": lambda c, decay: memoptax.sgd_c(RATE, topc=c, decay=decay),
+    "sgd_c momentum": lambda c, decay: memoptax.sgd_c(RATE, 0.9, topc=c, decay=decay),
+    "rmsprop_c": lambda c, decay: memoptax.rmsprop_c(RATE, topc=c, decay=decay),
+    "adam_c": lambda c, decay: memoptax.adam_c(RATE, topc=c, decay=decay),
+    "adamw_c": lambda c, decay: memoptax.adamw_c(RATE, topc=c, decay=decay),
+}
+# Optimizers without a buffer.
+PLAIN = {
+    "optax.adam": lambda: optax.adam(RATE),
+    "optax.sgd momentum": lambda: optax.sgd(RATE, momentum=0.9),
+}
+# Keys that halve at every step are always beaten by a gradient about as large as all
+# others; keys that never decay are never beaten by a smaller one.
+ACCEPTING, REJECTING = 0.5, 1.0
+
+
+def make_gradients(size, leaves, count=3):
+    """Trees of normal numbers, about equally long."""
+    shape = (leaves, size // leaves)
+    keys = jax.random.split(jax.random.key(0), count)
+    stacks = [jax.jit(jax.random.normal, static_argnums=1)(key, shape) for key in keys]
+    return [{f"leaf{i}": stack[i] for i in range(leaves)} for stack in stacks]
+
+
+class Runner:
+    """An optimizer, its parameters and state, and the seconds that its steps took."""
+
+    def __init__(self, make, like):
+        """``make`` is a function of the decay of keys."""
+
+        def step(params, state, gradients, decay):
+            updates, state = make(decay).update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.params = jax.tree.map(jnp.zeros_like, like)
+        self.state = jax.jit(make(ACCEPTING).init)(self.params)
+        arguments = (self.params, self.state, like, jnp.float32(ACCEPTING))
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+        self.step = compiled
+        self.temporaries = compiled.memory_analysis().temp_size_in_bytes
+        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
+        self.seconds = []
+
+    def run(self, gradients, decay=ACCEPTING):
+        begin = time.perf_counter()
+        self.params, self.state = self.step(
+            self.params, self.state, gradients, jnp.float32(decay)
+        )
+        jax.block_until_ready((self.params, self.state))
+        self.seconds.append(time.perf_counter() - begin)
+
+    def counts(self):
+        """Gradients accepted, and sums rebuilt, so far."""
+        buffer = optax.tree.get(self.state, "buffer")
+        return int(buffer.accepted.sum()), int(buffer.rebuilds.sum())
+
+
+def alternate(adam, other, gradients, steps, turn=5, decay=ACCEPTING, bar=None):
+    """Let the two take turns of a few steps; return the seconds of each."""
+    adam.seconds, other.seconds = [], []
+    for start in range(0, steps, turn):
+        stream = [
+            gradients[k % len(gradients)]
+            for k in range(start, min(start + turn, steps))
+        ]
+        for gradient in stream:
+            adam.run(gradient)
+        for gradient in stream:
+            other.run(gradient, decay)
+        if bar is not None:
+            bar.update(len(stream))
+    return adam.seconds, other.seconds
+
+
+def measure(name, topc, make, adam, gradients, steps):
+    """One row of the table of steps."""
+    size = sum(x.size for x in jax.tree.leaves(gradients[0]))
+    runner = Runner(make, gradients[0])
+    row = {
+        "optimizer": name,
+        "topc": topc,
+        "size": size,
+        "leaves": len(jax.tree.leaves(gradients[0])),
+        "state_bytes_per_parameter": runner.state_bytes / size,
+        "temporaries_per_parameter_byte": runner.temporaries / (4 * size),
+    }
+    smaller = [jax.tree.map(lambda x: x / 2, gradients[0])]
+    for label, decay, stream in (
+        ("accepted", ACCEPTING, gradients),
+        ("rejected", REJECTING, smaller),
+    ):
+        # Fills the buffer, and leaves no key that the rejected could beat.
+        for k in range((topc or 0) + 2):
+            runner.run(gradients[k % len(gradients)], decay)
+        before = runner.counts()[0] if topc else 0
+        of_adam, seconds = alternate(adam, runner, stream, steps, decay=decay)
+        if topc:
+            accepted = runner.counts()[0] - before
+            assert accepted == (steps if label == "accepted" else 0), accepted
+        row[label] = {
+            "ms": 1e3 * statistics.median(seconds),
+            "adam_ms": 1e3 * statistics.median(of_adam),
+            "ratio": statistics.median(seconds) / statistics.median(of_adam),
+        }
+        if not topc:
+            break
+    return row
+
+
+def measure_steps(sizes, leaves, topc, steps):
+    """Rows of all optimizers at all sizes, only one beside adam held at a time."""
+    rows = []
+    total = len(sizes) * len(leaves) * (len(PLAIN) + len(BUFFERED) * len(topc))
+    with tqdm(total=total, unit="case") as bar:
+        for size in sizes:
+            for count in leaves:
+                gradients = make_gradients(size, count)
+                adam = Runner(lambda decay: optax.adam(RATE), gradients[0])
+                cases = [
+                    (name, None, lambda decay, make=make: make())
+                    for name, make in PLAIN.items()
+                ]
+                cases += [
+                    (name, c, functools.partial(make, c))
+                    for name, make in BUFFERED.items()
+                    for c in topc
+                ]
+                for name, c, make in cases:
+                    bar.set_description(f"{name}, C = {c}, {size} in {count}")
+                    rows.append(measure(name, c, make, adam, gradients, steps))
+                    bar.update()
+    return rows
+
+
+def measure_flat(size, topc, steps):
+    """Rows of sgd_c over many accepted steps, rebuilds included."""
+    rows = []
+    gradients = make_gradients(size, 1)
+    adam = Runner(lambda decay: optax.adam(RATE), gradients[0])
+    with tqdm(total=steps * len(topc), unit="step") as bar:
+        for c in topc:
+            bar.set_description(f"C = {c}")
+            runner = Runner(functools.partial(BUFFERED["sgd_c"], c), gradients[0])
+            for k in range(c + 2):
+                adam.run(gradients[k % len(gradients)])
+                runner.run(gradients[k % len(gradients)])
+            before = runner.counts()
+            of_adam, seconds = alternate(adam, runner, gradients, steps, bar=bar)
+            accepted, rebuilds = (b - a for a, b in zip(before, runner.counts()))
+            assert accepted == steps, accepted
+            rows.append(
+                {
+                    "optimizer": "sgd_c",
+                    "topc": c,
+                    "size": size,
+                    "accepted": accepted,
+                    "rebuilds": rebuilds,
+                    "mean_ms": 1e3 * statistics.mean(seconds),
+                    "median_ms": 1e3 * statistics.median(seconds),
+                    "slowest_ms": 1e3 * max(seconds),
+                    "adam_mean_ms": 1e3 * statistics.mean(of_adam),
+                    "adam_median_ms": 1e3 * statistics.median(of_adam),
+                    "adam_slowest_ms": 1e3 * max(of_adam),
+                    "mean_ratio": statistics.mean(seconds) / statistics.mean(of_adam),
+                    "median_ratio": statistics.median(seconds)
+                    / statistics.median(of_adam),
+                }
+            )
+            del runner
+    return rows
+
+
+def print_steps(rows):
+    print(
+        f"{'optimizer':<20}{'C':>4}{'floats':>10}{'leaves':>8}{'accepted ms':>13}"
+        f"{'/ adam':>8}{'rejected ms':>13}{'/ adam':>8}{'temporaries':>13}"
+        f"{'state B/param':>15}"
+    )
+    for row in rows:
+        line = f"{row['optimizer']:<20}{row['topc'] or '-':>4}{row['size']:>10}"
+        line += f"{row['leaves']:>8}"
+        for label in ("accepted", "rejected"):
+            if label in row:
+                line += f"{row[label]['ms']:>13.2f}{row[label]['ratio']:>8.2f}"
+            else:
+                line += f"{'-':>13}{'-':>8}"
+        line += f"{row['temporaries_per_parameter_byte']:>11.3f} N"
+        print(line + f"{row['state_bytes_per_parameter']:>15.2f}")
+    print(
+        "Medians; temporaries in copies of the parameters (N). The row of adam shows "
+        "by how much such ratios err."
+    )
+
+
+def print_flat(rows):
+    print(
+        f"{'C':>4}{'accepted':>10}{'rebuilds':>10}{'mean ms':>10}{'/ adam':>8}"
+        f"{'median ms':>11}{'/ adam':>8}{'slowest ms':>12}{'adam: mean':>12}"
+        f"{'median':>8}{'slowest':>9}"
+    )
+    for r in rows:
+        print(
+            f"{r['topc']:>4}{r['accepted']:>10}{r['rebuilds']:>10}{r['mean_ms']:>10.2f}"
+            f"{r['mean_ratio']:>8.2f}{r['median_ms']:>11.2f}{r['median_ratio']:>8.2f}"
+            f"{r['slowest_ms']:>12.1f}{r['adam_mean_ms']:>12.2f}"
+            f"{r['adam_median_ms']:>8.2f}{r['adam_slowest_ms']:>9.1f}"
+        )
+    ratios = [r["mean_ratio"] for r in rows]
+    print(f"Mean ratio, largest over smallest: {max(ratios) / min(ratios):.3f}")
+
+
+def describe_machine():
+    """What ran this, and when."""
+    device = jax.devices()[0]
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        cpu = found[1] if found else cpu
+    return {
+        "device": cpu if device.platform == "cpu" else device.device_kind,
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "ram_gib": round(
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        ),
+        "load_at_start": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "optax": optax.__version__,
+        "memoptax": memoptax.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def results_file(machine):
+    words = re.sub(r"\((R|TM)\)|CPU|@.*", "", machine["device"])
+    hardware = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+    name = f"{hardware}-{machine['cores']}-cores-jax{machine['jax']}.json"
+    return Path(__file__).parent / "results" / name
+
+
+def save(path, section, machine, rows):
+    """Write ``rows`` as one section of the file, and leave the others alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contents = json.loads(path.read_text()) if path.exists() else {}
+    contents[section] = {"machine": machine, "rows": rows}
+    path.write_text(json.dumps(contents, indent=1) + "\n")
+
+
+def main(argv=None):
+    """The rows of the table that was printed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--flat", action="store_true", help="is the step flat in C?")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to try it out"
+    )
+    parser.add_argument("--steps", type=int, help="timed steps of each stream")
+    parser.add_argument("--output", type=Path, help="JSON; by default under results/")
+    args = parser.parse_args(argv)
+
+    machine = describe_machine()
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    if args.flat:
+        size, topc = (4096, (1, 5)) if args.quick else (1 << 24, FLAT_TOPC)
+        rows = measure_flat(size, topc, args.steps or 500)
+        print_flat(rows)
+    else:
+        grid = ((4096,), (1, 4), (1, 5)) if args.quick else (SIZES, LEAVES, TOPC)
+        rows = measure_steps(*grid, args.steps or (5 if args.quick else 30))
+        print_steps(rows)
+    if args.output or not args.quick:
+        path = args.output or results_file(machine)
+        save(path, "flat" if args.flat else "steps", machine, rows)
+        print(f"Written to {path}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
