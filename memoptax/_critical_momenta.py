@@ -109,7 +109,7 @@ def critical_momenta(
         finite = _buffer.all_finite(updates)
         mu = _momentum(updates, state.mu, b1, finite)
         joined, buffer = _options.remember(options, state.buffer, mu, updates, finite)
-        return _spoiled(joined, updates, finite), CriticalMomentaState(mu, buffer)
+        return _spoiled(joined, updates), CriticalMomentaState(mu, buffer)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -218,7 +218,7 @@ def scale_by_adam_cm(
         scaled = _pytorch.normalize(
             joined, nu_max if amsgrad else nu, count, b1, b2, eps, eps_root
         )
-        scaled = _spoiled(scaled, updates, finite)
+        scaled = _spoiled(scaled, updates)
         return scaled, ScaleByAdamCmState(count, mu, nu, nu_max, buffer)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -443,14 +443,14 @@ def _momentum(gradients, mu, b1, taken):
     return _where(taken, optax.tree.update_moment(gradients, mu, b1, 1), mu)
 
 
-def _spoiled(updates, gradients, finite):
-    """``updates`` in the gradients' dtypes, and not finite where those are not.
+def _spoiled(updates, gradients):
+    """``updates``, or where a gradient is not finite that gradient, in its dtype.
 
-    The state never sees such a gradient, but whoever guards the loop must. Added, not
-    chosen: an update with two readers would be stored in between.
+    The state never sees such a gradient, but whoever guards the loop must. The
+    update is read once: with two readers it would be stored in between.
     """
     return jax.tree.map(
-        lambda u, g: (u + jnp.where(finite, 0, g).astype(u.dtype)).astype(g.dtype),
+        lambda u, g: jnp.where(jnp.isfinite(g), u.astype(g.dtype), g),
         updates,
         gradients,
     )
