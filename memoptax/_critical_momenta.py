@@ -59,7 +59,7 @@ def critical_momenta(
     Emits M. A momentum is kept by the key of its *gradient*, which starts as
     :math:`\lVert g_t \rVert` and is multiplied by ``decay`` at every step. M is not
     written back into m. There is no bias correction. On a step whose gradient is not
-    finite M is not finite either, and the whole state stays as it was.
+    finite M is not finite there either, and the whole state stays as it was.
 
     Memory: C + 3 copies of the parameters: C slots, a spare one, their sum, and m. What
     :func:`critical_gradients` says of its buffer holds here too.
@@ -109,7 +109,7 @@ def critical_momenta(
         finite = _buffer.all_finite(updates)
         mu = _momentum(updates, state.mu, b1, finite)
         joined, buffer = _options.remember(options, state.buffer, mu, updates, finite)
-        return _spoiled(joined, updates, finite), CriticalMomentaState(mu, buffer)
+        return _spoiled(joined, updates), CriticalMomentaState(mu, buffer)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -141,8 +141,8 @@ def scale_by_adam_cm(
       u_t &= \frac{M_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
     with m and B of :func:`critical_momenta`. A κ or C of 0 is Adam, whose v is of the
-    gradients. On a step whose gradient is not finite u is not finite either, and the
-    whole state stays as it was.
+    gradients. On a step whose gradient is not finite u is not finite there either, and
+    the whole state stays as it was.
 
     Memory: C + 4 copies of the parameters (slots, spare, sum, m and v), one more with
     AMSGrad. C = 1 gives most of the effect, at 20 bytes per float32 parameter.
@@ -155,6 +155,7 @@ def scale_by_adam_cm(
       amsgrad: whether to divide by the maximum of the uncorrected v so far.
       skip_first: whether to repeat the first step of the authors' code: it stores the
         bare gradient, and leaves the moments at 0 and the parameters where they are.
+        Costs one copy of the parameters in temporaries.
       {buffer}
 
     {returns}
@@ -202,7 +203,8 @@ def scale_by_adam_cm(
     def update_fn(updates, state, params=None):
         del params
         finite = _buffer.all_finite(updates)
-        first = (state.count == 0) if skip_first else False
+        # Adam takes its first step, so a κ of 0 skips none.
+        first = (state.count == 0) & (kappa != 0) if skip_first else False
         mu = _momentum(updates, state.mu, b1, finite & ~jnp.asarray(first))
         offered = _where(first, updates, mu)
         joined, buffer = _options.remember(
@@ -216,9 +218,15 @@ def scale_by_adam_cm(
         nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu) if amsgrad else None
         count = jnp.where(finite, optax.safe_increment(state.count), state.count)
         scaled = _pytorch.normalize(
-            joined, nu_max if amsgrad else nu, count, b1, b2, eps, eps_root
+            joined,
+            nu_max if amsgrad else nu,
+            jnp.maximum(count, 1),
+            b1,
+            b2,
+            eps,
+            eps_root,
         )
-        scaled = _spoiled(scaled, updates, finite)
+        scaled = _spoiled(scaled, updates)
         return scaled, ScaleByAdamCmState(count, mu, nu, nu_max, buffer)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -439,18 +447,19 @@ def adamw_cm(
 
 
 def _momentum(gradients, mu, b1, taken):
-    """b1·m + (1 − b1)·g, or m where the step is not taken."""
+    """b1·m + (1 − b1)·g in the dtype of m, or m where the step is not taken."""
+    gradients = optax.tree.cast_like(gradients, mu)
     return _where(taken, optax.tree.update_moment(gradients, mu, b1, 1), mu)
 
 
-def _spoiled(updates, gradients, finite):
-    """``updates`` in the gradients' dtypes, and not finite where those are not.
+def _spoiled(updates, gradients):
+    """``updates``, or where a gradient is not finite that gradient, in its dtype.
 
-    The state never sees such a gradient, but whoever guards the loop must. Added, not
-    chosen: an update with two readers would be stored in between.
+    The state never sees such a gradient, but whoever guards the loop must. The
+    update is read once: with two readers it would be stored in between.
     """
     return jax.tree.map(
-        lambda u, g: (u + jnp.where(finite, 0, g).astype(u.dtype)).astype(g.dtype),
+        lambda u, g: jnp.where(jnp.isfinite(g), u.astype(g.dtype), g),
         updates,
         gradients,
     )

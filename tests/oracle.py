@@ -127,28 +127,35 @@ class CriticalMomenta:
     """Momenta are stored, keyed by the norm of the gradient.
 
     `skip_first=True` is the first step of the released Adam_CM: it stores the bare
-    gradient, leaves the momentum at zero and emits zero.
+    gradient, leaves the momentum at zero and emits zero. A step on which any gradient
+    is not finite changes nothing, and emits that gradient where it is not finite.
     """
 
     def __init__(self, b1=0.9, skip_first=False, **options):
         self.b1, self.skip_first = b1, skip_first
         self.memory = Memory(**options)
-        self.m = {}
+        self.m, self.taken = {}, 0
 
     def step(self, grads, fifo=False):
-        keys = self.memory.keys(grads)
-        first = not self.m
-        if first:
+        if not self.m:
             self.m = {name: np.zeros_like(g) for name, g in grads.items()}
-        if first and self.skip_first:
+        keys = self.memory.keys(grads)
+        if not all_finite(grads):
+            refused = self.memory.step(self.m, dict.fromkeys(keys, np.nan))
+            return {
+                n: np.where(np.isfinite(g), refused[n], g) for n, g in grads.items()
+            }
+        self.taken += 1
+        if self.taken == 1 and self.skip_first:
             self.memory.step(grads, keys, fifo)
             return dict(self.m)
-        m = {n: self.b1 * self.m[n] + (1 - self.b1) * g for n, g in grads.items()}
-        # A non-finite gradient shows in this step's update, but must not stay in m.
-        for group, key in keys.items():
-            if np.isfinite(key):
-                self.m.update({name: m[name] for name in group})
-        return self.memory.step(m, keys, fifo)
+        for name, g in grads.items():
+            self.m[name] = self.b1 * self.m[name] + (1 - self.b1) * g
+        return self.memory.step(self.m, keys, fifo)
+
+
+def all_finite(tree):
+    return all(np.isfinite(x).all() for x in tree.values())
 
 
 def critical_gradients(grads, fifo=None, **options) -> Iterator[Any]:
@@ -224,16 +231,25 @@ class Adam:
         self.t += 1
         self.v = self.b2 * self.v + (1 - self.b2) * u**2
         self.v_max = np.maximum(self.v_max, self.v)  # of the uncorrected moments
+        return self.direction(numerator)
+
+    def direction(self, numerator):
+        t = max(self.t, 1)
         v = self.v_max if self.amsgrad else self.v
-        root = np.sqrt(v) / np.sqrt(1 - self.b2**self.t)
-        return numerator / (1 - self.b1**self.t) / (root + self.eps)
+        root = np.sqrt(v) / np.sqrt(1 - self.b2**t)
+        return numerator / (1 - self.b1**t) / (root + self.eps)
 
 
 class AdamCm(Adam):
-    """The aggregated momentum is both the numerator and what v averages."""
+    """The aggregated momentum is both the numerator and what v averages.
 
-    def __call__(self, aggregated):
-        return self.scale(aggregated, aggregated)
+    A step on which any gradient is not `finite` changes neither v nor the count.
+    """
+
+    def __call__(self, aggregated, finite=True):
+        if finite:
+            return self.scale(aggregated, aggregated)
+        return self.direction(aggregated)
 
 
 BASES = {
@@ -266,6 +282,7 @@ def run(
     weight_decay=None,
     l2_before_buffer=False,
     fifo=None,
+    guarded=False,
     **hyper,
 ):
     """Replay one optimizer; arguments are those of the package's alias `name`.
@@ -275,6 +292,7 @@ def run(
       grads: dict of arrays with a leading time axis.
       l2_before_buffer: store g + wd * p under the key of g, as the released SGD_C.
       fifo: one boolean per step, whether a full buffer evicts its oldest entry.
+      guarded: leave every number alone whose step is not finite.
 
     Returns:
       Dict of arrays with a leading time axis: the parameters after each step.
@@ -284,6 +302,10 @@ def run(
         weight_decay = 0.01 if decoupled else 0.0
     options = {k: hyper.pop(k) for k in BUFFER_OPTIONS & hyper.keys()}
     options.setdefault("aggr", DEFAULT_AGGR.get(name, "sum"))
+    if name.startswith("adam") and name.endswith("_cm") and _keeps_nothing(options):
+        # Critical momenta without a buffer are Adam, whose v is of the gradients.
+        hyper.pop("skip_first", None)
+        name = name.removesuffix("m")
     if name.endswith("_cm"):
         b1 = hyper.pop("b1", 0.9) if name == "sgd_cm" else hyper.get("b1", 0.9)
         skip_first = hyper.pop("skip_first", False)
@@ -306,9 +328,18 @@ def run(
         for leaf, u in updates.items():
             if not decoupled and not l2_before_buffer:
                 u = u + weight_decay * params[leaf]
-            direction = bases[leaf](u)
+            if isinstance(bases[leaf], AdamCm):
+                direction = bases[leaf](u, all_finite(step_grads))
+            else:
+                direction = bases[leaf](u)
             if decoupled:
                 direction = direction + weight_decay * params[leaf]
+            if guarded:
+                direction = np.where(np.isfinite(direction), direction, 0)
             params[leaf] = params[leaf] - learning_rate * direction
         trajectory.append(dict(params))
     return {leaf: np.stack([p[leaf] for p in trajectory]) for leaf in params}
+
+
+def _keeps_nothing(options):
+    return options.get("kappa") == 0 or options.get("topc") == 0
