@@ -1,6 +1,6 @@
 """Optimizers that spend memory on purpose, as optax transformations."""
 
-import importlib.metadata
+from importlib.metadata import version as _version
 
 from memoptax._critical_gradients import (
     CriticalGradientsState as CriticalGradientsState,
@@ -24,4 +24,4 @@ from memoptax._memory import MemoryReport as MemoryReport
 from memoptax._memory import memory_report as memory_report
 from memoptax._memory import state_bytes as state_bytes
 
-__version__ = importlib.metadata.version("memoptax")
+__version__ = _version("memoptax")

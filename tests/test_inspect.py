@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_buffer import entries, exact_sums
 
 import memoptax
+
+from test_buffer import entries, exact_sums
 
 
 def trained(tx, steps=12, seed=0):

@@ -1,0 +1,59 @@
+"""What the README says is run, and what it counts is counted again."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import memoptax
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PUBLIC = sorted(name for name in vars(memoptax) if not name.startswith("_"))
+CALLABLE = [name for name in PUBLIC if not name.endswith(("State", "Report"))]
+
+
+def test_the_python_of_the_readme_runs():
+    namespace = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(block, namespace)
+    assert float(namespace["loss"]) < 1e-3
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    commands = re.findall(r"```bash\n(.*?)\n```", README, re.S)
+    (tests,) = (command for command in commands if "pytest" in command)
+    assert tests in (ROOT / ".ci" / "run").read_text()
+
+
+def _sizes():
+    table = README.split("<!-- sizes -->")[1].split("<!-- end -->")[0]
+    rows = [line.split("|")[1:-1] for line in table.strip().splitlines()[2:]]
+    return [(cells[0].strip(" `"), float(cells[-1])) for cells in rows]
+
+
+@pytest.mark.parametrize(("call", "stated"), _sizes())
+def test_state_sizes_of_the_readme(call, stated):
+    params = {
+        "w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32),
+        "b": jax.ShapeDtypeStruct((1024,), jnp.float32),
+    }
+    tx = eval(call, vars(memoptax))
+    per_parameter = memoptax.memory_report(tx, params).per_parameter
+    assert f"{per_parameter:.{1 if stated >= 1 else 4}f}" == f"{stated}"
+
+
+@pytest.mark.parametrize("name", CALLABLE)
+def test_public_functions_document_themselves(name):
+    doc = getattr(memoptax, name).__doc__
+    for heading in ("Args:", "Returns:", "Examples:"):
+        assert re.search(rf"^\s*{heading}$", doc, re.M), f"{name} has no {heading}"
+    assert "{" + "buffer}" not in doc
+    assert f"`{name}" in README or f"memoptax.{name}" in README, "not in the README"
+
+
+def test_the_face_is_thin():
+    lines = (ROOT / "memoptax" / "__init__.py").read_text().splitlines()
+    assert len(lines) < 60
