@@ -12,6 +12,7 @@ of ``sgd_c``, the rebuilds of its sums included.
 import argparse
 import datetime
 import functools
+import importlib.metadata
 import json
 import os
 import platform
@@ -22,7 +23,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import optax
 from tqdm import tqdm
 
@@ -264,7 +264,7 @@ def describe_machine():
         "load_at_start": os.getloadavg()[0],
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "optax": optax.__version__,
         "memoptax": memoptax.__version__,
         "date": datetime.date.today().isoformat(),

@@ -33,7 +33,7 @@ def aggregate(updates, recall, kappa, aggr):
         x, total, k = update.astype(dtype), total.astype(dtype), _cast(kappa, dtype)
         untouched = (fill == 0) | (k == 0)
         at_least_one = jnp.maximum(fill, 1).astype(dtype)
-        if callable(aggr):
+        if not isinstance(aggr, str):
             joined = aggr(x, total * (k / at_least_one), fill)
             return jnp.where(untouched, x, joined).astype(update.dtype)
         # Scalars are chosen, not tensors: whatever follows recomputes this for nothing.

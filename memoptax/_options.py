@@ -49,7 +49,7 @@ class Options(NamedTuple):
     topc: int
     decay: Any
     kappa: Any
-    aggr: str | Callable
+    aggr: str | Callable[..., Any]
     synced: bool
     priority_fn: Callable | None
     buffer_dtype: Any
@@ -71,7 +71,7 @@ def options(
     _check.number("kappa", kappa)
     if not callable(aggr):
         _check.choice("aggr", aggr, _aggregation.WEIGHTS)
-    if not isinstance(synced, (bool, np.bool_)):
+    if not isinstance(synced, bool):
         raise ValueError(f"synced must be True or False, but is {synced!r}.")
     if not (priority_fn is None or callable(priority_fn)):
         raise ValueError(f"priority_fn must be a function, but is {priority_fn!r}.")
@@ -106,7 +106,9 @@ def empty(options: Options, params) -> _buffer.Buffer:
     )
 
 
-def remember(options: Options, buffer: _buffer.Buffer, values, gradients, finite=True):
+def remember(
+    options: Options, buffer: _buffer.Buffer, values, gradients, finite: Any = True
+):
     """``values`` joined with the buffer, and the buffer once they were offered to it.
 
     Read before write, as in the papers: a value is never averaged with itself. Its

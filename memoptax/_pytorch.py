@@ -14,7 +14,7 @@ import optax
 from memoptax import _check
 
 
-def weight_decay(rate, mask=None) -> optax.GradientTransformation:
+def weight_decay(rate: Any, mask=None) -> optax.GradientTransformation:
     """``optax.add_decayed_weights``; a concrete rate of 0 asks for no parameters."""
     if _check.is_zero(rate):
         return optax.identity()
@@ -63,7 +63,7 @@ def scale_by_rms(alpha, eps, initial_scale, centered):
 class DampenedTraceState(NamedTuple):
     """State of dampened_trace."""
 
-    count: jax.Array  # (), int32: steps taken
+    count: Any  # (), int32: steps taken
     trace: Any  # like the params, and in their dtypes
 
 
@@ -133,7 +133,7 @@ def scale_by_centered_rms(decay, eps, initial_scale=0.0):
 class AmsgradState(NamedTuple):
     """State of scale_by_amsgrad."""
 
-    count: jax.Array  # (), int32: steps taken
+    count: Any  # (), int32: steps taken
     mu: Any  # like the params: first moment
     nu: Any  # like the params: second moment
     nu_max: Any  # like the params: its maximum so far
