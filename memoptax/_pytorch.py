@@ -18,7 +18,7 @@ def weight_decay(rate: Any, mask=None) -> optax.GradientTransformation:
     """``optax.add_decayed_weights``; a concrete rate of 0 asks for no parameters."""
     if _check.is_zero(rate):
         return optax.identity()
-    if not callable(rate):
+    if not callable(rate):  # optax takes schedules of it too
         _check.number("weight_decay", rate, 0)
     return optax.add_decayed_weights(rate, mask)
 
