@@ -18,7 +18,7 @@ import pytest
 
 import memoptax
 
-from compiled import step_of
+from compiled import step_of, train
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -120,17 +120,6 @@ def gradients(seed=0, shapes=SHAPES, steps=STEPS):
         * np.float32(size).reshape(-1, *[1] * len(shape))
         for name, shape in shapes.items()
     }
-
-
-def train(tx, params, stream):
-    """Parameters after every step, and the last state."""
-
-    def body(carry, gradient):
-        carry = step_of(tx)(*carry, gradient)
-        return carry, carry[0]
-
-    carry, trajectory = jax.lax.scan(body, (params, tx.init(params)), stream)
-    return trajectory, carry[1]
 
 
 def trained(tx, params=None, stream=None):
