@@ -285,6 +285,15 @@ def test_dtypes_are_stable_for_ever(opt, of_params, of_gradients, x64):
         assert not small & {str(x.dtype) for x in jax.tree.leaves(state)}
 
 
+@each_optimizer
+def test_weak_types_never_enter_the_state(opt):
+    weak = jnp.asarray(2.0)
+    assert weak.weak_type
+    tx = opt.build()
+    for state in (tx.init(weak), tx.init(jax.eval_shape(lambda: weak))):
+        assert signature(state) == signature(tx.init(jnp.float32(2)))
+
+
 @each_factory
 def test_half_precision_follows_full_precision(opt):
     half = trained(opt.build(), params_like(SHAPES, jnp.bfloat16))[0]
