@@ -29,9 +29,11 @@ def in_float32(inner: optax.GradientTransformation):
 
 
 def _widen(leaf):
+    """``leaf`` in float32 or better, and not weakly typed, for a state stays as born."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
     dtype = jnp.promote_types(leaf.dtype, jnp.float32)
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf.update(dtype=dtype)
-    return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+        return leaf.update(dtype=dtype, weak_type=False)
+    weak = getattr(leaf, "weak_type", False)
+    return leaf.astype(dtype) if weak or leaf.dtype != dtype else leaf

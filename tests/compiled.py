@@ -1,4 +1,4 @@
-"""What XLA made of a step: its temporaries, and the operations as large as a buffer."""
+"""Training steps, and what XLA made of them: temporaries, copies of a buffer."""
 
 import math
 import re
@@ -24,6 +24,17 @@ def step_of(tx):
         return optax.apply_updates(params, updates), state
 
     return step
+
+
+def train(tx, params, stream):
+    """The parameters after every step of a stream of gradients, and the last state."""
+
+    def body(carry, gradient):
+        carry = step_of(tx)(*carry, gradient)
+        return carry, carry[0]
+
+    carry, trajectory = jax.lax.scan(body, (params, tx.init(params)), stream)
+    return trajectory, carry[1]
 
 
 def compile_step(step, params, state, gradients):

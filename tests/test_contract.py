@@ -18,7 +18,7 @@ import pytest
 
 import memoptax
 
-from compiled import step_of
+from compiled import step_of, train
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -120,17 +120,6 @@ def gradients(seed=0, shapes=SHAPES, steps=STEPS):
         * np.float32(size).reshape(-1, *[1] * len(shape))
         for name, shape in shapes.items()
     }
-
-
-def train(tx, params, stream):
-    """Parameters after every step, and the last state."""
-
-    def body(carry, gradient):
-        carry = step_of(tx)(*carry, gradient)
-        return carry, carry[0]
-
-    carry, trajectory = jax.lax.scan(body, (params, tx.init(params)), stream)
-    return trajectory, carry[1]
 
 
 def trained(tx, params=None, stream=None):
@@ -294,6 +283,15 @@ def test_dtypes_are_stable_for_ever(opt, of_params, of_gradients, x64):
     small = {"bfloat16", "float16"} - {opt.options.get("buffer_dtype")}
     if of_params not in small:
         assert not small & {str(x.dtype) for x in jax.tree.leaves(state)}
+
+
+@each_optimizer
+def test_weak_types_never_enter_the_state(opt):
+    weak = jnp.asarray(2.0)
+    assert weak.weak_type
+    tx = opt.build()
+    for state in (tx.init(weak), tx.init(jax.eval_shape(lambda: weak))):
+        assert signature(state) == signature(tx.init(jnp.float32(2)))
 
 
 @each_factory
