@@ -146,10 +146,11 @@ def capacity(topc) -> int:
     """``topc`` as an integer, once it has been checked."""
     if topc is None:
         return 5
-    if isinstance(topc, jax.core.Tracer):
+    if isinstance(topc, jax.Array):
         raise ValueError(
-            f"topc must be a static integer, but is traced ({topc}): it sets the shape "
-            "of the state. Under optax.inject_hyperparams pass static_args='topc'."
+            f"topc must be a static integer, but is traced or an array ({topc}): it "
+            "sets the shape of the state. Under optax.inject_hyperparams pass "
+            "static_args='topc'."
         )
     if isinstance(topc, bool) or not isinstance(topc, (int, np.integer)) or topc < 0:
         raise ValueError(f"topc must be an integer of at least 0, but is {topc!r}.")
