@@ -150,8 +150,8 @@ def capacity(topc) -> int:
         return 5
     if isinstance(topc, jax.Array):
         raise ValueError(
-            f"topc must be a static integer, but is an array ({topc}): it sets the "
-            "shape of the state. Under optax.inject_hyperparams pass "
+            f"topc must be a static integer, but is traced or an array ({topc}): it "
+            "sets the shape of the state. Under optax.inject_hyperparams pass "
             "static_args='topc'."
         )
     if isinstance(topc, bool) or not isinstance(topc, (int, np.integer)) or topc < 0:
