@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_buffer import CONTEXTS, PARAMS, context, entries
 
 import memoptax
 
@@ -22,6 +21,7 @@ from compiled import (
     temporaries,
     whole_buffer_operations,
 )
+from test_buffer import CONTEXTS, PARAMS, context, entries
 
 nan, inf = float("nan"), float("inf")
 SHAPES = {"a": (), "b": (3,), "c": (2, 2)}
