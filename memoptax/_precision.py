@@ -29,7 +29,7 @@ def in_float32(inner: optax.GradientTransformation):
 
 
 def _widen(leaf):
-    """``leaf`` in float32 or better, and not weakly typed, for a state stays as born."""
+    """``leaf`` in float32 or better and not weakly typed: a state stays as born."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
     dtype = jnp.promote_types(leaf.dtype, jnp.float32)
