@@ -65,7 +65,7 @@ def replay(tx, params, grads, guarded=False):
 
 
 def assert_same_run(one, other, **tolerance):
-    grads = jax.tree.map(jnp.asarray, stream(shapes={"a": (), "b": (3,)}))
+    grads = jax.tree.map(jnp.asarray, stream(shapes={"a": (3,)}))
     got, _ = replay(one, first_of(grads), grads)
     want, _ = replay(other, first_of(grads), grads)
     if tolerance:
@@ -409,8 +409,7 @@ def test_no_step_copies_the_buffer(topc, name, mesh):
 @pytest.mark.parametrize(
     "make",
     [
-        functools.partial(memoptax.adam_cm, amsgrad=True),
-        functools.partial(memoptax.adamw_cm, weight_decay=0.1),
+        functools.partial(memoptax.adamw_cm, amsgrad=True),
         memoptax.sgd_cm,
     ],
 )
