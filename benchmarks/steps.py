@@ -41,6 +41,9 @@ BUFFERED = {
     "rmsprop_c": lambda c, decay: memoptax.rmsprop_c(RATE, topc=c, decay=decay),
     "adam_c": lambda c, decay: memoptax.adam_c(RATE, topc=c, decay=decay),
     "adamw_c": lambda c, decay: memoptax.adamw_c(RATE, topc=c, decay=decay),
+    "sgd_cm": lambda c, decay: memoptax.sgd_cm(RATE, topc=c, decay=decay),
+    "adam_cm": lambda c, decay: memoptax.adam_cm(RATE, topc=c, decay=decay),
+    "adamw_cm": lambda c, decay: memoptax.adamw_cm(RATE, topc=c, decay=decay),
 }
 # Optimizers without a buffer.
 PLAIN = {
