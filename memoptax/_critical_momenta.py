@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _buffer, _check, _options, _pytorch, _storage
+from memoptax import _buffer, _check, _options, _precision, _pytorch, _storage
 
 _REFERENCES = """\
 References:
@@ -441,8 +441,12 @@ def adamw_cm(
             skip_first=skip_first,
             **_options.among(locals()),
         ),
-        _pytorch.weight_decay(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        _precision.in_float32(
+            optax.chain(
+                _pytorch.weight_decay(weight_decay, mask),
+                optax.scale_by_learning_rate(learning_rate),
+            )
+        ),
     )
 
 
