@@ -185,8 +185,9 @@ def adam_programs():
         if not skip_first and topc == 5:
             rows[WARM, WITHOUT] = (0.1, 0.7, WEIGHTLESS, WARMUP)
         yield adam_cm(topc, skip_first), rows
-        fifo = {(section, f"{name} FIFO"): (0.1, 0.7)}
-        yield adam_cm(topc, skip_first, fifo_probability=1.0), fifo
+        if skip_first or topc == 5:
+            fifo = {(section, f"{name} FIFO"): (0.1, 0.7)}
+            yield adam_cm(topc, skip_first, fifo_probability=1.0), fifo
 
 
 def sgd_programs():
