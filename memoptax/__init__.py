@@ -2,6 +2,11 @@
 
 from importlib.metadata import version as _version
 
+from memoptax._covers import axes as axes
+from memoptax._covers import blocks as blocks
+from memoptax._covers import full as full
+from memoptax._covers import rows as rows
+from memoptax._covers import whole as whole
 from memoptax._critical_gradients import (
     CriticalGradientsState as CriticalGradientsState,
 )
@@ -23,5 +28,11 @@ from memoptax._inspect import resize_buffer as resize_buffer
 from memoptax._memory import MemoryReport as MemoryReport
 from memoptax._memory import memory_report as memory_report
 from memoptax._memory import state_bytes as state_bytes
+from memoptax._schedules import sm3_schedule as sm3_schedule
+from memoptax._sm3 import ScaleBySM3State as ScaleBySM3State
+from memoptax._sm3 import scale_by_sm3 as scale_by_sm3
+from memoptax._sm3 import sm3 as sm3
+from memoptax._sparse import apply_updates as apply_updates
+from memoptax._sparse import row_value_and_grad as row_value_and_grad
 
 __version__ = _version("memoptax")

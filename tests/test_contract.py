@@ -79,6 +79,8 @@ OPTIMIZERS = [
     Optimizer("sgd_cm", memoptax.sgd_cm),
     Optimizer("adam_cm", memoptax.adam_cm),
     Optimizer("adamw_cm", memoptax.adamw_cm, needs_params=True),
+    Optimizer("scale_by_sm3", memoptax.scale_by_sm3, rate=0.1, memory="accumulators"),
+    Optimizer("sm3", memoptax.sm3, rate=0.1, memory="accumulators"),
     Optimizer("unsynced", CG, {"topc": 2, "synced": False, "aggr": "mid"}),
     Optimizer("fifo", CG, FIFO),
     Optimizer("bf16 slots", CG, BF16),

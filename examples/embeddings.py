@@ -1,0 +1,222 @@
+"""Word embeddings with a large table, of which every step touches a few rows.
+
+    python examples/embeddings.py [--steps 3000]
+
+Skip-gram with negative samples on the English text that ships with CPython. As in
+fastText, a word is the mean of the vectors of its character n-grams, which are hashed
+into 200,000 rows. A batch touches about one row in seventy, so `row_value_and_grad`,
+SM3 with the row cover and `apply_updates` leave most of the table alone, whereas dense
+Adam reads and writes all of it, and two more tables, at every step.
+"""
+
+import argparse
+import collections
+import functools
+import re
+import sys
+import time
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import memoptax
+
+BUCKETS, WIDTH, LENGTH = 200_000, 64, 20
+BATCH, NEGATIVES, WINDOW = 256, 5, 4
+SHOWN = ["exceptions", "string", "float", "lists", "class", "attribute", "imported"]
+
+
+def read_corpus():
+    """Words of the language reference, and their numbers in the text."""
+    from pydoc_data import topics
+
+    text = " ".join(topics.topics.values()).lower()
+    words = re.findall(r"[a-z]+", text)
+    counts = collections.Counter(w for w in words if len(w) > 1)
+    vocabulary = [w for w, n in counts.most_common() if n >= 5]
+    number = {w: i for i, w in enumerate(vocabulary)}
+    return vocabulary, np.array([number[w] for w in words if w in number])
+
+
+def hashed_ngrams(word):
+    """Rows of the word itself and of its n-grams; BUCKETS, outside of it, for none."""
+    marked = f"<{word}>"
+    grams = [marked] + [
+        marked[i : i + n] for n in (3, 4, 5) for i in range(len(marked) - n + 1)
+    ]
+    ids = [zlib.crc32(g.encode()) % BUCKETS for g in dict.fromkeys(grams)][:LENGTH]
+    return ids + [BUCKETS] * (LENGTH - len(ids))
+
+
+def batches(text, size, seed=0):
+    """Pairs of words at most WINDOW apart, frequent words thinned out, and noise."""
+    rng = np.random.default_rng(seed)
+    frequency = np.bincount(text) / len(text)
+    keep = np.minimum(1, np.sqrt(1e-3 / frequency))
+    noise = np.cumsum(frequency**0.75)
+    while True:
+        thinned = text[rng.random(len(text)) < keep[text]]
+        center = rng.permutation(np.arange(WINDOW, len(thinned) - WINDOW))
+        offset = rng.integers(1, WINDOW + 1, len(center)) * rng.choice(
+            [-1, 1], len(center)
+        )
+        for i in range(0, len(center) - size, size):
+            here, there = center[i : i + size], offset[i : i + size]
+            uniform = rng.random((size, NEGATIVES)) * noise[-1]
+            negative = np.searchsorted(noise, uniform)
+            target = thinned[here + there]
+            yield thinned[here], np.concatenate([target[:, None], negative], 1)
+
+
+def loss(rows):
+    """Negative sampling: the first of the contexts is real, the others are noise."""
+    filled = (jnp.abs(rows["ngrams"]).sum(-1) > 0).sum(1)  # rows outside are zeros
+    words = rows["ngrams"].sum(1) / filled[:, None]
+    scores = jnp.einsum("bd,bkd->bk", words, rows["contexts"])
+    signs = jnp.where(jnp.arange(1 + NEGATIVES) == 0, 1.0, -1.0)
+    return -jax.nn.log_sigmoid(signs * scores).sum(1).mean()
+
+
+def init_tables(words):
+    ngrams = jax.random.normal(jax.random.key(0), (BUCKETS, WIDTH)) / WIDTH
+    return {"ngrams": ngrams, "contexts": jnp.zeros((words, WIDTH))}
+
+
+def sparse_step(tx):
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(tables, state, ids):
+        value, grads = memoptax.row_value_and_grad(loss, tables, ids)
+        updates, state = tx.update(grads, state, tables)
+        return memoptax.apply_updates(tables, updates), state, value
+
+    return step
+
+
+def dense_step(tx):
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(tables, state, ids):
+        def dense_loss(tables):
+            return loss(
+                {
+                    k: t.at[ids[k]].get(mode="fill", fill_value=0)
+                    for k, t in tables.items()
+                }
+            )
+
+        value, grads = jax.value_and_grad(dense_loss)(tables)
+        updates, state = tx.update(grads, state, tables)
+        return optax.apply_updates(tables, updates), state, value
+
+    return step
+
+
+def train(step, tx, ngrams, stream, steps, words, bar=False):
+    tables = init_tables(words)
+    state = tx.init(tables)
+    losses, seconds, touched = [], [], []
+    for t in range(steps):
+        center, context = next(stream)
+        ids = {"ngrams": jnp.asarray(ngrams[center]), "contexts": jnp.asarray(context)}
+        jax.block_until_ready(ids)
+        start = time.perf_counter()
+        tables, state, value = jax.block_until_ready(step(tables, state, ids))
+        seconds.append(time.perf_counter() - start)
+        losses.append(float(value))
+        rows = np.unique(ngrams[center])
+        touched.append((rows < BUCKETS).sum() + len(np.unique(context)))
+        if bar and (t % 50 == 49 or t == steps - 1):
+            done = 30 * (t + 1) // steps
+            mean = np.mean(losses[-200:])
+            print(
+                f"\r[{'#' * done}{'.' * (30 - done)}] {t + 1}/{steps}  loss {mean:.3f}",
+                end="",
+                file=sys.stderr,
+            )
+    if bar:
+        print(file=sys.stderr)
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    return tables, losses, 1e3 * np.median(seconds), np.mean(touched), size
+
+
+def word_vectors(tables, ngrams):
+    rows = tables["ngrams"].at[ngrams].get(mode="fill", fill_value=0)
+    vectors = rows.sum(1) / (ngrams < BUCKETS).sum(1, keepdims=True)
+    vectors = vectors - vectors.mean(0)
+    return np.asarray(vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True))
+
+
+def neighbours(vectors, vocabulary, word, count=6):
+    near = vectors @ vectors[vocabulary.index(word)]
+    return [vocabulary[i] for i in np.argsort(-near)[1 : count + 1]]
+
+
+def plot(path, losses, vectors, vocabulary):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
+    width = max(1, len(losses) // 50)
+    left.plot(np.convolve(losses, np.ones(width) / width, "valid"))
+    left.set(xlabel="step", ylabel="loss", title=f"mean of {width} steps")
+    shown = [w for w in SHOWN if w in vocabulary]
+    groups = [[w, *neighbours(vectors, vocabulary, w, 5)] for w in shown]
+    names = [w for group in groups for w in group]
+    points = vectors[[vocabulary.index(w) for w in names]]
+    axes = np.linalg.svd(points - points.mean(0), full_matrices=False)[2][:2]
+    for k, group in enumerate(groups):
+        x, y = axes @ vectors[[vocabulary.index(w) for w in group]].T
+        right.scatter(x, y, s=12, color=f"C{k}")
+        for w, a, b in zip(group, x, y):
+            right.annotate(w, (a, b), fontsize=8, color=f"C{k}")
+    right.set(title="words and their nearest neighbours, two main axes")
+    right.set(xticks=[], yticks=[], xmargin=0.2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(steps=3000, comparison_steps=30, picture="embeddings.png"):
+    vocabulary, text = read_corpus()
+    ngrams = np.array([hashed_ngrams(w) for w in vocabulary], np.int32)
+    print(f"{len(text):,} words of text, {len(vocabulary):,} different ones")
+    schedule = memoptax.sm3_schedule(0.3, steps // 20, steps, cooldown_fraction=0.5)
+    sm3, adam = memoptax.sm3(schedule, cover=memoptax.rows), optax.adam(1e-3)
+    words = len(vocabulary)
+    tables, losses, ms, touched, size = train(
+        sparse_step(sm3), sm3, ngrams, batches(text, BATCH), steps, words, bar=True
+    )
+    _, _, adam_ms, _, adam_size = train(
+        dense_step(adam), adam, ngrams, batches(text, BATCH), comparison_steps, words
+    )
+    vectors = word_vectors(tables, ngrams)
+    for word in SHOWN:
+        if word in vocabulary:
+            print(f"{word:>12}: {', '.join(neighbours(vectors, vocabulary, word))}")
+    rows = BUCKETS + words
+    print(f"\n{touched:,.0f} of {rows:,} rows touched per step ({touched / rows:.1%})")
+    print(f"loss {np.mean(losses[:50]):.3f} -> {np.mean(losses[-200:]):.3f}\n")
+    print("| optimizer | ms per step | bytes of state |")
+    print("|---|---:|---:|")
+    print(f"| row-sparse memoptax.sm3 | {ms:.2f} | {size:,} |")
+    print(f"| dense optax.adam | {adam_ms:.2f} | {adam_size:,} |")
+    if picture:
+        plot(picture, losses, vectors, vocabulary)
+    return {
+        "losses": losses,
+        "ms": ms,
+        "adam_ms": adam_ms,
+        "bytes": size,
+        "adam_bytes": adam_size,
+        "neighbours": {w: neighbours(vectors, vocabulary, w) for w in SHOWN},
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=3000)
+    main(parser.parse_args().steps)

@@ -1,0 +1,304 @@
+"""SM3: adaptive step sizes from a few numbers per axis, in place of one per entry."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from memoptax import _covers, _encoding, _sm3_leaf, _sparse
+
+_VARIANTS = {"I": _sm3_leaf.sm3_i, "II": _sm3_leaf.sm3_ii}
+_STEPS = {False: _sm3_leaf.step, True: _sm3_leaf.row_sparse_step}
+
+
+class ScaleBySM3State(NamedTuple):
+    """State of :func:`scale_by_sm3`.
+
+    The accumulators and scales are tuples with one item per leaf of the parameters, in
+    the order of `jax.tree.leaves`, and not trees like the parameters: their shapes and
+    shardings differ. For a tree without leaves both are a scalar zero.
+    """
+
+    count: jax.Array  # shape=(), dtype=int32
+    accumulators: Any  # per leaf and family: shape=ceil(shape / box), float32 or better
+    momentum: Any  # None, or like the parameters, in the dtype of storage
+    scales: Any  # None, or per leaf for int8: shape=(..., 1) of the leaf, float32
+
+
+def scale_by_sm3(
+    momentum: jax.typing.ArrayLike | None = None,
+    beta: jax.typing.ArrayLike | None = None,
+    eps: jax.typing.ArrayLike = 1e-30,
+    *,
+    variant: str = "II",
+    cover: Callable[[Any, Any], Sequence[tuple[int, ...]]] | None = None,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+    momentum_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    r"""Divides by the root of the least accumulator among the boxes of each entry.
+
+    SM3 covers each tensor with families of boxes r, keeps one number per box, and
+    bounds Adagrad's sum of squares from above by the least of them. SM3-II, the
+    default, and SM3-I do
+
+    .. math::
+
+      \text{II:}\quad \nu_t(i) &= \min_{r \ni i} A_{t-1}(r) + g_t(i)^2, &
+        A_t(r) &= \max_{i \in r} \nu_t(i) \\
+      \text{I:}\quad A_t(r) &= A_{t-1}(r) + \max_{i \in r} g_t(i)^2, &
+        \nu_t(i) &= \min_{r \ni i} A_t(r)
+
+    .. math::
+
+      q_t = g_t / \sqrt{\nu_t + \epsilon}, \qquad m_t = \mu m_{t-1} + (1 - \mu) q_t
+
+    and return :math:`q_t`, or :math:`m_t` with momentum. An entry of :math:`q_t` is at
+    most 1 in magnitude. With `beta`, each sum x + y is an average
+    :math:`\beta x + (1 - \beta) y`; it starts at zero and is not bias-corrected,
+    which makes the first steps up to :math:`1 / \sqrt{1 - \beta}` long.
+
+    State: for a tensor :math:`n_1 \times \dots \times n_k` the accumulators hold
+    :math:`\sum_i n_i` numbers in float32 (float64 for float64 parameters), whatever the
+    dtype of parameters and gradients. Rank 0 and 1 are exact Adagrad. Momentum adds one
+    copy of the parameters in float32, half in bfloat16, a quarter in int8 (with one
+    scale per row of the last axis). Without momentum none of it is allocated.
+
+    A leaf whose squared gradient is not finite anywhere changes neither accumulators
+    nor momentum on that step. Its update is not finite where the gradient is not, so
+    that :func:`optax.apply_if_finite` sees it.
+
+    A gradient leaf may be row-sparse (`jax.experimental.sparse.BCOO` with one sparse
+    dimension, see :func:`memoptax.row_value_and_grad`). Its parameter needs the cover
+    :func:`memoptax.rows`. The work is that of the rows touched; duplicates are summed
+    first; momentum is neither applied nor changed.
+
+    Args:
+      momentum: :math:`\mu` in [0, 1); None or 0 for none.
+      beta: :math:`\beta` in (0, 1) for a moving average; None for accumulation.
+      eps: inside the root; 0/0 is 0.
+      variant: 'I' or 'II'. II is never larger and so never takes smaller steps.
+      cover: a function `(path, leaf) -> list of box shapes`, or such a list for all
+        parameters. None is :func:`memoptax.axes`. It is asked again on every update
+        (while tracing), so it may depend on the names in the path and on the shape
+        alone. See also `rows`, `blocks`, `full` and `whole`.
+      accumulator_dtype: float32 or float64; None is float64 for float64 parameters
+        and float32 for all others.
+      momentum_dtype: of the storage: float32, float64, bfloat16, float16 or int8; None
+        is that of the accumulators. The momentum is rounded to nearest as it is stored,
+        and returned as stored: its error is at most :math:`1 / (1 - \mu)` times the
+        rounding error of the storage (for int8, 1/254 of the largest in the row).
+
+    Returns:
+      A :class:`optax.GradientTransformation`. Updates have the dtype of the gradients.
+      Under :func:`optax.inject_hyperparams` name `cover`, `accumulator_dtype` and
+      `momentum_dtype` in `static_args` if you use them.
+
+    Raises:
+      ValueError: if an argument is out of its range.
+      ValueError: in `init`, if a parameter is not real and floating.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, memoptax
+      >>> tx = memoptax.scale_by_sm3()
+      >>> params = {"w": jnp.zeros((1024, 1024))}
+      >>> [a.shape for a in tx.init(params).accumulators[0]]
+      [(1024, 1), (1, 1024)]
+
+    References:
+      Anil et al, `Memory-Efficient Adaptive Optimization
+      <https://arxiv.org/abs/1901.11150>`_, NeurIPS 2019
+
+    Differs from the authors' code:
+
+      1. Accumulators are float32 or better; theirs have the gradient's dtype.
+      2. Covers other than slices, SM3-I and int8 momentum are offered.
+      3. `beta` is an average that can decrease (in PyTorch-SM3 it cannot).
+      4. Rows that a row-sparse gradient does not touch keep their accumulators, and
+         duplicate rows are summed before they are squared.
+      5. A gradient that is not finite leaves no trace in the state.
+    """
+    _check(momentum, beta, eps, variant, cover, accumulator_dtype, momentum_dtype)
+    if isinstance(momentum, int | float) and momentum == 0:
+        momentum = None
+    cover = _covers.axes if cover is None else cover
+    rule = _sm3_leaf.Rule(momentum, beta, eps, _VARIANTS[variant])
+    quantized = momentum is not None and momentum_dtype in (jnp.int8, "int8")
+
+    def init_fn(params):
+        leaves = jax.tree.leaves_with_path(params)
+
+        def accumulators(path, leaf):
+            _sm3_leaf.check_real(path, leaf)
+            dtype = _sm3_leaf.accumulator_dtype(leaf, accumulator_dtype)
+            boxes = _covers.resolve(cover, path, leaf)
+            return tuple(_covers.zeros(leaf, box, dtype) for box in boxes)
+
+        def moments(leaf):
+            dtype = momentum_dtype or _sm3_leaf.accumulator_dtype(
+                leaf, accumulator_dtype
+            )
+            return jnp.zeros_like(leaf, dtype=dtype)
+
+        def scale(leaf):
+            return _covers.zeros(leaf, _encoding.row(leaf.shape), jnp.float32)
+
+        # optax.tree.map_params finds the parameters in a state by a tree without
+        # leaves, and needs a leaf wherever else there is something.
+        nothing = jnp.zeros(())
+        return ScaleBySM3State(
+            count=jnp.zeros((), jnp.int32),
+            accumulators=tuple(accumulators(*item) for item in leaves) or nothing,
+            momentum=None if momentum is None else jax.tree.map(moments, params),
+            scales=(tuple(scale(leaf) for _, leaf in leaves) or nothing)
+            if quantized
+            else None,
+        )
+
+    def update_fn(updates, state, params=None):
+        del params
+        leaves, treedef = jax.tree.flatten_with_path(updates, _sparse.is_row_sparse)
+        count = optax.safe_increment(state.count)
+        if not leaves:
+            return updates, state._replace(count=count)
+        if len(leaves) != len(state.accumulators):
+            raise ValueError(
+                f"updates have {len(leaves)} leaves, but the state was made for "
+                f"{len(state.accumulators)}."
+            )
+        steps = []
+        for (path, g), numbers, memory in zip(leaves, state.accumulators, _load(state)):
+            _sm3_leaf.check_real(path, g)
+            boxes = _covers.resolve(cover, path, g)
+            _covers.check_shapes(boxes, path, g, numbers)
+            step = _STEPS[_sparse.is_row_sparse(g)]
+            steps.append(step(rule, state.count, path, boxes, g, numbers, memory))
+        directions, accumulators, memories = zip(*steps)
+        state = _save(state, memories)._replace(count=count, accumulators=accumulators)
+        return jax.tree.unflatten(treedef, directions), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _load(state):
+    """The stored momentum of every leaf, or None for each."""
+    if state.momentum is None:
+        return [None] * len(state.accumulators)
+    values = jax.tree.leaves(state.momentum)
+    scales = [None] * len(values) if state.scales is None else state.scales
+    return [_encoding.Stored(v, s) for v, s in zip(values, scales)]
+
+
+def _save(state, memories):
+    """The state with the stored momentum of every leaf."""
+    if state.momentum is None:
+        return state
+    treedef = jax.tree.structure(state.momentum)
+    return state._replace(
+        momentum=jax.tree.unflatten(treedef, [m.values for m in memories]),
+        scales=None if state.scales is None else tuple(m.scale for m in memories),
+    )
+
+
+def _check(momentum, beta, eps, variant, cover, accumulator_dtype, momentum_dtype):
+    # Traced hyperparameters cannot be looked at; those given as numbers are.
+    if isinstance(momentum, int | float) and not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be None or in [0, 1), and is {momentum!r}.")
+    if isinstance(beta, int | float) and not 0 < beta < 1:
+        raise ValueError(
+            f"beta must be in (0, 1), and is {beta!r}: use None for accumulation."
+        )
+    if isinstance(eps, int | float) and not eps >= 0:
+        raise ValueError(f"eps must not be negative, and is {eps!r}.")
+    if variant not in _VARIANTS:
+        raise ValueError(f"variant must be 'I' or 'II', and is {variant!r}.")
+    if not (cover is None or callable(cover) or isinstance(cover, list | tuple)):
+        raise ValueError(
+            "cover must be None, a function (path, leaf) -> list of box shapes or a "
+            f"list of box shapes, and is {cover!r}."
+        )
+    wide = ("float32", "float64")
+    stored = ("int8", "bfloat16", "float16", *wide)
+    for name, dtype, allowed in (
+        ("accumulator_dtype", accumulator_dtype, wide),
+        ("momentum_dtype", momentum_dtype, stored),
+    ):
+        if dtype is not None and jnp.dtype(dtype).name not in allowed:
+            raise ValueError(
+                f"{name} must be None or one of {', '.join(allowed)}, and is {dtype!r}."
+            )
+
+
+def sm3(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike | None = None,
+    beta: jax.typing.ArrayLike | None = None,
+    eps: jax.typing.ArrayLike = 1e-30,
+    *,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any = None,
+    variant: str = "II",
+    cover: Callable[[Any, Any], Sequence[tuple[int, ...]]] | None = None,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+    momentum_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """SM3, the memory-efficient adaptive optimizer.
+
+    :func:`scale_by_sm3`, then decoupled weight decay, then the learning rate.
+    Row-sparse gradients go through all three as single leaves, and are not decayed
+    (that would touch every row). :func:`memoptax.apply_updates` applies them.
+
+    Args:
+      learning_rate: a number, or a schedule such as :func:`memoptax.sm3_schedule`; in
+        units of the change per step, since preconditioned gradients are at most 1.
+      momentum: see :func:`scale_by_sm3`, as for all arguments not named here.
+      weight_decay: the strength of the decoupled weight decay, times the learning rate.
+        With anything but a plain 0, `update` needs the parameters.
+      mask: a tree, or a function from the parameters to a tree, of booleans: which
+        parameters decay.
+
+    Returns:
+      A :class:`optax.GradientTransformation`.
+
+    Raises:
+      ValueError: if an argument is out of its range.
+      ValueError: in `init`, if a parameter is not real and floating.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, memoptax, optax
+      >>> loss = lambda x: jnp.sum(x**2)
+      >>> tx = memoptax.sm3(0.5)
+      >>> params = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> state = tx.init(params)
+      >>> for _ in range(5):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"{loss(params):.2E}")
+      2.10E+01
+      1.64E+01
+      1.33E+01
+      1.10E+01
+      9.31E+00
+    """
+    decay = _sparse.add_decayed_weights(weight_decay)
+    if isinstance(weight_decay, int | float):
+        if not weight_decay >= 0:
+            raise ValueError(
+                f"weight_decay must not be negative, and is {weight_decay!r}."
+            )
+        if weight_decay == 0:
+            decay = optax.identity()
+    return optax.chain(
+        scale_by_sm3(
+            momentum,
+            beta,
+            eps,
+            variant=variant,
+            cover=cover,
+            accumulator_dtype=accumulator_dtype,
+            momentum_dtype=momentum_dtype,
+        ),
+        decay if mask is None else optax.masked(decay, mask),
+        _sparse.on_values(optax.scale_by_learning_rate(learning_rate)),
+    )

@@ -1,0 +1,162 @@
+"""One step of SM3 on one tensor: accumulators, direction and momentum."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memoptax import _covers, _encoding, _maxima, _sparse
+
+
+class Rule(NamedTuple):
+    momentum: Any
+    beta: Any
+    eps: Any
+    precondition: Callable  # sm3_i or sm3_ii
+
+
+def step(rule, count, path, boxes, gradient, numbers, memory):
+    """One leaf: its update, its new accumulators and its new momentum."""
+    del path
+    if gradient.size == 0:
+        return gradient, numbers, memory
+    dtype = numbers[0].dtype
+    momentum, beta, eps = (_hyperparameter(x, dtype) for x in rule[:3])
+    g = gradient.astype(dtype)
+    families = _covers.Families(boxes, g.shape)
+    nu, floors, raised = rule.precondition(g, numbers, families, beta, count)
+    finite = _is_finite(g, raised, count)
+    raised = _select(finite, raised, numbers)
+    if raised[0].shape == g.shape and len(raised) == 1:
+        # Adagrad. Told by the new sum alone, so that it can overwrite the old one.
+        nu, floors = functools.partial(_adagrad, finite, beta), raised
+
+    def direction(g, *floors):
+        return _divide(g, nu(g, *floors), eps)
+
+    if memory is None:
+        q = direction(g, *families.spread(floors))
+        return q.astype(gradient.dtype), raised, memory
+
+    def blend(g, values, scale, *floors):
+        old = _encoding.decode(_encoding.Stored(values, scale), dtype)
+        return _accumulate(old, direction(g, *floors), momentum)
+
+    new = _remember(blend, g, memory, floors, families, count)
+    memory = _select(finite, new, memory)
+    # Told by the stored momentum alone, for the same reason.
+    m = jnp.where(jnp.isfinite(g), _encoding.decode(memory, dtype), g)
+    return m.astype(gradient.dtype), raised, memory
+
+
+def row_sparse_step(rule, count, path, boxes, gradient, numbers, memory):
+    """The same for the rows touched, as if they were the whole table."""
+    _sparse.check_rows(gradient, boxes, _covers.name(path))
+    gradient = _sparse.merged(gradient, _covers.name(path))
+    (table,) = numbers
+    rows, data = _sparse.gather(table, gradient), gradient.data
+    boxes = _covers.rows(path, data)
+    q, (raised,), _ = step(rule, count, path, boxes, data, (rows,), None)
+    table = _sparse.scatter(table, gradient, raised)
+    return _sparse.with_values(gradient, q), (table,), memory
+
+
+# The two variants, and Adagrad which both of them are at singleton boxes. nu is
+# a function of the gradient and the floors (the least numbers of the boxes, family by
+# family), so that it can be computed again by whoever needs it.
+
+
+def sm3_ii(g, numbers, families, beta, count):
+    """nu = min A + g^2, then A = max nu."""
+
+    def nu(g, *floors):
+        return _accumulate(_least(floors), g * g, beta)
+
+    floors = families.floors(numbers)
+    return nu, floors, families.maxima(nu, count, g, floors)
+
+
+def sm3_i(g, numbers, families, beta, count):
+    """A = A + max g^2, then nu = min A."""
+
+    def nu(g, *floors):
+        return _least(floors)
+
+    tops = families.maxima(jnp.square, count, g)
+    raised = tuple(_accumulate(a, top, beta) for a, top in zip(numbers, tops))
+    return nu, families.floors(raised), raised
+
+
+def _adagrad(finite, beta, g, total):
+    """nu from the total, which contains g^2 unless that is not finite."""
+    return jnp.where(finite, total, _accumulate(total, g * g, beta))
+
+
+def _least(floors):
+    return functools.reduce(_maxima.smaller, floors)
+
+
+def _accumulate(old, new, decay):
+    """The sum, or with a decay the average, of what was and what comes."""
+    return old + new if decay is None else decay * old + (1 - decay) * new
+
+
+def _divide(g, nu, eps):
+    """g / sqrt(nu + eps), and 0 / 0 = 0; finite derivatives too."""
+    square = nu + eps
+    return g / jnp.sqrt(jnp.where(square > 0, square, 1))
+
+
+def _remember(blend, g, memory, floors, families, count):
+    """Stores the blend of the momentum and the direction."""
+    if memory.scale is None:
+        m = blend(g, *memory, *families.spread(floors))
+        return _encoding.encode(m, memory.values.dtype)
+
+    def magnitude(*entries):
+        return jnp.abs(blend(*entries))
+
+    def entries(g, values, scale, *floors):
+        return g, values, scale, *families.spread(floors)
+
+    operands, row = (g, *memory, *floors), _encoding.row(g.shape)
+    largest = _maxima.maxima(magnitude, entries, operands, row, count)
+    scale = _encoding.scale(largest)
+    return _encoding.encode(blend(*entries(*operands)), memory.values.dtype, scale)
+
+
+def _is_finite(g, raised, count):
+    """Whether all squares are finite, from the smallest of the new accumulators."""
+    least = min(raised, key=jnp.size)
+    if least.size == g.size:
+        whole = _covers.Families((g.shape,), g.shape)
+        (least,) = whole.maxima(jnp.square, count, g)
+    return jnp.all(jnp.isfinite(least))
+
+
+def _select(condition, yes, no):
+    """Keeps structure and dtypes; NaN in the branch not taken does no harm."""
+    return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
+
+
+def _hyperparameter(x, dtype):
+    """A traced one may come in bfloat16 (inject_hyperparams): compute in `dtype`."""
+    return x if x is None or isinstance(x, int | float) else jnp.asarray(x, dtype)
+
+
+def accumulator_dtype(leaf, dtype):
+    """float32 or better, unless the user says which."""
+    wide = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
+    return wide if dtype is None else dtype
+
+
+def check_real(path, leaf):
+    """Refuses integers and complex numbers."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(
+            f"sm3 takes real floating-point tensors, and {_covers.name(path)} has "
+            f"dtype {leaf.dtype}. Leave it to another optimizer with optax.partition; "
+            "for complex parameters see optax.contrib.split_real_and_imaginary."
+        )

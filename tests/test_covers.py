@@ -1,0 +1,131 @@
+"""Covers: which boxes there are, what is refused, and how a cover is chosen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import memoptax
+
+import oracle_sm3
+
+
+def leaf(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def shapes(cover, params):
+    state = memoptax.scale_by_sm3(cover=cover).init(params)
+    return [tuple(a.shape for a in family) for family in state.accumulators]
+
+
+@pytest.mark.parametrize(
+    "cover, shape, boxes",
+    [
+        (memoptax.axes, (2, 3, 4), [(1, 3, 4), (2, 1, 4), (2, 3, 1)]),
+        (memoptax.axes, (5,), [(1,)]),
+        (memoptax.axes, (), [()]),
+        (memoptax.rows, (7, 3), [(1, 3)]),
+        (memoptax.rows, (7,), [(1,)]),
+        (memoptax.full, (7, 3), [(1, 1)]),
+        (memoptax.whole, (7, 3), [(7, 3)]),
+        (memoptax.whole, (), [()]),
+        (memoptax.blocks(None, 2), (7, 3), [(7, 2)]),
+        (memoptax.blocks(4), (7, 3), [(1, 4)]),
+        (memoptax.blocks(2, 2, 2), (7, 3), [(2, 2)]),
+        (memoptax.blocks(2), (), [()]),
+    ],
+)
+def test_ready_made(cover, shape, boxes):
+    assert cover((), leaf(*shape)) == boxes
+
+
+@pytest.mark.parametrize(
+    "boxes, shape, accumulators",
+    [
+        ([(1, 3)], (7, 3), ((7, 1),)),
+        ([(2, 2)], (7, 3), ((4, 2),)),
+        ([(7, 2), (3, 3)], (7, 3), ((1, 2), (3, 1))),
+        ([(100, 100)], (7, 3), ((1, 1),)),
+        ([(6,)], (10,), ((2,),)),
+    ],
+)
+def test_accumulators_have_one_number_per_box(boxes, shape, accumulators):
+    assert shapes(boxes, jnp.zeros(shape)) == [accumulators]
+
+
+@pytest.mark.parametrize("boxes", [[(6,)], [(5,)], [(6,), (4,)], [(9,)]], ids=str)
+def test_uneven_edges_are_where_the_box_shape_says(boxes):
+    """ceil(10 / 6) = ceil(10 / 5): the state alone does not tell these covers apart."""
+    g = jnp.arange(1.0, 11.0)
+    tx = memoptax.scale_by_sm3(cover=boxes)
+    oracle = oracle_sm3.SM3((10,), boxes)
+    _, state = tx.update(g, tx.init(g))
+    u, _ = tx.update(g[::-1], state)
+    oracle.step(g)
+    np.testing.assert_allclose(u, oracle.step(g[::-1]), rtol=1e-6)
+
+
+def test_families_that_overlap_take_the_minimum():
+    g = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    tx = memoptax.scale_by_sm3(cover=[(2, 2), (1, 2)])
+    _, state = tx.update(g, tx.init(g))
+    u, _ = tx.update(jnp.ones((2, 2)), state)
+    np.testing.assert_allclose(u, [[5**-0.5] * 2, [17**-0.5] * 2], rtol=1e-6)
+
+
+def test_more_families_never_take_smaller_steps():
+    rng = np.random.default_rng(0)
+    gradients = [jnp.asarray(rng.standard_normal((8, 6))) for _ in range(5)]
+    few = memoptax.scale_by_sm3(cover=memoptax.axes)
+    more = memoptax.scale_by_sm3(
+        cover=lambda path, x: memoptax.axes(path, x) + memoptax.blocks(2, 2)(path, x)
+    )
+    a, b = few.init(gradients[0]), more.init(gradients[0])
+    for g in gradients:
+        u, a = few.update(g, a)
+        v, b = more.update(g, b)
+        assert (jnp.abs(v) >= jnp.abs(u) * (1 - 1e-6)).all()
+    assert (jnp.abs(v) > jnp.abs(u) * 1.01).any()
+
+
+def test_a_function_chooses_for_each_parameter():
+    def cover(path, x):
+        if "embedding" in jax.tree_util.keystr(path):
+            return memoptax.rows(path, x)
+        return memoptax.full(path, x) if x.size < 10 else memoptax.axes(path, x)
+
+    params = {"embedding": jnp.zeros((9, 4)), "b": jnp.zeros(4), "w": jnp.zeros((4, 5))}
+    assert shapes(cover, params) == [((4,),), ((9, 1),), ((4, 1), (1, 5))]
+    tx = memoptax.scale_by_sm3(cover=cover)
+    tx.update(params, tx.init(params))
+
+
+@pytest.mark.parametrize(
+    "cover, sentence",
+    [
+        ([], r"every entry of \['w'\] with shape \(4, 3\) uncovered"),
+        (lambda path, x: [], r"every entry of \['w'\] .* uncovered"),
+        ([(1,)], r"cover of \['w'\] .* \(1,\): a box needs one positive integer"),
+        ([(0, 3)], r"cover of \['w'\] .* \(0, 3\)"),
+        ([(1, 3), (2.0, 3)], r"cover of \['w'\] .* \(2.0, 3\)"),
+        ([(-1, 3)], r"cover of \['w'\] .* \(-1, 3\)"),
+    ],
+    ids=str,
+)
+def test_a_cover_that_leaves_entries_uncovered_is_refused(cover, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        memoptax.scale_by_sm3(cover=cover).init({"w": jnp.zeros((4, 3))})
+
+
+def test_blocks_take_positive_integers():
+    with pytest.raises(ValueError, match="blocks takes positive integers .* 0"):
+        memoptax.blocks(None, 0)
+
+
+def test_a_kernel_needs_two_sweeps():
+    """Four families, but the kernel is read twice for them, and once for the update."""
+    g = jnp.zeros((3, 3, 128, 128))
+    tx = memoptax.scale_by_sm3()
+    text = str(jax.make_jaxpr(tx.update)(g, tx.init(g)))
+    assert text.count("platform_index") == text.count("platform_index[") == 2
