@@ -263,6 +263,22 @@ def test_a_priority_that_is_not_finite_refuses_the_step(bad):
     equal(state, emit(tx, np.float32([3, 2, 1]))[1])
 
 
+@pytest.mark.parametrize(
+    "bad, options",
+    [
+        (7e4, {"buffer_dtype": "float16"}),
+        (1e25, {}),
+        (nan, {"priority_fn": lambda gradient: 1.0}),
+    ],
+    ids=["float16 slot", "norm", "priority"],
+)
+def test_what_cannot_be_stored_is_refused(bad, options):
+    tx = critical_gradients(2, **options)
+    updates, state = emit(tx, np.float32([3, bad, 2, bad, 1]))
+    assert not np.isfinite(updates[1]) or updates[1] == np.float32(bad + 3)
+    equal(state, emit(tx, np.float32([3, 2, 1]))[1])
+
+
 # PyTorch's semantics, where optax has others
 
 
@@ -305,6 +321,17 @@ def test_weight_decay_by_hand():
     close(run(sgd_c(0.1, weight_decay=1.0), 10.0 + jnp.zeros(()), np.ones(1) * 4), 8.6)
     tx = adamw_c(0.1, weight_decay=1.0, eps=0.0)
     close(run(tx, 10.0 + jnp.zeros(()), np.ones(1) * 4), 8.9)
+
+
+def test_a_mask_spares_what_it_names_not():
+    params, stream = {"a": PARAMS["a"], "b": PARAMS["b"]}, gradients(5)
+    stream = {"a": stream["a"], "b": stream["b"]}
+    masked, decayed, plain = (
+        run(adamw_c(0.1, weight_decay=rate, mask=mask), params, stream)
+        for rate, mask in [(0.5, {"a": False, "b": True}), (0.5, None), (0.0, None)]
+    )
+    close(masked, {"a": plain["a"], "b": decayed["b"]})
+    assert not np.allclose(plain["a"], decayed["a"])
 
 
 def test_weight_decay_never_enters_the_buffer():
