@@ -74,12 +74,14 @@ def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> 
     )
 
 
-def priority(buffer: Buffer, gradients, priority_fn=None) -> jax.Array:
+def priority(
+    buffer: Buffer, gradients, priority_fn=None, *, synced: bool = True
+) -> jax.Array:
     """How critical ``gradients`` are, (R,): the sum of the L2 norms of a row's leaves.
 
     ``priority_fn`` replaces the rule; without syncing it is given one leaf at a time.
     """
-    dtype, synced = buffer.keys.dtype, buffer.keys.shape[0] == 1
+    dtype = buffer.keys.dtype
     if priority_fn is None:
         norms = _norms(jax.tree.leaves(gradients), dtype)
         return jnp.sum(norms, keepdims=True) if synced else norms
@@ -93,9 +95,10 @@ def fill(buffer: Buffer) -> jax.Array:
     return jnp.sum(buffer.keys > -jnp.inf, axis=1, dtype=buffer.keys.dtype)
 
 
-def all_finite(gradients) -> jax.Array:
-    """Whether every gradient, and the norm of every leaf, is a finite number."""
-    return jnp.all(jnp.isfinite(_norms(jax.tree.leaves(gradients), jnp.float32)))
+def all_finite(buffer: Buffer, gradients) -> jax.Array:
+    """Whether the norm of every leaf is a finite number, and so every gradient."""
+    norms = _norms(jax.tree.leaves(gradients), buffer.keys.dtype)
+    return jnp.all(jnp.isfinite(norms))
 
 
 def push(
@@ -111,6 +114,12 @@ def push(
     leaves, treedef = jax.tree.flatten(values)
     stacks = treedef.flatten_up_to(buffer.slots)
     totals = treedef.flatten_up_to(buffer.total)
+    for value, total in zip(leaves, totals):
+        if value.shape != total.shape:
+            raise ValueError(
+                f"An update of shape {value.shape} was offered to a buffer that was "
+                f"made for parameters of shape {total.shape}."
+            )
     stored = [_storage.encode(stack, x) for stack, x in zip(stacks, leaves)]
     norms = _norms(
         [_storage.decode(x, t.dtype) for x, t in zip(stored, totals)], buffer.keys.dtype
@@ -382,7 +391,7 @@ def _in_order(rows, topc):
 
 def _here(shape, entry, accept):
     """Where in (R or L, C) the new entry goes, if anywhere."""
-    column = jnp.arange(shape[1], dtype=entry.dtype)
+    column = jnp.arange(shape[1], dtype=entry.dtype)[None]
     return jnp.broadcast_to((column == entry[:, None]) & accept[:, None], shape)
 
 

@@ -46,15 +46,16 @@ def critical_gradients(
     every step. The first update is the gradient itself. A gradient that is only as
     critical as the least one of a full buffer is refused; among equally critical ones
     the lowest entry leaves. A step whose gradient or priority is not finite leaves the
-    buffer, its keys and its ages as they were, and the update passes through.
+    buffer, its keys and its ages as they were; its update is made as ever, so that
+    ``optax.apply_if_finite`` can see it.
 
     Memory: C + 2 copies of the parameters (C slots, a spare one, and their sum).
     A step touches two slots whatever C is, if the state is donated
     (``jax.jit(step, donate_argnums=...)``); otherwise XLA copies the buffer.
     The sum is kept to 1e-5 of the summed norms of its leaf's slots (in float64 to
-    2e-14): it is rebuilt from them before rounding could pass that. On the step on
-    which an outlier arrives, the sum before it is recovered to 2·eps·|outlier| per
-    element.
+    2e-14, and for C up to 1300): it is rebuilt from them before rounding could pass
+    that, about every hundred insertions. On the step on which an outlier arrives, the
+    sum before it is recovered to 2·eps·|outlier| per element.
 
     Under ``optax.partition`` each group has its own buffer and priority.
     ``optax.MultiSteps`` selects over the whole of its inner state, buffer included:

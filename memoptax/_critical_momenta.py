@@ -98,7 +98,7 @@ def critical_momenta(
     _check.number("b1", b1, 0, 1, below=True)
     options = _options.options(**_options.among(locals()))
     if options.keeps_nothing:
-        return optax.ema(b1, debias=False)
+        return _precision.in_float32(optax.ema(b1, debias=False))
 
     def init_fn(params):
         mu = jax.tree.map(_storage.zero_sum, params)
@@ -106,7 +106,7 @@ def critical_momenta(
 
     def update_fn(updates, state, params=None):
         del params
-        finite = _buffer.all_finite(updates)
+        finite = _buffer.all_finite(state.buffer, updates)
         mu = _momentum(updates, state.mu, b1, finite)
         joined, buffer = _options.remember(options, state.buffer, mu, updates, finite)
         return _spoiled(joined, updates), CriticalMomentaState(mu, buffer)
@@ -186,7 +186,9 @@ def scale_by_adam_cm(
     _pytorch.check_adam(b1, b2, eps, eps_root)
     options = _options.options(**_options.among(locals()))
     if options.keeps_nothing:
-        return _pytorch.scale_by_adam(b1, b2, eps, eps_root, amsgrad=amsgrad)
+        return _precision.in_float32(
+            _pytorch.scale_by_adam(b1, b2, eps, eps_root, amsgrad=amsgrad)
+        )
 
     def init_fn(params):
         def zeros():
@@ -202,7 +204,7 @@ def scale_by_adam_cm(
 
     def update_fn(updates, state, params=None):
         del params
-        finite = _buffer.all_finite(updates)
+        finite = _buffer.all_finite(state.buffer, updates)
         # Adam takes its first step, so a κ of 0 skips none.
         first = (state.count == 0) & (kappa != 0) if skip_first else False
         mu = _momentum(updates, state.mu, b1, finite & ~jnp.asarray(first))

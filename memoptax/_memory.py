@@ -81,9 +81,12 @@ def memory_report(tx, params) -> MemoryReport:
       in all         36,000,104         36.000
     """
     state = jax.eval_shape(tx.init, params)
+    inside = {path for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     fields = collections.Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        names = [key.name for key in path if hasattr(key, "name")]
+        # A field may hold a tree like the parameters, whose own names do not count.
+        like = (i for i in range(len(path) + 1) if path[i:] in inside)
+        names = [key.name for key in path[: next(like, None)] if hasattr(key, "name")]
         fields[names[-1] if names else "state"] += (
             math.prod(leaf.shape) * leaf.dtype.itemsize
         )

@@ -25,11 +25,12 @@ aggr: ``'sum'`` u + κ·mean(B), ``'mid'`` half of that, ``'mean'`` (u + κ·ΣB
   tenth of the base's rate up.
 synced: if True, all leaves are kept or dropped together, by one priority; else each
   leaf has its own.
-priority_fn: what makes a gradient critical, a function from the gradients to a scalar
-  (from one leaf if not ``synced``). None means the sum of the leaves' L2 norms, the
-  authors' rule; ``optax.tree.norm`` is the global norm.
+priority_fn: what makes a gradient critical, a function from the gradients (from one
+  leaf if not ``synced``) to a scalar of at least 0. None means the sum of the leaves'
+  L2 norms, the authors' rule; ``optax.tree.norm`` is the global norm.
 buffer_dtype: dtype of the slots: None (the parameters'), float32, bfloat16, float16.
-  Sum and priorities stay in float32 or better.
+  Sum and priorities stay in float32 or better. bfloat16 is stored as uint16 bits,
+  through which no derivative flows.
 fifo_probability: None, or the probability with which a step replaces the oldest entry
   instead of asking for the priority; drawn once per step.
 seed: of those draws."""
@@ -114,7 +115,9 @@ def remember(
     Read before write, as in the papers: a value is never averaged with itself. Its
     priority is that of the ``gradients``; if not ``finite``, nothing is offered.
     """
-    priority = _buffer.priority(buffer, gradients, options.priority_fn)
+    priority = _buffer.priority(
+        buffer, gradients, options.priority_fn, synced=options.synced
+    )
     priority = jnp.where(finite, priority, jnp.nan)
     recall, buffer = _buffer.push(
         buffer, values, priority, options.decay, options.fifo_probability
@@ -133,6 +136,8 @@ def documented(references: str):
     parts = {"{buffer}": _ARGS, "{returns}": _RETURNS, "{references}": references}
 
     def fill(function):
+        if function.__doc__ is None:  # python -OO
+            return function
         lines = inspect.cleandoc(function.__doc__).splitlines()
         for i, line in enumerate(lines):
             if part := parts.get(line.strip()):

@@ -4,7 +4,10 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import optax
+
+from memoptax import _buffer
 
 _INSTRUCTION = re.compile(
     r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.-]+) = "
@@ -14,6 +17,40 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 # Results of a buffer's size that cost nothing, or touch one slot in place.
 _FREE = {"parameter", "get-tuple-element", "bitcast", "conditional", "while"}
 _IN_PLACE = {"dynamic-update-slice", "scatter"}
+
+
+PARAMS = {
+    "one": {"w": (768, 768)},
+    "many": {f"w{i}": (256, 128 + 40 * (i % 3)) for i in range(9)},
+}
+CONTEXTS = ("plain", "scan", "vmap", "apply_if_finite", "mesh")
+
+
+def context(name, tx, params, mesh):
+    """A step in ``context``, its arguments, and the copies it may hold."""
+    if name == "apply_if_finite":
+        tx = optax.apply_if_finite(tx, 3)
+    step = step_of(tx)
+    if name == "vmap":
+        params = jax.tree.map(lambda p: jnp.stack([p] * 3), params)
+        return jax.vmap(step), (params, jax.vmap(tx.init)(params), params), 1.1
+    if name == "mesh":
+        sharding = jax.NamedSharding(mesh, jax.P("data", "model"))
+        params = jax.device_put(params, sharding)
+    state = tx.init(params)
+    if name == "scan":
+
+        def scanned(params, state, targets):
+            def body(carry, _):
+                params, state = carry
+                gradients = jax.tree.map(jnp.subtract, params, targets)
+                return step(params, state, gradients), None
+
+            return jax.lax.scan(body, (params, state), length=4)[0]
+
+        # The gradient itself is made inside, and is the one copy.
+        return scanned, (params, state, params), 1.1
+    return step, (params, state, params), 1.1 if name == "apply_if_finite" else 0.1
 
 
 def step_of(tx):
@@ -52,8 +89,29 @@ def temporaries(compiled, params):
     return compiled.memory_analysis().temp_size_in_bytes / own
 
 
-def whole_buffer_operations(compiled, elements):
-    """Names of operations that make an array of at least ``elements`` anew."""
+def assert_slots_stay_in_place(name, tx, params, mesh, limit=None):
+    """The step holds no more temporaries than it may, and makes no stack anew."""
+    step, arguments, allowed = context(name, tx, params, mesh)
+    compiled = compile_step(step, *arguments)
+    assert temporaries(compiled, arguments[0]) <= (limit or allowed)
+    sizes = {
+        math.prod(stack.sharding.shard_shape(stack.shape))
+        for buffer in jax.tree.leaves(arguments[1], is_leaf=_is_buffer)
+        if _is_buffer(buffer)
+        for stack in jax.tree.leaves(buffer.slots)
+    }
+    assert sizes and whole_buffer_operations(compiled, sizes) == []
+    # The rebuild is compiled in, beside the decision: else nothing would be shown.
+    branches = compiled.as_text().count(" conditional(")
+    assert branches >= (4 if name == "apply_if_finite" else 3)
+
+
+def _is_buffer(node):
+    return isinstance(node, _buffer.Buffer)
+
+
+def whole_buffer_operations(compiled, sizes):
+    """Names of operations that make an array of one of these ``sizes`` anew."""
     instructions, roots, current = [], {}, ""
     for line in compiled.as_text().splitlines():
         if header := _COMPUTATION.match(line):
@@ -70,7 +128,7 @@ def whole_buffer_operations(compiled, elements):
     }
     bad = []
     for computation, found in instructions:
-        if computation in fused or _size(found["type"]) < elements:
+        if computation in fused or _size(found["type"]) not in sizes:
             continue
         opcode = found["opcode"]
         if opcode == "fusion":
