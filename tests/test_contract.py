@@ -93,8 +93,6 @@ OPTIMIZERS = [
         {"skip_first": True, "amsgrad": True, "synced": False, **BF16},
     ),
     Optimizer("adam_c amsgrad", ADAM, {"amsgrad": True, "synced": False}),
-    Optimizer("adam_cm off", memoptax.adam_cm, {"kappa": 0.0}, memory=None),
-    Optimizer("sgd_cm off", memoptax.sgd_cm, {"topc": 0}, memory=None),
     Optimizer("adam_c L2", ADAM, {"weight_decay": 1e-3, **FIFO}, needs_params=True),
     Optimizer("adamw_c mask", ADAMW, {"mask": matrices, **BF16}, needs_params=True),
 ]

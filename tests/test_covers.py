@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_sm3 import named
 
 import memoptax
 
@@ -54,7 +55,7 @@ def test_accumulators_have_one_number_per_box(boxes, shape, accumulators):
     assert shapes(boxes, jnp.zeros(shape)) == [accumulators]
 
 
-@pytest.mark.parametrize("boxes", [[(6,)], [(5,)], [(6,), (4,)], [(9,)]], ids=str)
+@pytest.mark.parametrize("boxes", [[(6,)], [(5,)], [(6,), (4,)], [(9,)]], ids=named)
 def test_uneven_edges_are_where_the_box_shape_says(boxes):
     """ceil(10 / 6) = ceil(10 / 5): the state alone does not tell these covers apart."""
     g = jnp.arange(1.0, 11.0)
@@ -111,7 +112,7 @@ def test_a_function_chooses_for_each_parameter():
         ([(1, 3), (2.0, 3)], r"cover of \['w'\] .* \(2.0, 3\)"),
         ([(-1, 3)], r"cover of \['w'\] .* \(-1, 3\)"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_cover_that_leaves_entries_uncovered_is_refused(cover, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import warnings
@@ -20,6 +21,12 @@ import memoptax
 
 import goldens
 import oracle_sm3
+
+
+def named(value):
+    """A test's name, without the address of a function: workers must agree on it."""
+    return re.sub(r"<function (\S+) at \w+>", r"\1", str(value))
+
 
 few = hypothesis.settings(
     max_examples=12,
@@ -118,7 +125,7 @@ def test_oracle(problem, variant, momentum, beta):
 LARGE = [(520, 264), (264, 521), (3, 3, 128, 120), (64, 4096), (16, 12289)]
 
 
-@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=named)
 @pytest.mark.parametrize("variant", ["I", "II"])
 def test_large_tensors_take_another_road_to_the_same_numbers(shape, variant):
     """From some size on, the maxima are taken over recomputed slices."""
@@ -171,7 +178,7 @@ def adagrad(gradients):
 
 @pytest.mark.parametrize("variant", ["I", "II"])
 @pytest.mark.parametrize(
-    "shape, cover", [((4, 3, 2), memoptax.full), ((7,), None), ((), None)], ids=str
+    "shape, cover", [((4, 3, 2), memoptax.full), ((7,), None), ((), None)], ids=named
 )
 def test_singleton_boxes_and_low_ranks_are_adagrad(shape, cover, variant):
     gradients = [jnp.asarray(normal(t, shape), jnp.float32) for t in range(5)]
@@ -183,7 +190,7 @@ def test_singleton_boxes_and_low_ranks_are_adagrad(shape, cover, variant):
             np.testing.assert_array_equal(u, reference)
 
 
-@pytest.mark.parametrize("shape", [(5,), (4, 3), (2, 3, 4), (2, 2, 3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (4, 3), (2, 3, 4), (2, 2, 3, 2)], ids=named)
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_equals_optax_with_the_same_eps(shape, momentum):
     gradients = [jnp.asarray(normal(t, shape), jnp.float32) for t in range(20)]
@@ -292,7 +299,7 @@ def test_float16_gradients_above_300():
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 @pytest.mark.parametrize(
-    "shape", [(), (4, 3), (400, 128), (1030, 130), (140_000,)], ids=str
+    "shape", [(), (4, 3), (400, 128), (1030, 130), (140_000,)], ids=named
 )
 @pytest.mark.parametrize("variant", ["I", "II"])
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
@@ -314,7 +321,7 @@ def test_what_is_not_finite_leaves_no_trace(bad, shape, variant, dtype):
     assert after.accumulators[1][0][0, 0] > state.accumulators[1][0][0, 0]
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (1030, 130), (140_000,)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3), (1030, 130), (140_000,)], ids=named)
 def test_a_square_that_overflows_leaves_no_trace(shape):
     tx = memoptax.scale_by_sm3()
     g = jnp.ones(shape).at[(0,) * len(shape)].set(1e25)
@@ -349,7 +356,7 @@ def test_derivatives_are_finite_where_the_gradient_is_zero():
     assert np.isfinite(np.asarray(jax.grad(after_two_steps)(g))).all()
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (1030, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4), (1030, 130)], ids=named)
 def test_derivatives_follow_finite_differences(shape):
     with jax.enable_x64(True):
         tx = memoptax.scale_by_sm3()
@@ -414,7 +421,7 @@ def state_bytes(tx, params):
         ({"cover": memoptax.full}, 4 * 1024**2),
         ({"cover": memoptax.blocks(None, 128)}, 32),
     ],
-    ids=str,
+    ids=named,
 )
 def test_state_bytes_of_a_1024_matrix(options, size):
     params = {"w": jnp.zeros((1024, 1024))}
@@ -449,7 +456,7 @@ SHAPES = {
         {"momentum": 0.9},
         {"momentum": 0.9, "momentum_dtype": "int8"},
     ],
-    ids=str,
+    ids=named,
 )
 def test_no_temporary_of_the_size_of_the_parameters(kind, options):
     tx = memoptax.sm3(1e-3, **options)
@@ -485,7 +492,7 @@ OPTIONS = [
     {"momentum": 0.9, "momentum_dtype": "bfloat16", "weight_decay": 0.1},
     {"cover": memoptax.rows},
 ]
-every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
+every_option = pytest.mark.parametrize("options", OPTIONS, ids=named)
 
 
 def gradients_like(params):
@@ -538,7 +545,7 @@ def test_scan_and_loop_agree(options):
         )
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (1030, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3), (1030, 130)], ids=named)
 def test_vmap_equals_one_by_one(shape):
     tx = memoptax.scale_by_sm3(0.9)
     g = jnp.asarray(normal(0, (3, *shape)), jnp.float32)
@@ -691,7 +698,7 @@ def test_only_real_floating_tensors(dtype):
         tx.update(bad, tx.init({"w": jnp.zeros((2, 2))}))
 
 
-@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3)], ids=named)
 def test_tensors_without_entries(shape):
     for options in OPTIONS:
         g = jnp.zeros(shape)
@@ -717,7 +724,7 @@ def test_tensors_without_entries(shape):
         ({"momentum_dtype": "int4"}, "momentum_dtype must be None or one of .*int4"),
         ({"weight_decay": -1.0}, "weight_decay must not be negative, and is -1.0"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_errors_are_sentences(options, sentence):
     with pytest.raises(ValueError, match=sentence):
