@@ -13,7 +13,9 @@ import argparse
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -31,6 +33,7 @@ import memoptax
 RATE = 1e-4
 TOPC = (1, 5, 20, 80)
 FLAT_TOPC = (1, 5, 20, 100)
+FLAT_LEAVES = (4, 1)
 SIZES = (1 << 20, 1 << 24)
 LEAVES = (1, 64)
 
@@ -56,8 +59,9 @@ ACCEPTING, REJECTING = 0.5, 1.0
 
 
 def make_gradients(size, leaves, count=3):
-    """Trees of normal numbers, about equally long."""
-    shape = (leaves, size // leaves)
+    """Trees of square matrices of normal numbers, about equally long."""
+    rows = math.isqrt(size // leaves)
+    shape = (leaves, rows, size // leaves // rows)
     keys = jax.random.split(jax.random.key(0), count)
     stacks = [jax.jit(jax.random.normal, static_argnums=1)(key, shape) for key in keys]
     return [{f"leaf{i}": stack[i] for i in range(leaves)} for stack in stacks]
@@ -175,10 +179,10 @@ def measure_steps(sizes, leaves, topc, steps):
 def measure_flat(size, topc, steps):
     """Rows of sgd_c over many accepted steps, rebuilds included."""
     rows = []
-    gradients = make_gradients(size, 1)
-    adam = Runner(lambda decay: optax.adam(RATE), gradients[0])
-    with tqdm(total=steps * len(topc), unit="step") as bar:
-        for c in topc:
+    with tqdm(total=steps * len(topc) * len(FLAT_LEAVES), unit="step") as bar:
+        for leaves, c in itertools.product(FLAT_LEAVES, topc):
+            gradients = make_gradients(size, leaves)
+            adam = Runner(lambda decay: optax.adam(RATE), gradients[0])
             bar.set_description(f"C = {c}")
             runner = Runner(functools.partial(BUFFERED["sgd_c"], c), gradients[0])
             for k in range(c + 2):
@@ -193,6 +197,7 @@ def measure_flat(size, topc, steps):
                     "optimizer": "sgd_c",
                     "topc": c,
                     "size": size,
+                    "leaves": leaves,
                     "accepted": accepted,
                     "rebuilds": rebuilds,
                     "mean_ms": 1e3 * statistics.mean(seconds),
@@ -206,7 +211,7 @@ def measure_flat(size, topc, steps):
                     / statistics.median(of_adam),
                 }
             )
-            del runner
+            del runner, adam, gradients
     return rows
 
 
@@ -234,19 +239,22 @@ def print_steps(rows):
 
 def print_flat(rows):
     print(
-        f"{'C':>4}{'accepted':>10}{'rebuilds':>10}{'mean ms':>10}{'/ adam':>8}"
+        f"{'leaves':>6}{'C':>5}{'accepted':>10}{'rebuilds':>10}{'mean ms':>10}{'/ adam':>8}"
         f"{'median ms':>11}{'/ adam':>8}{'slowest ms':>12}{'adam: mean':>12}"
         f"{'median':>8}{'slowest':>9}"
     )
     for r in rows:
         print(
-            f"{r['topc']:>4}{r['accepted']:>10}{r['rebuilds']:>10}{r['mean_ms']:>10.2f}"
+            f"{r['leaves']:>6}{r['topc']:>5}{r['accepted']:>10}{r['rebuilds']:>10}{r['mean_ms']:>10.2f}"
             f"{r['mean_ratio']:>8.2f}{r['median_ms']:>11.2f}{r['median_ratio']:>8.2f}"
             f"{r['slowest_ms']:>12.1f}{r['adam_mean_ms']:>12.2f}"
             f"{r['adam_median_ms']:>8.2f}{r['adam_slowest_ms']:>9.1f}"
         )
-    ratios = [r["mean_ratio"] for r in rows]
-    print(f"Mean ratio, largest over smallest: {max(ratios) / min(ratios):.3f}")
+    for leaves in FLAT_LEAVES:
+        means = [r["mean_ms"] for r in rows if r["leaves"] == leaves]
+        print(
+            f"{leaves} leaves: mean, largest over least {max(means) / min(means):.3f}"
+        )
 
 
 def describe_machine():
@@ -298,6 +306,8 @@ def main(argv=None):
         "--quick", action="store_true", help="tiny sizes, to try it out"
     )
     parser.add_argument("--steps", type=int, help="timed steps of each stream")
+    for name, default in (("size", SIZES), ("leaves", LEAVES), ("topc", TOPC)):
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
     parser.add_argument("--output", type=Path, help="JSON; by default under results/")
     args = parser.parse_args(argv)
 
@@ -308,7 +318,8 @@ def main(argv=None):
         rows = measure_flat(size, topc, args.steps or 500)
         print_flat(rows)
     else:
-        grid = ((4096,), (1, 4), (1, 5)) if args.quick else (SIZES, LEAVES, TOPC)
+        chosen = (args.size, args.leaves, args.topc)
+        grid = ((4096,), (1, 4), (1, 5)) if args.quick else chosen
         rows = measure_steps(*grid, args.steps or (5 if args.quick else 30))
         print_steps(rows)
     if args.output or not args.quick:

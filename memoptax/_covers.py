@@ -34,7 +34,7 @@ def axes(path: Any, leaf: Any) -> list[Box]:
     Returns:
       The box shapes.
 
-    Example:
+    Examples:
       >>> import jax, memoptax
       >>> memoptax.axes((), jax.ShapeDtypeStruct((3, 4), "float32"))
       [(1, 4), (3, 1)]
@@ -52,6 +52,11 @@ def rows(path: Any, leaf: Any) -> list[Box]:
 
     Returns:
       The box shapes.
+
+    Examples:
+      >>> import jax, memoptax
+      >>> memoptax.rows((), jax.ShapeDtypeStruct((3, 4), "float32"))
+      [(1, 4)]
     """
     return axes(path, leaf)[:1]
 
@@ -65,6 +70,11 @@ def full(path: Any, leaf: Any) -> list[Box]:
 
     Returns:
       The box shapes.
+
+    Examples:
+      >>> import jax, memoptax
+      >>> memoptax.full((), jax.ShapeDtypeStruct((3, 4), "float32"))
+      [(1, 1)]
     """
     return [(1,) * len(leaf.shape)]
 
@@ -78,6 +88,11 @@ def whole(path: Any, leaf: Any) -> list[Box]:
 
     Returns:
       The box shapes.
+
+    Examples:
+      >>> import jax, memoptax
+      >>> memoptax.whole((), jax.ShapeDtypeStruct((3, 4), "float32"))
+      [(3, 4)]
     """
     return [tuple(leaf.shape)]
 
@@ -97,7 +112,7 @@ def blocks(*size: int | None) -> Cover:
     Raises:
       ValueError: if a size is neither None nor a positive integer.
 
-    Example:
+    Examples:
       >>> import jax, memoptax
       >>> blocks = memoptax.blocks(None, 128)
       >>> blocks((), jax.ShapeDtypeStruct((512, 1024), "float32"))

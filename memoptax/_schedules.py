@@ -42,7 +42,7 @@ def sm3_schedule(
     Raises:
       ValueError: if the numbers of steps or the fraction are out of range.
 
-    Example:
+    Examples:
       >>> import memoptax
       >>> schedule = memoptax.sm3_schedule(1.0, warmup_steps=10, total_steps=100)
       >>> [round(float(schedule(t)), 3) for t in (0, 5, 10, 50, 95, 100)]

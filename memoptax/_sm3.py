@@ -99,7 +99,7 @@ def scale_by_sm3(
       ValueError: if an argument is out of its range.
       ValueError: in `init`, if a parameter is not real and floating.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, memoptax
       >>> tx = memoptax.scale_by_sm3()
       >>> params = {"w": jnp.zeros((1024, 1024))}
@@ -265,7 +265,7 @@ def sm3(
       ValueError: if an argument is out of its range.
       ValueError: in `init`, if a parameter is not real and floating.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, memoptax, optax
       >>> loss = lambda x: jnp.sum(x**2)
       >>> tx = memoptax.sm3(0.5)

@@ -36,7 +36,7 @@ def row_value_and_grad(
       with one sparse dimension and `ids.size` rows, in which an id may occur more than
       once. With `others`, a tuple of it and of their gradients.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, memoptax
       >>> table = jnp.ones((1000, 4))
       >>> loss = lambda rows: (rows**2).sum()
@@ -71,7 +71,7 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     Returns:
       The new parameters, with the structure, shapes and dtypes of `params`.
 
-    Example:
+    Examples:
       Flax's `TrainState` calls optax's function. This one calls ours:
 
       >>> import memoptax

@@ -408,6 +408,18 @@ def test_nor_does_any_variant_with_many_leaves(make, mesh):
     assert_slots_stay_in_place("plain", tx, params, mesh)
 
 
+@pytest.mark.parametrize("off", [{"kappa": 0.0}, {"topc": 0}], ids=str)
+@pytest.mark.parametrize("make", [memoptax.adam_cm, memoptax.sgd_cm])
+def test_switched_off_it_keeps_its_state_in_float32(make, off):
+    tx, params = make(0.1, **off), jnp.ones(3, jnp.bfloat16)
+    state = tx.init(params)
+    updates, after = tx.update(jnp.ones(3, jnp.float32), state, params)
+    assert updates.dtype == jnp.float32
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+    floats = [x for x in jax.tree.leaves(state) if x.dtype != jnp.int32]
+    assert {x.dtype for x in floats} == {jnp.dtype("float32")}
+
+
 # Bad arguments
 
 
