@@ -239,7 +239,8 @@ def print_steps(rows):
 
 def print_flat(rows):
     print(
-        f"{'leaves':>6}{'C':>5}{'accepted':>10}{'rebuilds':>10}{'mean ms':>10}{'/ adam':>8}"
+        f"{'leaves':>6}{'C':>5}{'accepted':>10}{'rebuilds':>10}{'mean ms':>10}"
+        f"{'/ adam':>8}"
         f"{'median ms':>11}{'/ adam':>8}{'slowest ms':>12}{'adam: mean':>12}"
         f"{'median':>8}{'slowest':>9}"
     )
