@@ -81,9 +81,9 @@ def priority(
 
     ``priority_fn`` replaces the rule; without syncing it is given one leaf at a time.
     """
-    dtype = buffer.keys.dtype
+    dtype, leaves = buffer.keys.dtype, _leaves(gradients, buffer)
     if priority_fn is None:
-        norms = _norms(jax.tree.leaves(gradients), dtype)
+        norms = _norms(leaves, dtype)
         return jnp.sum(norms, keepdims=True) if synced else norms
     gradients = jax.lax.stop_gradient(gradients)
     parts = [gradients] if synced else jax.tree.leaves(gradients)
@@ -97,7 +97,7 @@ def fill(buffer: Buffer) -> jax.Array:
 
 def all_finite(buffer: Buffer, gradients) -> jax.Array:
     """Whether the norm of every leaf is a finite number, and so every gradient."""
-    norms = _norms(jax.tree.leaves(gradients), buffer.keys.dtype)
+    norms = _norms(_leaves(gradients, buffer), buffer.keys.dtype)
     return jnp.all(jnp.isfinite(norms))
 
 
@@ -114,12 +114,6 @@ def push(
     leaves, treedef = jax.tree.flatten(values)
     stacks = treedef.flatten_up_to(buffer.slots)
     totals = treedef.flatten_up_to(buffer.total)
-    for value, total in zip(leaves, totals):
-        if value.shape != total.shape:
-            raise ValueError(
-                f"An update of shape {value.shape} was offered to a buffer that was "
-                f"made for parameters of shape {total.shape}."
-            )
     stored = [_storage.encode(stack, x) for stack, x in zip(stacks, leaves)]
     norms = _norms(
         [_storage.decode(x, t.dtype) for x, t in zip(stored, totals)], buffer.keys.dtype
@@ -403,6 +397,24 @@ def _in_rows(per_leaf, buffer):
 
 def _count(counter, happened):
     return jnp.where(happened, optax.safe_increment(counter), counter)
+
+
+def _leaves(updates, buffer):
+    """The leaves of ``updates``, which must be like what the buffer was made for."""
+    leaves, treedef = jax.tree.flatten(updates)
+    totals, expected = jax.tree.flatten(buffer.total)
+    if treedef != expected:
+        raise ValueError(
+            f"updates have the structure {treedef}, but the state was made for "
+            f"parameters of the structure {expected}."
+        )
+    for leaf, total in zip(leaves, totals):
+        if leaf.shape != total.shape:
+            raise ValueError(
+                f"updates have a leaf of shape {leaf.shape}, but the state was made "
+                f"for a parameter of shape {total.shape}."
+            )
+    return leaves
 
 
 def _norms(leaves, dtype):

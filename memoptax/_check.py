@@ -7,6 +7,7 @@ at, and only by these functions.
 import math
 import numbers
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -44,6 +45,23 @@ def learning_rate(value) -> None:
     """Refuse a negative learning rate; schedules and tracers are taken as they are."""
     if not callable(value):
         number("learning_rate", value, 0)
+
+
+def flag(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, but is {value!r}.")
+
+
+def dtype(name: str, value) -> None:
+    """Refuse what is neither None nor a real floating-point dtype."""
+    try:
+        floating = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(
+            f"{name} must be None or a real floating-point dtype, but is {value!r}."
+        )
 
 
 def choice(name: str, value, allowed) -> None:

@@ -145,7 +145,7 @@ def name(path: Any) -> str:
 
 def resolve(cover: Any, path: Any, leaf: Any) -> tuple[Box, ...]:
     """The box shapes a cover gives a parameter, checked and cut to its shape."""
-    boxes = cover(path, leaf) if callable(cover) else cover
+    boxes: Any = cover(path, leaf) if callable(cover) else cover
     of, shape = name(path), tuple(leaf.shape)
     if not boxes:
         raise ValueError(

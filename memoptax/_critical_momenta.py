@@ -184,6 +184,8 @@ def scale_by_adam_cm(
       3. Weight decay is not part of it: :func:`adamw_cm` decouples it, as theirs does.
     """
     _pytorch.check_adam(b1, b2, eps, eps_root)
+    _check.flag("amsgrad", amsgrad)
+    _check.flag("skip_first", skip_first)
     options = _options.options(**_options.among(locals()))
     if options.keeps_nothing:
         return _precision.in_float32(

@@ -72,14 +72,15 @@ def options(
     _check.number("kappa", kappa)
     if not callable(aggr):
         _check.choice("aggr", aggr, _aggregation.WEIGHTS)
-    if not isinstance(synced, bool):
-        raise ValueError(f"synced must be True or False, but is {synced!r}.")
+    _check.flag("synced", synced)
     if not (priority_fn is None or callable(priority_fn)):
         raise ValueError(f"priority_fn must be a function, but is {priority_fn!r}.")
     if buffer_dtype is not None:
         buffer_dtype = _slot_dtype(buffer_dtype)
     if fifo_probability is not None:
         _check.number("fifo_probability", fifo_probability, 0, 1)
+    if isinstance(seed, (bool, str, float, type(None))):
+        raise ValueError(f"seed must be an integer, but is {seed!r}.")
     return Options(
         topc,
         decay,

@@ -18,7 +18,8 @@ def weight_decay(rate: Any, mask=None) -> optax.GradientTransformation:
     """``optax.add_decayed_weights``; a concrete rate of 0 asks for no parameters."""
     if _check.is_zero(rate):
         return optax.identity()
-    if not callable(rate):  # optax takes schedules of it too
+    schedule = callable(rate)  # optax takes them here too
+    if not schedule:
         _check.number("weight_decay", rate, 0)
     return optax.add_decayed_weights(rate, mask)
 
@@ -26,6 +27,9 @@ def weight_decay(rate: Any, mask=None) -> optax.GradientTransformation:
 def scale_by_adam(b1, b2, eps, eps_root, mu_dtype=None, nesterov=False, amsgrad=False):
     """``optax.scale_by_adam``, or with ``amsgrad`` PyTorch's form of it."""
     check_adam(b1, b2, eps, eps_root)
+    _check.flag("nesterov", nesterov)
+    _check.flag("amsgrad", amsgrad)
+    _check.dtype("mu_dtype", mu_dtype)
     if amsgrad and nesterov:
         raise ValueError("amsgrad and nesterov are both True, but exclude each other.")
     if amsgrad:
@@ -46,6 +50,8 @@ def trace(momentum, dampening=0.0, nesterov=False, accumulator_dtype=None):
         return optax.identity()
     _check.number("momentum", momentum, 0, 1)
     _check.number("dampening", dampening, 0, 1)
+    _check.flag("nesterov", nesterov)
+    _check.dtype("accumulator_dtype", accumulator_dtype)
     if _check.is_zero(dampening):
         return optax.trace(momentum, nesterov, accumulator_dtype)
     return dampened_trace(momentum, dampening, nesterov, accumulator_dtype)
@@ -55,6 +61,8 @@ def scale_by_rms(alpha, eps, initial_scale, centered):
     """``optax.scale_by_rms`` with eps outside the root, or centered and clamped."""
     _check.number("alpha", alpha, 0, 1)
     _check.number("eps", eps, 0)
+    _check.number("initial_scale", initial_scale, 0)
+    _check.flag("centered", centered)
     if centered:
         return scale_by_centered_rms(alpha, eps, initial_scale)
     return optax.scale_by_rms(alpha, eps, initial_scale, eps_in_sqrt=False)

@@ -135,7 +135,7 @@ def _map(f, updates, *rest):
     return jax.tree.map(f, updates, *rest, is_leaf=is_row_sparse)
 
 
-def _with_values(update, values):
+def _with_values(update, values) -> Any:
     if not is_row_sparse(update):
         return values.astype(update.dtype)
     values = values.astype(update.data.dtype)

@@ -379,10 +379,10 @@ def test_another_tree_than_at_birth_is_refused(opt):
     tx, params = opt.build(), params_like(SHAPES)
     state = jax.eval_shape(tx.init, params)
     fewer = {name: p for name, p in params.items() if name != "vector"}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="updates have .* state was made for"):
         jax.eval_shape(tx.update, fewer, state, fewer)
     wider = {**params, "vector": jnp.zeros(4)}
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(ValueError, match="updates have a leaf|'vector'"):
         jax.eval_shape(tx.update, wider, state, wider)
 
 

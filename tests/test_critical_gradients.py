@@ -589,6 +589,13 @@ WRONG = {
     "b2": [-0.1, 1.0],
     "eps": [-1e-8, nan],
     "eps_root": [-1],
+    "seed": [1.5, None, "0"],
+    "nesterov": ["no", None],
+    "amsgrad": [3],
+    "centered": ["yes"],
+    "initial_scale": [-1.0, nan],
+    "mu_dtype": ["int8", "nonsense"],
+    "accumulator_dtype": ["complex64", 3],
 }
 
 
