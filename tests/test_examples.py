@@ -154,3 +154,11 @@ def test_benchmark_runs(flat, tmp_path):
         assert all(r["accepted"] == 500 and r["rebuilds"] > 0 for r in rows)
     else:
         assert {r["optimizer"] for r in rows} == {*steps.PLAIN, *steps.BUFFERED}
+
+
+def test_embeddings_learn_from_touched_rows(tmp_path):
+    embeddings = load("examples/embeddings.py")
+    found = embeddings.main(300, 2, str(tmp_path / "embeddings.png"))
+    assert np.mean(found["losses"][-30:]) < 0.95 * np.mean(found["losses"][:30])
+    assert found["bytes"] < 0.02 * found["adam_bytes"]
+    assert_picture(tmp_path / "embeddings.png")
