@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _storage
+from memoptax import _boxes, _storage
 
 # A running sum is rebuilt when its error may exceed this share of the summed norms of
 # its leaf's slots, in unit roundoffs: 1e-5 in float32, 1.9e-14 in float64.
@@ -59,7 +59,7 @@ def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> 
     rows = 1 if synced else len(leaves)
     key_dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
     return Buffer(
-        slots=jax.tree.map(lambda p: _storage.zeros(p, topc + 1, dtype), params),
+        slots=_boxes.make(lambda p: _storage.zeros(p, topc + 1, dtype), params),
         total=jax.tree.map(_storage.zero_sum, params),
         keys=jnp.full((rows, topc), -jnp.inf, key_dtype),
         ages=jnp.zeros((rows, topc), jnp.int32),
@@ -75,15 +75,17 @@ def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> 
 
 
 def priority(
-    buffer: Buffer, gradients, priority_fn=None, *, synced: bool = True
+    buffer: Buffer, gradients, priority_fn=None, *, synced: bool = True, across=None
 ) -> jax.Array:
     """How critical ``gradients`` are, (R,): the sum of the L2 norms of a row's leaves.
 
     ``priority_fn`` replaces the rule; without syncing it is given one leaf at a time.
+    Here and below ``across`` adds up what several devices know of the squares of every
+    leaf, so that all of them decide the same; None where one device sees whole leaves.
     """
     dtype, leaves = buffer.keys.dtype, _leaves(gradients, buffer)
     if priority_fn is None:
-        norms = _norms(leaves, dtype)
+        norms = _norms(leaves, dtype, across)
         return jnp.sum(norms, keepdims=True) if synced else norms
     parts = jax.lax.stop_gradient([gradients] if synced else leaves)
     return _vector([jnp.asarray(priority_fn(part), dtype) for part in parts], dtype)
@@ -94,14 +96,14 @@ def fill(buffer: Buffer) -> jax.Array:
     return jnp.sum(buffer.keys > -jnp.inf, axis=1, dtype=buffer.keys.dtype)
 
 
-def all_finite(buffer: Buffer, gradients) -> jax.Array:
+def all_finite(buffer: Buffer, gradients, across=None) -> jax.Array:
     """Whether the norm of every leaf is a finite number, and so every gradient."""
-    norms = _norms(_leaves(gradients, buffer), buffer.keys.dtype)
+    norms = _norms(_leaves(gradients, buffer), buffer.keys.dtype, across)
     return jnp.all(jnp.isfinite(norms))
 
 
 def push(
-    buffer: Buffer, values, priority, decay, fifo_probability=None
+    buffer: Buffer, values, priority, decay, fifo_probability=None, across=None
 ) -> tuple[Recall, Buffer]:
     """Offer ``values``; return what was held before, and the buffer after.
 
@@ -115,7 +117,9 @@ def push(
     totals = treedef.flatten_up_to(buffer.total)
     stored = [_storage.encode(stack, x) for stack, x in zip(stacks, leaves)]
     norms = _norms(
-        [_storage.decode(x, t.dtype) for x, t in zip(stored, totals)], buffer.keys.dtype
+        [_storage.decode(x, t.dtype) for x, t in zip(stored, totals)],
+        buffer.keys.dtype,
+        across,
     )
     after, each = _decide(buffer, priority, norms, totals, decay, fifo_probability)
     changes = []
@@ -416,10 +420,11 @@ def _leaves(updates, buffer):
     return leaves
 
 
-def _norms(leaves, dtype):
+def _norms(leaves, dtype, across=None):
     """The L2 norm of every leaf, (L,). No gradient flows: norms only decide."""
     wide = [x.astype(jnp.promote_types(dtype, x.dtype)) for x in leaves]
     squares = [jnp.sum(jnp.square(jax.lax.stop_gradient(x))) for x in wide]
+    squares = squares if across is None else across(squares)
     # Of a single element XLA would make |x|, which overflows later than its square.
     roots = [jnp.where(jnp.isfinite(x), jnp.sqrt(x), x) for x in squares]
     return _vector([root.astype(dtype) for root in roots], dtype)

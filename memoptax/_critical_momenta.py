@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _buffer, _check, _options, _precision, _pytorch, _storage
+from memoptax import _boxes, _buffer, _check, _options, _precision, _pytorch, _storage
 
 _REFERENCES = """\
 References:
@@ -106,12 +106,12 @@ def critical_momenta(
 
     def update_fn(updates, state, params=None):
         del params
-        finite = _buffer.all_finite(state.buffer, updates)
+        finite = _buffer.all_finite(state.buffer, updates, options.across)
         mu = _momentum(updates, state.mu, b1, finite)
         joined, buffer = _options.remember(options, state.buffer, mu, updates, finite)
         return _spoiled(joined, updates), CriticalMomentaState(mu, buffer)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)
@@ -206,7 +206,7 @@ def scale_by_adam_cm(
 
     def update_fn(updates, state, params=None):
         del params
-        finite = _buffer.all_finite(state.buffer, updates)
+        finite = _buffer.all_finite(state.buffer, updates, options.across)
         # Adam takes its first step, so a κ of 0 skips none.
         first = (state.count == 0) & (kappa != 0) if skip_first else False
         mu = _momentum(updates, state.mu, b1, finite & ~jnp.asarray(first))
@@ -233,7 +233,7 @@ def scale_by_adam_cm(
         scaled = _spoiled(scaled, updates)
         return scaled, ScaleByAdamCmState(count, mu, nu, nu_max, buffer)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)

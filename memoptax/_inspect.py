@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from memoptax import _buffer, _options
+from memoptax import _boxes, _buffer, _options
 
 
 def buffer_stats(state) -> dict[str, jax.Array]:
@@ -131,8 +131,12 @@ def _is_buffer(node):
     return isinstance(node, _buffer.Buffer)
 
 
+def _mapped(function, buffer):
+    return _boxes.like(buffer, function(_boxes.bare(buffer)))
+
+
 def _buffers(state, caller):
-    nodes = jax.tree.leaves(state, is_leaf=_is_buffer)
+    nodes = jax.tree.leaves(_boxes.bare(state), is_leaf=_is_buffer)
     buffers = [node for node in nodes if _is_buffer(node)]
     if not buffers:
         raise ValueError(
@@ -145,7 +149,7 @@ def _buffers(state, caller):
 def _map_buffers(function, state, caller):
     _buffers(state, caller)
     return jax.tree.map(
-        lambda node: function(node) if _is_buffer(node) else node,
+        lambda node: _mapped(function, node) if _is_buffer(node) else node,
         state,
         is_leaf=_is_buffer,
     )

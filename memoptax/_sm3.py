@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _covers, _encoding, _sm3_leaf, _sparse
+from memoptax import _boxes, _covers, _encoding, _sm3_leaf, _sparse
 
 _VARIANTS = {"I": _sm3_leaf.sm3_i, "II": _sm3_leaf.sm3_ii}
 _STEPS = {False: _sm3_leaf.step, True: _sm3_leaf.row_sparse_step}
@@ -127,13 +127,14 @@ def scale_by_sm3(
     quantized = momentum is not None and momentum_dtype in (jnp.int8, "int8")
 
     def init_fn(params):
-        leaves = jax.tree.leaves_with_path(params)
+        leaves = _boxes.leaves_with_path(params)
 
-        def accumulators(path, leaf):
+        def accumulators(path, box, leaf):
             _sm3_leaf.check_real(path, leaf)
             dtype = _sm3_leaf.accumulator_dtype(leaf, accumulator_dtype)
             boxes = _covers.resolve(cover, path, leaf)
-            return tuple(_covers.zeros(leaf, box, dtype) for box in boxes)
+            numbers = tuple(_covers.zeros(leaf, size, dtype) for size in boxes)
+            return _boxes.fit(box, numbers)
 
         def moments(leaf):
             dtype = momentum_dtype or _sm3_leaf.accumulator_dtype(
@@ -141,8 +142,9 @@ def scale_by_sm3(
             )
             return jnp.zeros_like(leaf, dtype=dtype)
 
-        def scale(leaf):
-            return _covers.zeros(leaf, _encoding.row(leaf.shape), jnp.float32)
+        def scale(box, leaf):
+            row = _encoding.row(leaf.shape)
+            return _boxes.fit(box, _covers.zeros(leaf, row, jnp.float32))
 
         # optax.tree.map_params finds the parameters in a state by a tree without
         # leaves, and needs a leaf wherever else there is something.
@@ -151,7 +153,7 @@ def scale_by_sm3(
             count=jnp.zeros((), jnp.int32),
             accumulators=tuple(accumulators(*item) for item in leaves) or nothing,
             momentum=None if momentum is None else jax.tree.map(moments, params),
-            scales=(tuple(scale(leaf) for _, leaf in leaves) or nothing)
+            scales=(tuple(scale(*item[1:]) for item in leaves) or nothing)
             if quantized
             else None,
         )
@@ -178,7 +180,7 @@ def scale_by_sm3(
         state = _save(state, memories)._replace(count=count, accumulators=accumulators)
         return jax.tree.unflatten(treedef, directions), state
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
 
 
 def _load(state):
