@@ -17,7 +17,7 @@ _KEYS = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names")
 
 
 def is_box(node) -> bool:
-    """Whether this is a box, with one array in it (optax.masked may have emptied it)."""
+    """Whether this is a box with one array in it; optax.masked may have emptied it."""
     boxed = _is_linen(node) or _is_nnx(node)
     return boxed and jax.tree.structure(node).num_leaves == 1
 
@@ -92,21 +92,18 @@ def _renamed(box, array):
     if _is_linen(box):
         return box.replace(value=array, names=_fitting(box.names, rank, array))
     new = jax.tree.unflatten(jax.tree.structure(box), [array])
-    metadata = box.get_metadata()
     for key in _KEYS:
-        if metadata.get(key) is not None:
-            new.set_metadata(key, _fitting(metadata[key], rank, array))
+        names = box.get_metadata().get(key)
+        if isinstance(names, NamedSharding):
+            spec = PartitionSpec(*_fitting(names.spec, rank, array))
+            new.set_metadata(key, NamedSharding(names.mesh, spec))
+        elif names is not None:
+            new.set_metadata(key, _fitting(names, rank, array))
     return new
 
 
 def _fitting(names, rank, array):
-    """The names of the axes of ``array``, given its parameter's; None if unknown."""
-    if isinstance(names, NamedSharding):
-        return NamedSharding(names.mesh, _fitting(names.spec, rank, array))
-    if isinstance(names, PartitionSpec):
-        return PartitionSpec(*_fitting(tuple(names), rank, array))
-    if not isinstance(names, tuple | list):
-        return None
+    """The names of the axes of ``array``, given its parameter's."""
     in_front, behind = array.ndim - rank, rank - len(names)
     names = (None,) * in_front + tuple(names) + (None,) * behind
     return tuple(None if n == 1 else name for name, n in zip(names, array.shape))

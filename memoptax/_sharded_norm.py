@@ -35,8 +35,9 @@ def sharded_norm(axes: Any = "auto"):
       A function from gradients to a scalar.
 
     Raises:
-      ValueError: when it is traced: if ``axes`` is ``'auto'`` under ``check_vma=False``,
-        where JAX cannot know, or if it is a tree with another number of leaves.
+      ValueError: when it is called: if ``axes`` is ``'auto'`` under
+        ``check_vma=False``, where JAX cannot know, or a tree with another number of
+        leaves.
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax
