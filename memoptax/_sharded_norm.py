@@ -41,10 +41,10 @@ def sharded_norm(axes: Any = "auto"):
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax
-      >>> from jax.sharding import PartitionSpec as P
-      >>> mesh = jax.make_mesh((1,), ("data",))
-      >>> norm = memoptax.sharded_norm({"w": P("data"), "b": P()})
+      >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,))
       >>> specs = {"w": P("data"), "b": P()}
+      >>> norm = memoptax.sharded_norm(specs)
       >>> gradients = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([2.0])}
       >>> jax.shard_map(norm, mesh=mesh, in_specs=(specs,), out_specs=P())(gradients)
       Array(7., dtype=float32)
