@@ -96,7 +96,7 @@ class Runner:
     def counts(self):
         """Gradients accepted, and sums rebuilt, so far."""
         buffer = optax.tree.get(self.state, "buffer")
-        return int(buffer.accepted.sum()), int(buffer.rebuilds.sum())
+        return int(buffer.accepted.sum()), int(buffer.rebuilds)
 
 
 def alternate(adam, other, gradients, steps, turn=5, decay=ACCEPTING, bar=None):
