@@ -1,6 +1,6 @@
 """Time of a donated training step of SM3, relative to optax.adam and optax.sm3.
 
-    python benchmarks/sm3.py [--quick] [--rounds 31] [--json sm3.json] [shape ...]
+    python benchmarks/sm3.py [--quick] [--rounds 31] [shape ...]
 
 The optimizers take turns in one process, step by step, so that a busy machine slows all
 of them down; the table shows ratios of medians. A step is `tx.update` and
@@ -9,7 +9,6 @@ of them down; the table shows ratios of medians. A step is `tx.update` and
 
 import argparse
 import functools
-import json
 import statistics
 import time
 
@@ -17,6 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from measuring import (
+    add_arguments,
+    describe_machine,
+    nbytes,
+    optimizer_runner,
+    report,
+)
 
 import memoptax
 
@@ -40,48 +46,36 @@ OPTIMIZERS = {
 }
 
 
-class Runner:
-    """One optimizer with its compiled step and what the steps took."""
-
-    def __init__(self, tx, params, grads):
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(params, state, grads):
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        self.grads, self.seconds = grads, []
-        self.carry = jax.tree.map(jnp.copy, params), jax.jit(tx.init)(params)
-        self.size = sum(p.nbytes for p in params)
-        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.carry[1]))
-        start = time.perf_counter()
-        self.step = step.lower(*self.carry, grads).compile()
-        self.compile_seconds = time.perf_counter() - start
-        self.temporaries = self.step.memory_analysis().temp_size_in_bytes
-
-    def run(self):
-        start = time.perf_counter()
-        self.carry = jax.block_until_ready(self.step(*self.carry, self.grads))
-        self.seconds.append(time.perf_counter() - start)
+COLUMNS = (
+    "optimizer",
+    "parameters",
+    "ms",
+    "/ adam",
+    "/ optax.sm3",
+    "temporaries",
+    "state",
+)
 
 
 def measure(shapes, rounds):
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    params = [jax.random.normal(k, s) for k, s in zip(keys, shapes)]
-    grads = [0.1 * p for p in params]
-    runners = {name: Runner(tx, params, grads) for name, tx in OPTIMIZERS.items()}
+    gradients = [jax.random.normal(k, s) for k, s in zip(keys, shapes)]
+    size = nbytes(gradients)
+    runners = {
+        name: optimizer_runner(lambda tx=tx: tx, gradients)
+        for name, tx in OPTIMIZERS.items()
+    }
     for _ in range(rounds + 2):
         for runner in runners.values():
-            runner.run()
+            runner.run(gradients)
     medians = {n: statistics.median(r.seconds[2:]) for n, r in runners.items()}
     return {
         name: {
             "ms": 1e3 * medians[name],
-            "of adam": medians[name] / medians["optax.adam"],
-            "of optax.sm3": medians[name] / medians["optax.sm3"],
-            "temporaries": r.temporaries / r.size,
-            "state": r.state_bytes / r.size,
-            "compile of adam": r.compile_seconds
-            / runners["optax.adam"].compile_seconds,
+            "/ adam": medians[name] / medians["optax.adam"],
+            "/ optax.sm3": medians[name] / medians["optax.sm3"],
+            "temporaries": r.temporaries / size,
+            "state": nbytes(r.carry[1]) / size,
         }
         for name, r in runners.items()
     }
@@ -111,43 +105,29 @@ def measure_rows(rounds, touched=1024, columns=64, sizes=(10_000, 1_000_000)):
     return {n: 1e3 * statistics.median(s[5:]) for n, s in seconds.items()}
 
 
-def main(shapes=SHAPES, rounds=31):
-    columns = ["ms", "of adam", "of optax.sm3", "temporaries", "state"]
-    columns += ["compile of adam"]
-    print(f"| parameters | optimizer | {' | '.join(columns)} |")
-    print("|---|---|" + "---:|" * len(columns))
-    results = {}
-    for kind, leaves in shapes.items():
-        results[kind] = measure(leaves, rounds)
-        for name, row in results[kind].items():
-            cells = " | ".join(f"{row[c]:.2f}" for c in columns)
-            print(f"| {kind} | {name} | {cells} |", flush=True)
-    print("\ntemporaries and state in copies of the parameters\n")
-    rows = measure_rows(rounds)
-    for n, ms in rows.items():
-        print(f"row-sparse, 1,024 rows of {n:,} x 64: {ms:.2f} ms")
-    return {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "dense": results,
-        "row-sparse ms": rows,
-    }
+def main(argv=None):
+    """The figures of the table that was printed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shape", nargs="*", help="names that a shape contains")
+    parser.add_argument("--rounds", type=int, default=31)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    machine, rounds = describe_machine(), 3 if args.quick else args.rounds
+    rows = []
+    for kind, leaves in (QUICK if args.quick else SHAPES).items():
+        if not args.shape or any(text in kind for text in args.shape):
+            for name, row in measure(leaves, rounds).items():
+                rows.append({"optimizer": name, "parameters": kind, **row})
+    for size, ms in measure_rows(rounds).items():
+        rows.append(
+            {"optimizer": "sm3", "parameters": f"rows of {size} x 64", "ms": ms}
+        )
+    report(args, "sm3", machine, rows, COLUMNS)
+    print("temporaries and state in copies of the parameters")
+    return rows
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shape", nargs="*", help="names that a shape contains")
-    parser.add_argument("--quick", action="store_true", help="tiny tensors, for CI")
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--json", help="where to write the figures")
-    arguments = parser.parse_args()
-    chosen = QUICK if arguments.quick else SHAPES
-    if arguments.shape:
-        chosen = {
-            k: v for k, v in chosen.items() if any(s in k for s in arguments.shape)
-        }
-    figures = main(chosen, arguments.rounds)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(figures, file, indent=1)
+    main()

@@ -10,22 +10,22 @@ of ``sgd_c``, the rebuilds of its sums included.
 """
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
 import itertools
-import json
-import math
-import os
-import platform
-import re
 import statistics
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
+from measuring import (
+    add_arguments,
+    describe_machine,
+    make_gradients,
+    nbytes,
+    optimizer_runner,
+    results_file,
+    save,
+)
 from tqdm import tqdm
 
 import memoptax
@@ -58,49 +58,20 @@ PLAIN = {
 ACCEPTING, REJECTING = 0.5, 1.0
 
 
-def make_gradients(size, leaves, count=3):
-    """Trees of square matrices of normal numbers, about equally long."""
-    rows = math.isqrt(size // leaves)
-    shape = (leaves, rows, size // leaves // rows)
-    keys = jax.random.split(jax.random.key(0), count)
-    stacks = [jax.jit(jax.random.normal, static_argnums=1)(key, shape) for key in keys]
-    return [{f"leaf{i}": stack[i] for i in range(leaves)} for stack in stacks]
+def make_runner(make, gradients):
+    """A runner whose arguments are gradients and the decay of keys."""
+    return optimizer_runner(make, gradients, jnp.float32(ACCEPTING))
 
 
-class Runner:
-    """An optimizer, its parameters and state, and the seconds that its steps took."""
-
-    def __init__(self, make, like):
-        """``make`` is a function of the decay of keys."""
-
-        def step(params, state, gradients, decay):
-            updates, state = make(decay).update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
-
-        self.params = jax.tree.map(jnp.zeros_like, like)
-        self.state = jax.jit(make(ACCEPTING).init)(self.params)
-        arguments = (self.params, self.state, like, jnp.float32(ACCEPTING))
-        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
-        self.step = compiled
-        self.temporaries = compiled.memory_analysis().temp_size_in_bytes
-        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
-        self.seconds = []
-
-    def run(self, gradients, decay=ACCEPTING):
-        decay = jnp.float32(decay)
-        begin = time.perf_counter()
-        self.params, self.state = self.step(self.params, self.state, gradients, decay)
-        jax.block_until_ready((self.params, self.state))
-        self.seconds.append(time.perf_counter() - begin)
-
-    def counts(self):
-        """Gradients accepted, and sums rebuilt, so far."""
-        buffer = optax.tree.get(self.state, "buffer")
-        return int(buffer.accepted.sum()), int(buffer.rebuilds.sum())
+def counts(runner):
+    """Gradients accepted, and sums rebuilt, so far."""
+    buffer = optax.tree.get(runner.carry[1], "buffer")
+    return int(buffer.accepted.sum()), int(buffer.rebuilds)
 
 
 def alternate(adam, other, gradients, steps, turn=5, decay=ACCEPTING, bar=None):
     """Let the two take turns of a few steps; return the seconds of each."""
+    decay = jnp.float32(decay)
     adam.seconds, other.seconds = [], []
     for start in range(0, steps, turn):
         stream = [
@@ -108,7 +79,7 @@ def alternate(adam, other, gradients, steps, turn=5, decay=ACCEPTING, bar=None):
             for k in range(start, min(start + turn, steps))
         ]
         for gradient in stream:
-            adam.run(gradient)
+            adam.run(gradient, decay)
         for gradient in stream:
             other.run(gradient, decay)
         if bar is not None:
@@ -119,13 +90,13 @@ def alternate(adam, other, gradients, steps, turn=5, decay=ACCEPTING, bar=None):
 def measure(name, topc, make, adam, gradients, steps):
     """One row of the table of steps."""
     size = sum(x.size for x in jax.tree.leaves(gradients[0]))
-    runner = Runner(make, gradients[0])
+    runner = make_runner(make, gradients[0])
     row = {
         "optimizer": name,
         "topc": topc,
         "size": size,
         "leaves": len(jax.tree.leaves(gradients[0])),
-        "state_bytes_per_parameter": runner.state_bytes / size,
+        "state_bytes_per_parameter": nbytes(runner.carry[1]) / size,
         "temporaries_per_parameter_byte": runner.temporaries / (4 * size),
     }
     smaller = [jax.tree.map(lambda x: x / 2, gradients[0])]
@@ -135,11 +106,11 @@ def measure(name, topc, make, adam, gradients, steps):
     ):
         # Fills the buffer, and leaves no key that the rejected could beat.
         for k in range((topc or 0) + 2):
-            runner.run(gradients[k % len(gradients)], decay)
-        before = runner.counts()[0] if topc else 0
+            runner.run(gradients[k % len(gradients)], jnp.float32(decay))
+        before = counts(runner)[0] if topc else 0
         of_adam, seconds = alternate(adam, runner, stream, steps, decay=decay)
         if topc:
-            accepted = runner.counts()[0] - before
+            accepted = counts(runner)[0] - before
             assert accepted == (steps if label == "accepted" else 0), accepted
         row[label] = {
             "ms": 1e3 * statistics.median(seconds),
@@ -159,7 +130,7 @@ def measure_steps(sizes, leaves, topc, steps):
         for size in sizes:
             for count in leaves:
                 gradients = make_gradients(size, count)
-                adam = Runner(lambda decay: optax.adam(RATE), gradients[0])
+                adam = make_runner(lambda decay: optax.adam(RATE), gradients[0])
                 cases = [
                     (name, None, lambda decay, make=make: make())
                     for name, make in PLAIN.items()
@@ -182,15 +153,15 @@ def measure_flat(size, topc, steps):
     with tqdm(total=steps * len(topc) * len(FLAT_LEAVES), unit="step") as bar:
         for leaves, c in itertools.product(FLAT_LEAVES, topc):
             gradients = make_gradients(size, leaves)
-            adam = Runner(lambda decay: optax.adam(RATE), gradients[0])
+            adam = make_runner(lambda decay: optax.adam(RATE), gradients[0])
             bar.set_description(f"C = {c}")
-            runner = Runner(functools.partial(BUFFERED["sgd_c"], c), gradients[0])
+            runner = make_runner(functools.partial(BUFFERED["sgd_c"], c), gradients[0])
             for k in range(c + 2):
-                adam.run(gradients[k % len(gradients)])
-                runner.run(gradients[k % len(gradients)])
-            before = runner.counts()
+                adam.run(gradients[k % len(gradients)], jnp.float32(ACCEPTING))
+                runner.run(gradients[k % len(gradients)], jnp.float32(ACCEPTING))
+            before = counts(runner)
             of_adam, seconds = alternate(adam, runner, gradients, steps, bar=bar)
-            accepted, rebuilds = (b - a for a, b in zip(before, runner.counts()))
+            accepted, rebuilds = (b - a for a, b in zip(before, counts(runner)))
             assert accepted == steps, accepted
             rows.append(
                 {
@@ -258,58 +229,16 @@ def print_flat(rows):
         )
 
 
-def describe_machine():
-    """What ran this, and when."""
-    device = jax.devices()[0]
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        cpu = found[1] if found else cpu
-    return {
-        "device": cpu if device.platform == "cpu" else device.device_kind,
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "ram_gib": round(
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        ),
-        "load_at_start": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": importlib.metadata.version("jaxlib"),
-        "optax": optax.__version__,
-        "memoptax": memoptax.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def results_file(machine):
-    words = re.sub(r"\((R|TM)\)|CPU|@.*", "", machine["device"])
-    hardware = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-    name = f"{hardware}-{machine['cores']}-cores-jax{machine['jax']}.json"
-    return Path(__file__).parent / "results" / name
-
-
-def save(path, section, machine, rows):
-    """Write ``rows`` as one section of the file, and leave the others alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    contents = json.loads(path.read_text()) if path.exists() else {}
-    contents[section] = {"machine": machine, "rows": rows}
-    path.write_text(json.dumps(contents, indent=1) + "\n")
-
-
 def main(argv=None):
     """The rows of the table that was printed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--flat", action="store_true", help="is the step flat in C?")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, to try it out"
-    )
     parser.add_argument("--steps", type=int, help="timed steps of each stream")
     for name, default in (("size", SIZES), ("leaves", LEAVES), ("topc", TOPC)):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
-    parser.add_argument("--output", type=Path, help="JSON; by default under results/")
+    add_arguments(parser)
     args = parser.parse_args(argv)
 
     machine = describe_machine()

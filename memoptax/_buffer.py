@@ -41,7 +41,7 @@ class Buffer(NamedTuple):
     error: jax.Array  # (L,), dtype of keys: bound on the L2 error of total
     offered: jax.Array  # (R,), int32: finite values offered
     accepted: jax.Array  # (R,), int32: those of them that were stored
-    rebuilds: jax.Array  # (L,), int32: times that total was summed anew
+    rebuilds: jax.Array  # (), int32: times that total was summed anew
     draws: Any  # (2,), uint32: raw key of the FIFO draws; None where there are none
 
 
@@ -69,7 +69,7 @@ def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> 
         error=jnp.zeros((len(leaves),), key_dtype),
         offered=jnp.zeros((rows,), jnp.int32),
         accepted=jnp.zeros((rows,), jnp.int32),
-        rebuilds=jnp.zeros((len(leaves),), jnp.int32),
+        rebuilds=jnp.zeros((), jnp.int32),
         draws=draws,
     )
 
@@ -121,7 +121,9 @@ def push(
         buffer.keys.dtype,
         across,
     )
-    after, each = _decide(buffer, priority, norms, totals, decay, fifo_probability)
+    after, each, inexact = _decide(
+        buffer, priority, norms, totals, decay, fifo_probability
+    )
     changes = []
     for leaf, (new, here) in enumerate(zip(stored, each)):
         dtype = totals[leaf].dtype
@@ -130,7 +132,7 @@ def push(
         old = _storage.decode(_storage.read(stacks[leaf], here.evicted), dtype)
         changes.append(jnp.where(here.accept, _storage.decode(new, dtype) - old, 0))
         totals[leaf] = totals[leaf] + changes[leaf]
-    totals = _rebuild(stacks, totals, each)
+    totals = _rebuild(totals, stacks, [here.spare_after for here in each], inexact)
     # The sum before is taken back from the sum after: to read it in both places would
     # cost a copy of it.
     before = [total - change for total, change in zip(totals, changes)]
@@ -152,15 +154,15 @@ class _Decision(NamedTuple):
     spare: jax.Array  # int32: the spare slot before
     spare_after: jax.Array  # int32
     fill: jax.Array  # dtype of keys: entries before
-    rebuild: jax.Array  # bool: the sum is to be taken anew
 
 
 def _decide(buffer, priority, norms, totals, decay, fifo_probability):
-    """The buffer without slots and total after an offer, and a decision per leaf.
+    """The buffer without slots and total after an offer, a decision per leaf, and
+    whether the sums are to be taken anew.
 
-    In a branch, and as scalars, so that decisions are stored before they are used: else
-    the loop over every leaf would take them again, and no two leaves of a shape would
-    share a loop. At 200 leaves that is ten times the time to compile.
+    In a branch, and as scalars, so that decisions are stored before they are used, and
+    leaves of one shape are compiled once: whatever picks its own leaf's number out of a
+    vector is a program of its own. At 200 leaves that is ten times the time to compile.
     """
     buffer = buffer._replace(slots=None, total=None)
     finite = jnp.isfinite(priority) & _in_rows(jnp.isfinite(norms), buffer)
@@ -171,17 +173,16 @@ def _decide(buffer, priority, norms, totals, decay, fifo_probability):
         entry, accept = _choose(buffer, priority, finite, fifo)
         evicted = jnp.take_along_axis(buffer.place, entry[:, None], axis=1)[:, 0]
         after = _insert(buffer, entry, accept, finite, evicted, priority, decay)
-        after, rebuild = _bound_error(after, entry, accept, norms, units)
+        after, inexact = _bound_error(after, entry, accept, norms, units)
         rows = (finite, accept, evicted, buffer.spare, after.spare, fill(buffer))
-        return after._replace(draws=draws), [list(x) for x in (*rows, rebuild)]
+        return after._replace(draws=draws), [list(row) for row in rows], inexact
 
     def ignored(buffer, finite, *_):
         no, spare = jnp.zeros_like(finite), buffer.spare
         rows = (no, no, spare, spare, spare, fill(buffer))
-        never = jnp.zeros(norms.shape, bool)
-        return buffer, [list(x) for x in (*rows, never)]
+        return buffer, [list(row) for row in rows], jnp.zeros((), bool)
 
-    after, (*rows, rebuild) = jax.lax.cond(
+    after, rows, inexact = jax.lax.cond(
         _anywhere(jnp.any(finite)),
         offered,
         ignored,
@@ -192,9 +193,8 @@ def _decide(buffer, priority, norms, totals, decay, fifo_probability):
         decay,
         fifo_probability,
     )
-    if len(rebuild) > len(finite):
-        rows = [row * len(rebuild) for row in rows]
-    return after, [_Decision(*each) for each in zip(*rows, rebuild)]
+    rows = [_per_leaf(row, totals) for row in rows]
+    return after, [_Decision(*each) for each in zip(*rows)], inexact
 
 
 def resize(buffer: Buffer, topc: int) -> Buffer:
@@ -214,7 +214,7 @@ def resize(buffer: Buffer, topc: int) -> Buffer:
     stacks = treedef.flatten_up_to(buffer.slots)
     for leaf, slots in enumerate(jnp.broadcast_to(place, (leaves, kept))):
         stacks[leaf] = _storage.select(stacks[leaf], slots, topc + 1)
-        totals[leaf] = _resum(stacks[leaf], totals[leaf], topc, True)
+    totals = _rebuild(totals, stacks, [topc] * leaves, True)
     resized = buffer._replace(
         slots=treedef.unflatten(stacks),
         total=treedef.unflatten(totals),
@@ -275,7 +275,7 @@ def _insert(buffer, entry, accept, finite, evicted, priority, decay):
 
 
 def _bound_error(buffer, entry, accept, norms, units):
-    """The buffer with its norms and error bounds, and which sums (L,) to rebuild.
+    """The buffer with its norms and error bounds, and whether to take the sums anew.
 
     A sum that takes in new - old rounds twice: at most one unit of |new| + |old|, and
     one of itself, which the norms of the slots bound. One bound for the whole tree
@@ -287,77 +287,68 @@ def _bound_error(buffer, entry, accept, norms, units):
     scale = units * jnp.sum(all_norms, axis=1)
     rounding = jnp.where(jnp.any(new, axis=1), units * (norms + old_norms) + scale, 0)
     error = buffer.error + rounding
-    rebuild = error > _TOLERANCE * scale
+    inexact = jnp.any(error > _TOLERANCE * scale)
     return buffer._replace(
         norms=all_norms,
-        error=jnp.where(rebuild, _additions(buffer) * scale, error),
-        rebuilds=_count(buffer.rebuilds, rebuild),
-    ), rebuild
+        error=jnp.where(inexact, _additions(buffer) * scale, error),
+        rebuilds=_count(buffer.rebuilds, inexact),
+    ), inexact
 
 
-def _block(copies):
-    """Slots that one turn of _resum adds up.
+def _block(topc):
+    """Slots that one turn of a rebuild adds up.
 
     Every turn reads and writes the sum once and adds a rounding, which many slots feel;
     every slot of a turn has to be compiled, which many leaves feel.
     """
-    return 2 if copies <= 32 else 8
+    return math.gcd(topc, 2 if topc < 32 else 8)
 
 
 def _additions(buffer):
-    """How many roundings a slot meets at most in _resum."""
-    copies = buffer.norms.shape[1] + 1
-    return math.ceil(copies / _block(copies)) + int(math.log2(_block(copies)))
+    """How many roundings a slot meets at most in a rebuild."""
+    topc = buffer.norms.shape[1]
+    return topc // _block(topc) + int(math.log2(_block(topc)))
 
 
-def _any(flags):
-    return jnp.any(jnp.stack(flags)) if flags else jnp.zeros((), bool)
+@jax.custom_jvp
+def _rebuild(totals, stacks, spares, wanted):
+    """The sums; if ``wanted``, each is that of all slots but the spare one.
 
-
-def _rebuild(stacks, totals, each):
-    """The sums, those marked for it taken anew from the slots.
-
-    Only sums leave the conditionals, so that no stack is copied; the outer one spares a
-    step without any rebuild from asking leaf by leaf.
+    When one leaf needs it, all are taken anew, in one loop: leaves are accepted
+    together, so their bounds are reached at about the same time, and a loop per leaf
+    would take long to compile. Only sums leave the loop, so that no stack is copied,
+    and without need it takes no turn.
     """
+    topc = max((_storage.copies(stack) for stack in stacks), default=1) - 1
+    block = _block(topc)
 
-    def marked(leaf, total):
-        return jax.lax.cond(
-            _anywhere(each[leaf].rebuild),
-            lambda stack, total: _resum(
-                stack, total, each[leaf].spare_after, each[leaf].rebuild
-            ),
-            lambda stack, total: total,
-            stacks[leaf],
-            total,
-        )
+    def add_block(turn, totals):
+        def add(total, stack, slots):
+            terms = [
+                _storage.decode(_storage.read(stack, slot), total.dtype)
+                for slot in slots
+            ]
+            return jnp.where(turn == 0, 0, total) + _pairwise(terms)
 
-    return jax.lax.cond(
-        _anywhere(_any([here.rebuild for here in each])),
-        lambda stacks, totals: [marked(leaf, t) for leaf, t in enumerate(totals)],
-        lambda stacks, totals: totals,
-        stacks,
-        totals,
-    )
+        entries = [turn * block + k for k in range(block)]
+        slots = [[k + (k >= spare) for k in entries] for spare in spares]
+        return [add(*leaf) for leaf in zip(totals, stacks, _per_leaf(slots, totals))]
+
+    turns = jnp.where(wanted, topc // block, 0)
+    return jax.lax.fori_loop(0, turns, add_block, totals)
 
 
-def _resum(stack, total, spare, wanted):
-    """``total``, or if ``wanted`` the sum of all slots but the spare one."""
-    copies = jax.tree.leaves(stack)[0].shape[0]
-    block = _block(copies)
+@_rebuild.defjvp
+def _rebuild_jvp(primals, tangents):
+    """A sum taken anew is the same sum, but for its roundings."""
+    return _rebuild(*primals), tangents[0]
 
-    def held(slot):
-        value = _storage.decode(_storage.read(stack, slot), total.dtype)
-        return jnp.where(wanted & (slot != spare) & (slot < copies), value, 0)
 
-    def add_block(turn, total):
-        terms = [held(turn * block + k) for k in range(block)]
-        while len(terms) > 1:
-            terms = [a + b for a, b in zip(terms[::2], terms[1::2])]
-        return total + terms[0]
-
-    total = jnp.where(wanted, 0, total)
-    return jax.lax.fori_loop(0, math.ceil(copies / block), add_block, total)
+def _pairwise(terms):
+    """The sum of ``terms``, a power of two of them."""
+    while len(terms) > 1:
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2])]
+    return terms[0]
 
 
 @jax.custom_batching.custom_vmap
@@ -392,6 +383,11 @@ def _here(shape, entry, accept):
     return jnp.broadcast_to((column == entry[:, None]) & accept[:, None], shape)
 
 
+def _per_leaf(rows, leaves):
+    """A list with an item per row as one with an item per leaf."""
+    return rows * len(leaves) if len(rows) < len(leaves) else rows
+
+
 def _in_rows(per_leaf, buffer):
     """Truth of each leaf (L,) as truth of each row (R,)."""
     synced = buffer.keys.shape[0] == 1
@@ -422,12 +418,12 @@ def _leaves(updates, buffer):
 
 def _norms(leaves, dtype, across=None):
     """The L2 norm of every leaf, (L,). No gradient flows: norms only decide."""
-    wide = [x.astype(jnp.promote_types(dtype, x.dtype)) for x in leaves]
-    squares = [jnp.sum(jnp.square(jax.lax.stop_gradient(x))) for x in wide]
-    squares = squares if across is None else across(squares)
+    wide = jnp.result_type(dtype, *leaves)
+    leaves = [jax.lax.stop_gradient(x).astype(wide) for x in leaves]
+    squares = [jnp.sum(jnp.square(x)) for x in leaves]
+    squares = _vector(squares if across is None else across(squares), wide)
     # Of a single element XLA would make |x|, which overflows later than its square.
-    roots = [jnp.where(jnp.isfinite(x), jnp.sqrt(x), x) for x in squares]
-    return _vector([root.astype(dtype) for root in roots], dtype)
+    return jnp.where(jnp.isfinite(squares), jnp.sqrt(squares), squares).astype(dtype)
 
 
 def _units(totals, dtype):

@@ -119,7 +119,7 @@ def _stats(buffer):
         "age_mean": jnp.sum(jnp.where(filled, buffer.ages, 0)) / entries,
         "age_max": jnp.max(buffer.ages, where=filled, initial=0),
         "mean_norm": jnp.sqrt(sum(squares, jnp.zeros((), buffer.keys.dtype))),
-        "rebuilds": jnp.mean(buffer.rebuilds),
+        "rebuilds": buffer.rebuilds,
     }
     return {
         name: jnp.where(empty, 0, value).astype(jnp.float32)

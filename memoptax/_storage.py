@@ -31,6 +31,11 @@ def zero_sum(leaf):
     return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
 
 
+def copies(stack) -> int:
+    """How many slots a stack has."""
+    return jax.tree.leaves(stack)[0].shape[0]
+
+
 def encode(stack, value):
     """``value`` as ``stack`` stores it."""
     if stack.dtype == _BITS:

@@ -197,7 +197,7 @@ def test_replays_the_recorded_streams(case):
         (_, state), params = run(case.params0, case.grads)
         assert goldens.deviation(case, params) < goldens.tolerance(case)
         if "burst" in case.stream and options["topc"]:
-            assert int(state[0].buffer.rebuilds.min()) > 0
+            assert int(state[0].buffer.rebuilds) > 0
 
 
 # The sum
@@ -242,7 +242,7 @@ def test_the_sum_stays_within_its_bound(topc, synced, dtype):
             norms = np.asarray(buffer.norms[leaf], np.float64)
             assert error <= buffer.error[leaf]  # the bound is a bound,
             assert buffer.error[leaf] <= 1e-5 * norms.sum()  # and it holds for ever
-    assert int(buffer.rebuilds.min()) > 0
+    assert int(buffer.rebuilds) > 0
 
 
 def test_the_mean_used_is_exact_to_the_bound_and_the_arriving_outlier():
@@ -277,18 +277,18 @@ def test_without_outliers_rebuilds_are_rare(topc):
 
     buffer = run(buffer, stream)
     assert int(buffer.accepted[0]) == 1500
-    assert 1 <= int(buffer.rebuilds[0]) <= 1500 / 100
+    assert 1 <= int(buffer.rebuilds) <= 1500 / 100
 
 
 def test_an_outlier_that_leaves_is_rebuilt_at_once():
     buffer = _buffer.empty(jnp.zeros(3), 2)
     for value in (1e4, 1e-4, 1e-4):
         _, buffer = offer(buffer, jnp.full(3, value), key=1.0, decay=0.5)
-    assert int(buffer.rebuilds[0]) == 1
+    assert int(buffer.rebuilds) == 1
     np.testing.assert_allclose(buffer.total, 2e-4, rtol=1e-6)
 
 
-def test_the_rebuild_stays_a_branch_under_vmap_and_in_apply_if_finite():
+def test_the_rebuild_stays_a_loop_of_its_own_under_vmap_and_in_apply_if_finite():
     stream = jnp.stack([jnp.full(3, x) for x in (1e4, 1e-4, 1e-4, 1e-4)])
     tx = optax.apply_if_finite(critical_gradients(2, 0.0), 3)
 
@@ -303,10 +303,10 @@ def test_the_rebuild_stays_a_branch_under_vmap_and_in_apply_if_finite():
     buffers = batched(jnp.array([1.0, 0.0, 2.0]), stream)
     # Zeros never pass the gate of a full buffer and never need a rebuild: the other
     # members' rebuilds leave them alone.
-    np.testing.assert_array_equal(buffers.rebuilds[:, 0], [1, 0, 1])
+    np.testing.assert_array_equal(buffers.rebuilds, [1, 0, 1])
     np.testing.assert_allclose(buffers.total[:, 0], [2e-4, 0, 4e-4], rtol=1e-6)
     text = batched.lower(jnp.ones(3), stream).compile().as_text()
-    assert "conditional(" in text
+    assert text.count(" while(") >= 2 and "conditional(" in text
 
 
 # The compiled program: C never shows

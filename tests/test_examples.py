@@ -156,6 +156,33 @@ def test_benchmark_runs(flat, tmp_path):
         assert {r["optimizer"] for r in rows} == {*steps.PLAIN, *steps.BUFFERED}
 
 
+@pytest.mark.parametrize("name", ["sm3", "training_step", "compile_time", "scaling"])
+def test_other_benchmarks_run(name, tmp_path):
+    output = tmp_path / "results.json"
+    rows = load(f"benchmarks/{name}.py").main(["--quick", "--output", str(output)])
+    (section,) = json.loads(output.read_text()).values()
+    assert section["rows"] == rows
+    ratios = [row["/ adam"] for row in rows if "/ adam" in row]
+    assert ratios and all(ratio > 0 for ratio in ratios)
+
+
+def test_a_missing_peer_is_reported_as_missing(tmp_path, monkeypatch):
+    peers = load("benchmarks/peers.py")
+    monkeypatch.setattr(peers, "PEERS", {"nothing": ("no_such_module", "No", {})})
+    output = ["--output", str(tmp_path / "results.json")]
+    rows = {row["optimizer"]: row for row in peers.main(["--quick", *output])}
+    assert rows["nothing"] == {"optimizer": "nothing", "version": "missing"}
+    assert rows["sm3"]["ms"] > 0
+
+
+def test_the_results_are_drawn(tmp_path):
+    plots = load("benchmarks/plots.py")
+    for kept in (ROOT / "benchmarks/results").glob("*.json"):
+        copy = tmp_path / kept.name
+        copy.write_text(kept.read_text())
+        assert_picture(plots.draw(copy))
+
+
 def test_embeddings_learn_from_touched_rows(tmp_path):
     embeddings = load("examples/embeddings.py")
     found = embeddings.main(300, 2, str(tmp_path / "embeddings.png"))

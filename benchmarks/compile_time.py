@@ -1,0 +1,80 @@
+"""Time to trace and compile one step, as a ratio to optax.adam, against leaves and C.
+
+    python benchmarks/compile_time.py [--quick] [--leaves 10 50 200] [--topc 5 20 80]
+
+Seconds of processor time of tracing, lowering and compiling the donated update with
+apply_updates. Leaves are matrices and vectors of four shapes, as in a transformer of
+many equal layers: XLA compiles what is equal once.
+"""
+
+import argparse
+
+import jax.numpy as jnp
+import optax
+from measuring import add_arguments, describe_machine, optimizer_runner, report
+from tqdm import tqdm
+
+import memoptax
+
+SHAPES = ((64, 64), (64,), (64, 128), (128,))
+OPTIMIZERS = {
+    "sgd_c": memoptax.sgd_c,
+    "adam_c": memoptax.adam_c,
+    "adam_cm": memoptax.adam_cm,
+}
+PLAIN = {
+    "sm3": lambda: memoptax.sm3(0.1),
+    "optax.sm3": lambda: optax.sm3(0.1),
+    "optax.adamw": lambda: optax.adamw(0.1),
+}
+COLUMNS = ("optimizer", "leaves", "C", "seconds", "/ adam")
+
+
+def seconds(tx, leaves):
+    like = [jnp.zeros(SHAPES[i % len(SHAPES)]) for i in range(leaves)]
+    return optimizer_runner(lambda: tx, like).compile_processor_seconds
+
+
+def main(argv=None):
+    """The rows of the table that was printed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--leaves", type=int, nargs="+", default=(10, 50, 200))
+    parser.add_argument("--topc", type=int, nargs="+", default=(5, 20, 80))
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.leaves, args.topc = (4,), (5,)
+    machine = describe_machine()
+    cases = [(name, None, make) for name, make in PLAIN.items()]
+    cases += [
+        (name, c, lambda make=make, c=c: make(0.1, topc=c))
+        for name, make in OPTIMIZERS.items()
+        for c in args.topc
+    ]
+    seconds(optax.adam(0.1), 4)  # what only the first compilation pays for
+    rows = []
+    with tqdm(total=len(args.leaves) * len(cases), unit="case") as bar:
+        for leaves in args.leaves:
+            for name, c, make in cases:
+                bar.set_description(f"{name}, C = {c}, {leaves} leaves")
+                before = seconds(optax.adam(0.1), leaves)
+                taken = seconds(make(), leaves)
+                adam = (before + seconds(optax.adam(0.1), leaves)) / 2
+                rows.append(
+                    {
+                        "optimizer": name,
+                        "leaves": leaves,
+                        "C": c,
+                        "seconds": taken,
+                        "/ adam": taken / adam,
+                    }
+                )
+                bar.update()
+    report(args, "compile time", machine, rows, COLUMNS)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

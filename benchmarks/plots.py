@@ -1,0 +1,117 @@
+"""Draw the results: time of a step against C, and bytes of state against C.
+
+    python benchmarks/plots.py [results.json ...]
+
+The times are those that steps.py kept; the bytes are counted by ``memory_report``, and
+beside them stand those of the authors' code: C copies, for the classes with a running
+sum (``_eff``) one more, and the two moments of Adam.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+
+import memoptax
+
+CAPACITIES = (1, 5, 10, 20, 40, 60, 80, 100)
+# Bytes per float32 parameter in the authors' code, which has float32 slots alone.
+PUBLISHED = {
+    "authors' Adam_C (heap)": lambda c: 4 * (c + 2),
+    "authors' Adam_C_eff, Adam_CM": lambda c: 4 * (c + 3),
+}
+OURS = {
+    "adam_c, adam_cm": None,
+    "the same, bfloat16 slots": "bfloat16",
+    "the same, int8 slots": "int8",
+}
+# Of Okabe and Ito, which the colour-blind can tell apart.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+
+
+def draw_times(axes, sections):
+    """Median time of an accepted step over adam's, by C."""
+    rows = [row for row in sections["steps"]["rows"] if row["topc"]]
+    largest = max((row["size"], -row["leaves"]) for row in rows)
+    rows = [row for row in rows if (row["size"], -row["leaves"]) == largest]
+    chosen = ("sgd_c", "adam_c", "adam_cm", "rmsprop_c")
+    for colour, name in zip(COLOURS, chosen):
+        points = [
+            (row["topc"], row["accepted"]["ratio"])
+            for row in rows
+            if row["optimizer"] == name
+        ]
+        axes.plot(*zip(*points), "o-", color=colour, label=name)
+    axes.axhline(1, color="black", lw=1, ls=":", label="optax.adam")
+    axes.set(
+        xscale="log",
+        ylim=(0, None),
+        xlabel="C, slots (logarithmic)",
+        ylabel="time of a step / optax.adam",
+        title=f"Time: {largest[0] / 1e6:.0f} M float32 in {-largest[1]} leaves",
+    )
+    axes.set_xticks(sorted({row["topc"] for row in rows}))
+    axes.get_xaxis().set_major_formatter("{x:.0f}")
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+
+
+def draw_bytes(axes):
+    """Bytes of state per parameter of a 1024 x 1024 matrix, by C."""
+    params = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    for (name, formula), style in zip(PUBLISHED.items(), ("--", ":")):
+        points = [formula(c) for c in CAPACITIES]
+        axes.plot(CAPACITIES, points, ls=style, color="black", label=name)
+    for colour, (name, dtype) in zip(COLOURS, OURS.items()):
+        points = [
+            memoptax.memory_report(
+                memoptax.adam_c(0.1, topc=c, buffer_dtype=dtype), params
+            ).per_parameter
+            for c in CAPACITIES
+        ]
+        axes.plot(CAPACITIES, points, "o-", color=colour, label=name)
+    axes.set(
+        xlabel="C, slots",
+        ylabel="bytes of state per parameter",
+        title="Memory: a 1024 × 1024 matrix of float32",
+        ylim=(0, None),
+    )
+    axes.legend(frameon=False)
+
+
+def draw(path):
+    """The figure of one file of results, next to it; the picture's path."""
+    sections = json.loads(path.read_text())
+    machine = sections["steps"]["machine"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    draw_times(left, sections)
+    draw_bytes(right)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.suptitle(
+        f"{machine['device']}, {machine['cores']} cores, jax {machine['jax']}",
+        fontsize=9,
+    )
+    picture = path.with_suffix(".png")
+    figure.savefig(picture, dpi=150)
+    plt.close(figure)
+    return picture
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    results = Path(__file__).parent / "results"
+    kept = sorted(results.glob("*.json"))
+    parser.add_argument("results", type=Path, nargs="*", default=kept)
+    for path in parser.parse_args(argv).results:
+        print(draw(path))
+
+
+if __name__ == "__main__":
+    main()
