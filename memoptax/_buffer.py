@@ -230,7 +230,7 @@ def resize(buffer: Buffer, topc: int) -> Buffer:
 
 def reset(buffer: Buffer) -> Buffer:
     """The buffer, holding none; the key of its draws stays."""
-    zeros = jax.tree.map(jnp.zeros_like, buffer)
+    zeros = jax.tree.map(_storage.emptied, buffer)
     rows, topc = buffer.keys.shape
     return zeros._replace(
         keys=jnp.full_like(buffer.keys, -jnp.inf),

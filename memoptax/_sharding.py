@@ -6,6 +6,7 @@ running it, over parameters whose types carry their specs, and each array of the
 tells where its axes come from.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -17,6 +18,8 @@ from jax.sharding import (
     PartitionSpec,
     use_abstract_mesh,
 )
+
+from memoptax import _buffer, _check
 
 
 def state_partition_specs(tx, params, specs):
@@ -77,7 +80,7 @@ def state_partition_specs(tx, params, specs):
     return found[0]
 
 
-def state_shardings(tx, params, mesh=None):
+def state_shardings(tx, params, mesh: Any = None, *, slots_memory_kind=None):
     """The ``NamedSharding`` of every array of ``tx.init(params)``.
 
     The specs are those of :func:`state_partition_specs`, but for axes that the mesh
@@ -95,12 +98,17 @@ def state_shardings(tx, params, mesh=None):
       params: arrays on a mesh, or ``jax.ShapeDtypeStruct``s that have a sharding. One
         that lies on no mesh counts as replicated.
       mesh: the ``Mesh`` of the shardings; None takes that of the parameters.
+      slots_memory_kind: ``'pinned_host'`` puts the slots of buffers into the memory of
+        the host, from which a step fetches one and writes one, whatever C is. The whole
+        rest stays on the devices. Needs a newer JAX on CPU than the oldest supported,
+        and has not been measured on an accelerator.
 
     Returns:
       A tree like the state.
 
     Raises:
-      ValueError: if the parameters lie on no mesh and ``mesh`` is None, or on two.
+      ValueError: if the parameters lie on no mesh and ``mesh`` is None, or on two; if
+        the devices have no memory of the kind.
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax
@@ -122,11 +130,40 @@ def state_shardings(tx, params, mesh=None):
     specs = state_partition_specs(
         tx, params, treedef.unflatten([getattr(s, "spec", None) for s in shardings])
     )
-    return jax.tree.map(
+    shardings = jax.tree.map(
         lambda leaf, spec: NamedSharding(mesh, _divided(leaf.shape, spec, mesh)),
         jax.eval_shape(tx.init, params),
         specs,
     )
+    if slots_memory_kind is None:
+        return shardings
+    _check_memory(slots_memory_kind, mesh.devices.flat[0])
+    return jax.tree.map(
+        functools.partial(_with_slots_in, slots_memory_kind),
+        shardings,
+        is_leaf=_is_buffer,
+    )
+
+
+def _check_memory(kind, device):
+    _check.choice("slots_memory_kind", kind, ("pinned_host", "device"))
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if kind not in kinds:
+        raise ValueError(
+            f"slots_memory_kind is {kind!r}, but the devices of the mesh "
+            f"({device.device_kind}) have only {', '.join(kinds)}."
+        )
+
+
+def _is_buffer(node):
+    return isinstance(node, _buffer.Buffer)
+
+
+def _with_slots_in(kind, node):
+    if not _is_buffer(node):
+        return node
+    slots = jax.tree.map(lambda s: s.with_memory_kind(kind), node.slots)
+    return node._replace(slots=slots)
 
 
 def _is_spec(node):

@@ -56,17 +56,30 @@ def keep(wanted, stored):
 
 
 def read(stack, slot):
-    """The stored value in ``slot``."""
-    return jax.lax.dynamic_index_in_dim(stack, slot, 0, keepdims=False)
+    """The stored value in ``slot``, on the device whatever memory the stack is in."""
+    stored = jax.lax.dynamic_index_in_dim(stack, slot, 0, keepdims=False)
+    return _moved(stored, jax.memory.Space.Device)
 
 
 def write(stack, stored, slot):
-    """The stack with ``stored`` in ``slot``."""
+    """The stack with ``stored`` in ``slot``, in the memory that the stack is in."""
+    stored = _moved(stored, jax.typeof(stack).memory_space)
     return jax.lax.dynamic_update_index_in_dim(stack, stored, slot, 0)
+
+
+def _moved(x, space):
+    """A stack may stand in the host's memory, from where one slot is fetched."""
+    return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
 def select(stack, slots, copies: int):
     """A stack of ``copies`` that begins with ``slots`` of this one, and is else 0."""
-    chosen = jnp.take(stack, slots, axis=0)
+    chosen = jnp.take(_moved(stack, jax.memory.Space.Device), slots, axis=0)
     more = [(0, copies - chosen.shape[0])] + [(0, 0)] * (chosen.ndim - 1)
-    return jnp.pad(chosen, more)
+    return _moved(jnp.pad(chosen, more), jax.typeof(stack).memory_space)
+
+
+def emptied(array):
+    """Zeros like a stack, or any array of a state, in the same memory."""
+    zeros = jnp.zeros_like(_moved(array, jax.memory.Space.Device))
+    return _moved(zeros, jax.typeof(array).memory_space)

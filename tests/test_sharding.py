@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memoptax
+from memoptax import _sharding
 
 from compiled import compile_step, step_of, train
 
@@ -454,3 +456,55 @@ def test_sharded_norm_is_the_norm(mesh):
 def test_axes_that_cannot_be_right_are_refused(axes, message, mesh):
     with pytest.raises(ValueError, match=message):
         on_eight(PLAIN, axes, mesh, few(values(8)), check_vma=False)
+
+
+# --- slots in the host's memory -------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sgd_c", "adam_cm"])
+def test_slots_may_lie_in_the_memory_of_the_host(name, mesh):
+    """The numbers stay, and a step still copies no buffer, on the device or to it."""
+    tx, specs = OPTIMIZERS[name](), LAYOUTS["mixed"]
+
+    def run(**options):
+        params = placed(few(values()), mesh, specs)
+        shardings = memoptax.state_shardings(tx, params, **options)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        compiled = compile_step(step_of(tx), params, state, params)
+        for i in range(6):
+            gradients = jax.tree.map(lambda x, i=i: x[i], few(values(6)))
+            gradients = placed(gradients, mesh, specs)
+            params, state = compiled(params, state, gradients)
+        temporaries = compiled.memory_analysis().temp_size_in_bytes
+        return params, state[0].buffer, temporaries
+
+    params, there, temporaries = run()
+    hosted_params, here, hosted_temporaries = run(slots_memory_kind="pinned_host")
+    jax.tree.map(np.testing.assert_array_equal, params, hosted_params)
+    jax.tree.map(np.testing.assert_array_equal, there, here)
+    assert hosted_temporaries == temporaries
+    kinds = jax.tree.map(lambda x: x.sharding.memory_kind, here)
+    assert set(kinds.slots.values()) == {"pinned_host"}
+    assert "pinned_host" not in jax.tree.leaves(kinds._replace(slots=None))
+    for buffer in (memoptax.reset_buffer(here), memoptax.resize_buffer(here, 5)):
+        for slots in buffer.slots.values():
+            assert slots.sharding.memory_kind == "pinned_host"
+
+
+def test_memory_that_is_not_there_is_refused(mesh):
+    tx, x = memoptax.sgd_c(0.1), jax.ShapeDtypeStruct((8,), jnp.float32)
+    with pytest.raises(ValueError, match="slots_memory_kind must be one of 'pinned_h"):
+        memoptax.state_shardings(tx, x, mesh, slots_memory_kind="disk")
+
+    class Device:
+        device_kind = "abacus"
+
+        def addressable_memories(self):
+            return [types.SimpleNamespace(kind="device")]
+
+    message = (
+        r"is 'pinned_host', but the devices of the mesh \(abacus\) have only device"
+    )
+    with pytest.raises(ValueError, match=message):
+        _sharding._check_memory("pinned_host", Device())
