@@ -32,12 +32,13 @@ class Buffer(NamedTuple):
     """
 
     slots: Any  # like the params, leaves (C + 1, *shape), in the storage's dtype
+    scales: Any  # int8: per leaf (C + 1, *shape[:-1], 1), float32; else None
     total: Any  # like the params, float32 or better: the sum of the filled slots
     keys: jax.Array  # (R, C), float32 or better: decayed priorities, -inf where empty
     ages: jax.Array  # (R, C), int32: offers since the entry came in
     place: jax.Array  # (R, C), int32: the physical slot of each entry
     spare: jax.Array  # (R,), int32: the physical slot of no entry
-    norms: jax.Array  # (L, C), dtype of keys: L2 norm of each stored value
+    norms: jax.Array  # (L, C), dtype of keys: bound on the L2 norm of each entry
     error: jax.Array  # (L,), dtype of keys: bound on the L2 error of total
     offered: jax.Array  # (R,), int32: finite values offered
     accepted: jax.Array  # (R,), int32: those of them that were stored
@@ -60,6 +61,7 @@ def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> 
     key_dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
     return Buffer(
         slots=jax.tree.map(lambda p: _storage.zeros(p, topc + 1, dtype), params),
+        scales=_storage.zero_scales(params, topc + 1, dtype),
         total=jax.tree.map(_storage.zero_sum, params),
         keys=jnp.full((rows, topc), -jnp.inf, key_dtype),
         ages=jnp.zeros((rows, topc), jnp.int32),
@@ -111,12 +113,10 @@ def push(
     Values that are not finite, or whose priority is not, count as never offered.
     """
     leaves, treedef = jax.tree.flatten(values)
-    stacks = treedef.flatten_up_to(buffer.slots)
+    stacks = _storage.unpack(treedef, buffer.slots, buffer.scales)
     totals = treedef.flatten_up_to(buffer.total)
-    stored = [_storage.encode(stack, x) for stack, x in zip(stacks, leaves)]
-    norms = _norms(
-        [_storage.decode(x, t.dtype) for x, t in zip(stored, totals)], buffer.keys.dtype
-    )
+    stored = [_storage.encode(x, stack) for x, stack in zip(leaves, stacks)]
+    norms = _stored_norms(leaves, stored, buffer.keys.dtype)
     after, each = _decide(buffer, priority, norms, totals, decay, fifo_probability)
     changes = []
     for leaf, (new, here) in enumerate(zip(stored, each)):
@@ -131,11 +131,10 @@ def push(
     # cost a copy of it.
     before = [total - change for total, change in zip(totals, changes)]
     filled = [here.fill for here in each]
+    slots, scales = _storage.pack(treedef, stacks, buffer.scales)
     return (
         Recall(treedef.unflatten(before), treedef.unflatten(filled)),
-        after._replace(
-            slots=treedef.unflatten(stacks), total=treedef.unflatten(totals)
-        ),
+        after._replace(slots=slots, scales=scales, total=treedef.unflatten(totals)),
     )
 
 
@@ -158,7 +157,7 @@ def _decide(buffer, priority, norms, totals, decay, fifo_probability):
     the loop over every leaf would take them again, and no two leaves of a shape would
     share a loop. At 200 leaves that is ten times the time to compile.
     """
-    buffer = buffer._replace(slots=None, total=None)
+    buffer = buffer._replace(slots=None, scales=None, total=None)
     finite = jnp.isfinite(priority) & _in_rows(jnp.isfinite(norms), buffer)
     units = _units(totals, norms.dtype)
 
@@ -207,12 +206,14 @@ def resize(buffer: Buffer, topc: int) -> Buffer:
         return jnp.pad(taken, more, constant_values=empty)
 
     totals, treedef = jax.tree.flatten(buffer.total)
-    stacks = treedef.flatten_up_to(buffer.slots)
+    stacks = _storage.unpack(treedef, buffer.slots, buffer.scales)
     for leaf, slots in enumerate(jnp.broadcast_to(place, (leaves, kept))):
         stacks[leaf] = _storage.select(stacks[leaf], slots, topc + 1)
         totals[leaf] = _resum(stacks[leaf], totals[leaf], topc, True)
+    slots, scales = _storage.pack(treedef, stacks, buffer.scales)
     resized = buffer._replace(
-        slots=treedef.unflatten(stacks),
+        slots=slots,
+        scales=scales,
         total=treedef.unflatten(totals),
         keys=take(buffer.keys, entries, -jnp.inf),
         ages=take(buffer.ages, entries, 0),
@@ -418,11 +419,26 @@ def _leaves(updates, buffer):
 
 def _norms(leaves, dtype):
     """The L2 norm of every leaf, (L,). No gradient flows: norms only decide."""
-    wide = [x.astype(jnp.promote_types(dtype, x.dtype)) for x in leaves]
-    squares = [jnp.sum(jnp.square(jax.lax.stop_gradient(x))) for x in wide]
+    return _vector([_norm(x, dtype) for x in leaves], dtype)
+
+
+def _norm(x, dtype):
+    wide = jax.lax.stop_gradient(x).astype(jnp.promote_types(dtype, x.dtype))
+    square = jnp.sum(jnp.square(wide))
     # Of a single element XLA would make |x|, which overflows later than its square.
-    roots = [jnp.where(jnp.isfinite(x), jnp.sqrt(x), x) for x in squares]
-    return _vector([root.astype(dtype) for root in roots], dtype)
+    return jnp.where(jnp.isfinite(square), jnp.sqrt(square), square).astype(dtype)
+
+
+def _stored_norms(leaves, stored, dtype):
+    """The most that the norm of every leaf may be once it is stored, (L,).
+
+    Not the norms of the rounded values themselves: to round every value once more for
+    these would cost a copy of the parameters and a fifth of the step.
+    """
+    bounds = [
+        _storage.norm_bound(_norm(x, dtype), x, y) for x, y in zip(leaves, stored)
+    ]
+    return _vector(bounds, dtype)
 
 
 def _units(totals, dtype):

@@ -39,8 +39,9 @@ jitted = jax.jit(offer)  # one compilation for every shape of buffer, whatever t
 
 def entries(buffer, row=0, leaf=0):
     """The stored values of a leaf in logical order, as float64."""
-    stack = _storage.decode(jax.tree.leaves(buffer.slots)[leaf], buffer.keys.dtype)
-    stack = np.asarray(stack, np.float64)
+    treedef = jax.tree.structure(buffer.total)
+    stack = _storage.unpack(treedef, buffer.slots, buffer.scales)[leaf]
+    stack = np.asarray(_storage.decode(stack, buffer.keys.dtype), np.float64)
     filled = np.asarray(buffer.keys[row]) > -np.inf
     return stack[np.asarray(buffer.place[row])[filled]]
 
