@@ -103,20 +103,20 @@ def all_finite(buffer: Buffer, gradients) -> jax.Array:
 
 
 def push(
-    buffer: Buffer, values, priority, decay, fifo_probability=None
+    buffer: Buffer, values, priority, decay, fifo_probability=None, stored=None
 ) -> tuple[Recall, Buffer]:
     """Offer ``values``; return what was held before, and the buffer after.
 
     A row takes its values if their ``priority`` (R,) is strictly greater than the least
     of its keys, or if a FIFO draw says so. They replace the entry with that key (under
     FIFO the oldest), and then the keys of all filled entries decay, the new one's too.
-    Values that are not finite, or whose priority is not, count as never offered.
+    Values that are not finite, or whose priority is not, count as never offered. Where
+    the caller keeps them in storage himself, ``stored`` are the leaves there.
     """
     leaves, treedef = jax.tree.flatten(values)
     stacks = _storage.unpack(treedef, buffer.slots, buffer.scales)
     totals = treedef.flatten_up_to(buffer.total)
-    stored = [_storage.encode(x, stack) for x, stack in zip(leaves, stacks)]
-    norms = _stored_norms(leaves, stored, buffer.keys.dtype)
+    stored, norms = _stored(buffer, leaves, stacks, stored)
     after, each = _decide(buffer, priority, norms, totals, decay, fifo_probability)
     changes = []
     for leaf, (new, here) in enumerate(zip(stored, each)):
@@ -429,16 +429,44 @@ def _norm(x, dtype):
     return jnp.where(jnp.isfinite(square), jnp.sqrt(square), square).astype(dtype)
 
 
-def _stored_norms(leaves, stored, dtype):
-    """The most that the norm of every leaf may be once it is stored, (L,).
+def _stored(buffer, leaves, stacks, known):
+    """The leaves as the stacks store them, and bounds on their norms then, (L,).
 
-    Not the norms of the rounded values themselves: to round every value once more for
-    these would cost a copy of the parameters and a fifth of the step.
+    These are not the norms of the rounded values: to round every value once more for
+    them would cost a copy of the parameters and a fifth of the step.
     """
-    bounds = [
-        _storage.norm_bound(_norm(x, dtype), x, y) for x, y in zip(leaves, stored)
-    ]
-    return _vector(bounds, dtype)
+    dtype = buffer.keys.dtype
+    if known is None:
+        norms = [_norm(x, dtype) for x in leaves]
+    else:
+        norms = _decoded_norms(buffer, known, [x.dtype for x in leaves])
+        if all(_storage.alike(x, stack) for x, stack in zip(known, stacks)):
+            return known, _vector(norms, dtype)
+    stored = [_storage.encode(x, stack) for x, stack in zip(leaves, stacks)]
+    bounds = map(_storage.norm_bound, norms, leaves, stored)
+    return stored, _vector(list(bounds), dtype)
+
+
+def _decoded_norms(buffer, stored, dtypes):
+    """The norms of values in storage.
+
+    On CPU they are computed in a branch that is always taken: XLA would else store all
+    that they decode to, because the norms are not alone in reading it.
+    """
+
+    def norms(stored):
+        values = map(_storage.decode, stored, dtypes)
+        return [_norm(x, buffer.keys.dtype) for x in values]
+
+    def apart(stored):
+        return jax.lax.cond(
+            _anywhere(jnp.all(buffer.offered >= 0)),
+            norms,
+            lambda stored: norms(jax.tree.map(jnp.zeros_like, stored)),
+            stored,
+        )
+
+    return jax.lax.platform_dependent(stored, cpu=apart, default=norms)
 
 
 def _units(totals, dtype):

@@ -107,16 +107,18 @@ def critical_momenta(
         return _precision.in_float32(_precision.stored_moment(average, "ema", mu_dtype))
 
     def init_fn(params):
-        return CriticalMomentaState(
-            *_zero_momentum(params, mu_dtype), _options.empty(options, params)
-        )
+        mu, mu_scales = _zero_momentum(params, mu_dtype)
+        return CriticalMomentaState(mu, mu_scales, _options.empty(options, params))
 
     def update_fn(updates, state, params=None):
         del params
         finite = _buffer.all_finite(state.buffer, updates)
-        m, *mu = _momentum(updates, state, b1, finite)
-        joined, buffer = _options.remember(options, state.buffer, m, updates, finite)
-        return _spoiled(joined, updates), CriticalMomentaState(*mu, buffer)
+        m, stored, mu, mu_scales = _momentum(updates, state, b1, finite)
+        joined, buffer = _options.remember(
+            options, state.buffer, m, updates, finite, stored if mu_dtype else None
+        )
+        state = CriticalMomentaState(mu, mu_scales, buffer)
+        return _spoiled(joined, updates), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -220,10 +222,16 @@ def scale_by_adam_cm(
         finite = _buffer.all_finite(state.buffer, updates)
         # Adam takes its first step, so a κ of 0 skips none.
         first = (state.count == 0) & (kappa != 0) if skip_first else False
-        m, *mu = _momentum(updates, state, b1, finite & ~jnp.asarray(first))
+        taken = finite & ~jnp.asarray(first)
+        m, stored, mu, mu_scales = _momentum(updates, state, b1, taken)
         offered = _where(first, updates, m)
         joined, buffer = _options.remember(
-            options, state.buffer, offered, updates, finite
+            options,
+            state.buffer,
+            offered,
+            updates,
+            finite,
+            stored if mu_dtype and not skip_first else None,
         )
         joined = _where(first, m, joined)
         # Adam's second moment is of the gradients, and a κ of 0 is Adam.
@@ -242,7 +250,7 @@ def scale_by_adam_cm(
             eps_root,
         )
         scaled = _spoiled(scaled, updates)
-        return scaled, ScaleByAdamCmState(count, *mu, nu, nu_max, buffer)
+        return scaled, ScaleByAdamCmState(count, mu, mu_scales, nu, nu_max, buffer)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -301,7 +309,7 @@ def sgd_cm(
     """
     _check.learning_rate(learning_rate)
     return optax.chain(
-        critical_momenta(b1, **_options.among(locals())),
+        critical_momenta(b1, mu_dtype=mu_dtype, **_options.among(locals())),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -377,6 +385,7 @@ def adam_cm(
             eps_root,
             amsgrad=amsgrad,
             skip_first=skip_first,
+            mu_dtype=mu_dtype,
             **_options.among(locals()),
         ),
         optax.scale_by_learning_rate(learning_rate),
@@ -460,6 +469,7 @@ def adamw_cm(
             eps_root,
             amsgrad=amsgrad,
             skip_first=skip_first,
+            mu_dtype=mu_dtype,
             **_options.among(locals()),
         ),
         _precision.in_float32(
@@ -480,10 +490,11 @@ def _zero_momentum(params, dtype):
 
 
 def _momentum(gradients, state, b1, taken):
-    """b1·m + (1 − b1)·g, or m where the step is not taken; and its two fields.
+    """b1·m + (1 − b1)·g, or m where the step is not taken; as it is, by leaf in
+    storage, and as two fields of the state.
 
-    The first is what the other two stand for, so that nobody else reads what was
-    there before: it can be overwritten.
+    The first is decoded from the others, so that nobody else reads what was there
+    before: it can be overwritten.
     """
     leaves, treedef = jax.tree.flatten(gradients)
     totals = treedef.flatten_up_to(state.buffer.total)
@@ -493,7 +504,8 @@ def _momentum(gradients, state, b1, taken):
         for g, total, old in zip(leaves, totals, before)
     ]
     m = [_storage.decode(new, total.dtype) for new, total in zip(after, totals)]
-    return treedef.unflatten(m), *_storage.pack(treedef, after, state.mu_scales)
+    mu, mu_scales = _storage.pack(treedef, after, state.mu_scales)
+    return treedef.unflatten(m), after, mu, mu_scales
 
 
 def _moved(gradient, old, b1, taken, step):

@@ -117,19 +117,25 @@ def empty(options: Options, params) -> _buffer.Buffer:
 
 
 def remember(
-    options: Options, buffer: _buffer.Buffer, values, gradients, finite: Any = True
+    options: Options,
+    buffer: _buffer.Buffer,
+    values,
+    gradients,
+    finite: Any = True,
+    stored=None,
 ):
     """``values`` joined with the buffer, and the buffer once they were offered to it.
 
     Read before write, as in the papers: a value is never averaged with itself. Its
-    priority is that of the ``gradients``; if not ``finite``, nothing is offered.
+    priority is that of the ``gradients``; if not ``finite``, nothing is offered. What
+    ``stored`` is, :func:`memoptax._buffer.push` says.
     """
     priority = _buffer.priority(
         buffer, gradients, options.priority_fn, synced=options.synced
     )
     priority = jnp.where(finite, priority, jnp.nan)
     recall, buffer = _buffer.push(
-        buffer, values, priority, options.decay, options.fifo_probability
+        buffer, values, priority, options.decay, options.fifo_probability, stored
     )
     joined = _aggregation.aggregate(values, recall, options.kappa, options.aggr)
     return joined, buffer

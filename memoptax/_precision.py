@@ -53,8 +53,9 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
         return inner
 
     def init_fn(params):
+        state: Any = inner.init(params)
         return StoredMomentState(
-            inner=inner.init(params)._replace(**{field: None}),
+            inner=state._replace(**{field: None}),
             moment=jax.tree.map(lambda p: _storage.zeros(p, None, dtype), params),
             scales=_storage.zero_scales(params, None, dtype),
         )
@@ -64,6 +65,7 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
         stored = _storage.unpack(treedef, state.moment, state.scales)
         wide = [_storage.decode(s, u.dtype) for s, u in zip(stored, leaves)]
         old = state.inner._replace(**{field: treedef.unflatten(wide)})
+        new: Any
         updates, new = inner.update(updates, old, params)
         moment = treedef.flatten_up_to(getattr(new, field))
         stored = [
