@@ -448,25 +448,13 @@ def _stored(buffer, leaves, stacks, known):
 
 
 def _decoded_norms(buffer, stored, dtypes):
-    """The norms of values in storage.
-
-    On CPU they are computed in a branch that is always taken: XLA would else store all
-    that they decode to, because the norms are not alone in reading it.
-    """
+    """The norms of values in storage."""
 
     def norms(stored):
         values = map(_storage.decode, stored, dtypes)
         return [_norm(x, buffer.keys.dtype) for x in values]
 
-    def apart(stored):
-        return jax.lax.cond(
-            _anywhere(jnp.all(buffer.offered >= 0)),
-            norms,
-            lambda stored: norms(jax.tree.map(jnp.zeros_like, stored)),
-            stored,
-        )
-
-    return jax.lax.platform_dependent(stored, cpu=apart, default=norms)
+    return _storage.alone(norms, jnp.min(buffer.offered, initial=0), stored)
 
 
 def _units(totals, dtype):

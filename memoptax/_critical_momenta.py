@@ -64,8 +64,9 @@ def critical_momenta(
     written back into m. There is no bias correction. On a step whose gradient is not
     finite M is not finite there either, and the whole state stays as it was.
 
-    Memory: C + 3 copies of the parameters: C slots, a spare one, their sum, and m. What
-    :func:`critical_gradients` says of its buffer holds here too.
+    Memory: C + 3 copies of the parameters: C slots, a spare one, their sum, and m; less
+    with ``buffer_dtype`` and ``mu_dtype``. What :func:`critical_gradients` says of its
+    buffer holds here too.
 
     Args:
       b1: β₁ in [0, 1), the decay of the momentum.
@@ -155,7 +156,8 @@ def scale_by_adam_cm(
     the whole state stays as it was.
 
     Memory: C + 4 copies of the parameters (slots, spare, sum, m and v), one more with
-    AMSGrad. C = 1 gives most of the effect, at 20 bytes per float32 parameter.
+    AMSGrad; less with ``buffer_dtype`` and ``mu_dtype``. C = 1 gives most of the
+    effect, at 20 bytes per float32 parameter.
 
     Args:
       b1: β₁ in [0, 1).

@@ -24,6 +24,10 @@ DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
 _BITS = jnp.uint16
 
 
+# A step of int8, where the largest magnitude of the row is 1.
+_STEP = (1 - 2**-16) / 127
+
+
 class Stored(NamedTuple):
     """One leaf in storage: an array, or a stack of them."""
 
@@ -103,16 +107,43 @@ def encode_computed(f, entries, operands, like: Stored, step) -> Stored:
     def magnitude(*numbers):
         return jnp.abs(f(*numbers))
 
+    def largest(*operands):
+        return _row(jnp.max, magnitude(*entries(*operands)), initial=0)
+
     shape = operands[0].shape
-    row = (1,) * (len(shape) - 1) + shape[-1:]
-    largest = _maxima.maxima(magnitude, entries, operands, row, step)
-    return _quantize(f(*entries(*operands)), largest)
+    if math.prod(shape) < _maxima.SMALL:
+        most = alone(largest, step, *operands)
+    else:
+        row = (1,) * (len(shape) - 1) + shape[-1:]
+        most = _maxima.maxima(magnitude, entries, operands, row, step)
+    return _quantize(f(*entries(*operands)), most)
+
+
+def alone(function, step, *operands):
+    """``function(*operands)``, on CPU in a branch that is always taken.
+
+    Else XLA would store what is computed from the operands and then reduced, because
+    others compute the same. ``step`` is an integer that it cannot know, at least 0.
+    """
+
+    def guarded(step, *operands):
+        def zeros(*operands):
+            return function(*jax.tree.map(jnp.zeros_like, operands))
+
+        return jax.lax.cond(step >= 0, function, zeros, *operands)
+
+    return jax.lax.platform_dependent(
+        step, *operands, cpu=guarded, default=lambda step, *rest: function(*rest)
+    )
 
 
 def _quantize(x, largest):
     x, largest = jax.lax.stop_gradient((x, largest))
     wide = largest.astype(jnp.promote_types(largest.dtype, jnp.float32))
-    scale = (wide * (1 / 127)).astype(jnp.float32)
+    # With 17 bits, so that its products with 7 bits are exact: however XLA fuses them,
+    # a slot adds to the sum what it will take away. A little less than a 127th, so
+    # that no row overflows.
+    scale = jax.lax.reduce_precision((wide * _STEP).astype(jnp.float32), 8, 16)
     # XLA's CPU backend takes subnormal numbers for 0, which has no inverse.
     inverse = 1 / jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1)
     return Stored(jnp.round(x * inverse).astype(jnp.int8), scale)

@@ -63,8 +63,9 @@ def stored(x, dtype):
     if x.size == 0:
         return x
     largest = np.abs(x).max(axis=-1, keepdims=True) if x.ndim else np.abs(x)
-    scale = np.float32(largest * (1 / 127))
-    # Ties are rounded as the package does only with the same factor.
+    # Ties are rounded as the package does only with the same factor, of 17 bits.
+    mantissa, exponent = np.frexp(np.float32(largest * ((1 - 2**-16) / 127)))
+    scale = np.float32(np.ldexp(np.rint(mantissa * 2**17), exponent - 17))
     inverse = np.float32(1) / np.where(scale > 0, scale, np.float32(1))
     return np.rint(x * np.float64(inverse)) * np.float64(scale)
 
