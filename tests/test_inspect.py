@@ -57,10 +57,12 @@ def test_stats_are_zero_while_empty_and_found_in_any_nesting():
     assert not any(float(value) for value in stats.values())
 
 
+@pytest.mark.parametrize("dtype", [None, "int8"])
 @pytest.mark.parametrize("synced", [True, False])
 @pytest.mark.parametrize("topc", [2, 4, 9])
-def test_a_resized_buffer_keeps_the_most_critical_entries(topc, synced):
-    state = trained(memoptax.critical_gradients(4, 0.9, synced=synced))
+def test_a_resized_buffer_keeps_the_most_critical_entries(topc, synced, dtype):
+    tx = memoptax.critical_gradients(4, 0.9, synced=synced, buffer_dtype=dtype)
+    state = trained(tx)
     old, new = state.buffer, memoptax.resize_buffer(state, topc).buffer
     for row in range(old.keys.shape[0]):
         order = np.sort(np.argsort(-old.keys[row], stable=True)[:topc])
@@ -91,7 +93,7 @@ def test_a_resized_state_goes_on_as_one_of_that_size():
 
 
 def test_a_reset_buffer_is_a_new_one_and_moments_stay():
-    tx = memoptax.adam_cm(0.1, fifo_probability=0.5)
+    tx = memoptax.adam_cm(0.1, fifo_probability=0.5, buffer_dtype="int8")
     state = trained(tx)
     params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(())}
     fresh, reset = tx.init(params), memoptax.reset_buffer(state)
@@ -114,6 +116,33 @@ def test_a_size_that_is_none_is_refused(topc):
     state = memoptax.sgd_c(0.1).init(jnp.zeros(2))
     with pytest.raises(ValueError, match=f"topc must be .*{topc}"):
         memoptax.resize_buffer(state, topc)
+
+
+def transformer(d_model=256, layers=4, vocabulary=5000):
+    """The shapes of a transformer, with its biases and norms."""
+    matrices = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "up": (1, 4)}
+    d, shapes = d_model, {"embedding": (vocabulary, d_model), "norm": (d_model,)}
+    for i in range(layers):
+        for name, (rows, columns) in {**matrices, "down": (4, 1)}.items():
+            shapes[f"{i} {name}"] = (rows * d, columns * d)
+            shapes[f"{i} {name} bias"] = (columns * d,)
+        shapes |= {f"{i} norm {k}": (d,) for k in ("1 scale", "1 bias", "2 scale")}
+    return {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+
+
+def test_adam_c_with_five_int8_slots_holds_18_bytes_a_parameter():
+    params = transformer()
+    report = memoptax.memory_report(memoptax.adam_c(0.1, buffer_dtype="int8"), params)
+    n = sum(p.size for p in params.values())
+    rows = sum(p.size // p.shape[-1] for p in params.values())
+    # Six slots, their scales, the sum and two moments; then four rows of five numbers,
+    # five single numbers of the tree, a count, and five norms, an error bound and a
+    # count of rebuilds for every leaf.
+    scalars = 4 * (3 * 5 + 3 + 1) + 4 * 7 * len(params)
+    assert report.fields["slots"] == 6 * n
+    assert report.fields["scales"] == 6 * 4 * rows
+    assert report.total == (6 + 4 + 8) * n + 6 * 4 * rows + scalars
+    assert report.per_parameter <= 18.4
 
 
 def test_memory_report_counts_what_init_allocates():
