@@ -39,11 +39,11 @@ class Settings(NamedTuple):
     """What a run depends on, besides its text and its optimizer."""
 
     width: int = 128
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
-    context: int = 128
-    batch: int = 32
-    steps: int = 1000
+    context: int = 96
+    batch: int = 16
+    steps: int = 2000
     seed: int = 0
     rate: float = 2e-3
     bf16: bool = False
@@ -87,13 +87,14 @@ def read_text():
 class Block(nnx.Module):
     """Causal attention, then a perceptron, each added to what it was given."""
 
-    def __init__(self, width, heads, dtype, rngs):
-        self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
+    def __init__(self, width, heads, **options):
+        norm = functools.partial(nnx.RMSNorm, width, **options)
+        linear = functools.partial(nnx.Linear, use_bias=False, **options)
+        self.norms = nnx.List([norm(), norm()])
         self.attention = nnx.MultiHeadAttention(
-            heads, width, dtype=dtype, decode=False, rngs=rngs
+            heads, width, use_bias=False, decode=False, **options
         )
-        self.up = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
+        self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
 
     def __call__(self, x):
         mask = nnx.make_causal_mask(jnp.ones(x.shape[:-1]))
@@ -105,17 +106,18 @@ class Transformer(nnx.Module):
     """Logits of each next character, (batch, length, V), from (batch, length)."""
 
     def __init__(self, vocabulary, settings):
-        rngs, width = nnx.Rngs(settings.seed), settings.width
-        dtype = jnp.bfloat16 if settings.bf16 else None  # the parameters are float32
+        width, heads, layers = settings.width, settings.heads, settings.layers
+        # Of the computation: parameters are float32.
+        dtype = jnp.bfloat16 if settings.bf16 else None
+        options = {"dtype": dtype, "rngs": nnx.Rngs(settings.seed)}
         small = nnx.initializers.normal(0.02)
-        embed = functools.partial(nnx.Embed, embedding_init=small, rngs=rngs)
-        self.characters = embed(vocabulary, width, dtype=dtype)
-        self.places = embed(settings.context, width, dtype=dtype)
-        self.blocks = nnx.List(
-            [Block(width, settings.heads, dtype, rngs) for _ in range(settings.layers)]
-        )
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.readout = nnx.Linear(width, vocabulary, dtype=dtype, rngs=rngs)
+        embed = functools.partial(nnx.Embed, embedding_init=small, **options)
+        self.characters = embed(vocabulary, width)
+        self.places = embed(settings.context, width)
+        blocks = [Block(width, heads, **options) for _ in range(layers)]
+        self.blocks = nnx.List(blocks)
+        self.norm = nnx.RMSNorm(width, **options)
+        self.readout = nnx.Linear(width, vocabulary, **options)
 
     def __call__(self, text):
         x = self.characters(text) + self.places(jnp.arange(text.shape[1]))
