@@ -243,9 +243,10 @@ class Checkpoints:
             self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step, nodes, record):
-        """Starts to write; training goes on meanwhile."""
+        """Starts to write; training goes on meanwhile, and the record grows."""
         if self.manager is None:
             return
+        record = {name: list(values) for name, values in record.items()}
         parts = ocp.args.Composite(
             state=ocp.args.StandardSave(nnx.to_pure_dict(nnx.state(nodes))),
             record=ocp.args.JsonSave({"identity": self.identity, **record}),
