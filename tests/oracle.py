@@ -149,6 +149,8 @@ class CriticalMomenta:
 
     def __init__(self, b1=0.9, skip_first=False, mu_dtype=None, **options):
         self.b1, self.skip_first, self.mu_dtype = b1, skip_first, mu_dtype
+        if mu_dtype is not None and options.get("buffer_dtype") == mu_dtype:
+            options["buffer_dtype"] = None  # slots take the momentum as it is stored
         self.memory = Memory(**options)
         self.m, self.taken = {}, 0
 
