@@ -199,9 +199,9 @@ def test_adam_c_with_five_int8_slots_holds_18_bytes_a_parameter():
     n = sum(p.size for p in params.values())
     rows = sum(p.size // p.shape[-1] for p in params.values())
     # Six slots, their scales, the sum and two moments; then four rows of five numbers,
-    # five single numbers of the tree, a count, and five norms, an error bound and a
-    # count of rebuilds for every leaf.
-    scalars = 4 * (3 * 5 + 3 + 1) + 4 * 7 * len(params)
+    # five single numbers of the tree, a count, and five norms and an error bound for
+    # every leaf.
+    scalars = 4 * (3 * 5 + 4 + 1) + 4 * 6 * len(params)
     assert report.fields["slots"] == 6 * n
     assert report.fields["scales"] == 6 * 4 * rows
     assert report.total == (6 + 4 + 8) * n + 6 * 4 * rows + scalars
