@@ -26,6 +26,7 @@ from memoptax._inspect import buffer_stats as buffer_stats
 from memoptax._inspect import reset_buffer as reset_buffer
 from memoptax._inspect import resize_buffer as resize_buffer
 from memoptax._memory import MemoryReport as MemoryReport
+from memoptax._memory import largest_topc as largest_topc
 from memoptax._memory import memory_report as memory_report
 from memoptax._memory import state_bytes as state_bytes
 from memoptax._schedules import sm3_schedule as sm3_schedule

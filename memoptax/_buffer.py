@@ -32,12 +32,13 @@ class Buffer(NamedTuple):
     """
 
     slots: Any  # like the params, leaves (C + 1, *shape), in the storage's dtype
+    scales: Any  # int8: per leaf (C + 1, *shape[:-1], 1), float32; else None
     total: Any  # like the params, float32 or better: the sum of the filled slots
     keys: jax.Array  # (R, C), float32 or better: decayed priorities, -inf where empty
     ages: jax.Array  # (R, C), int32: offers since the entry came in
     place: jax.Array  # (R, C), int32: the physical slot of each entry
     spare: jax.Array  # (R,), int32: the physical slot of no entry
-    norms: jax.Array  # (L, C), dtype of keys: L2 norm of each stored value
+    norms: jax.Array  # (L, C), dtype of keys: bound on the L2 norm of each entry
     error: jax.Array  # (L,), dtype of keys: bound on the L2 error of total
     offered: jax.Array  # (R,), int32: finite values offered
     accepted: jax.Array  # (R,), int32: those of them that were stored
@@ -60,6 +61,7 @@ def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> 
     key_dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
     return Buffer(
         slots=_boxes.make(lambda p: _storage.zeros(p, topc + 1, dtype), params),
+        scales=_storage.zero_scales(params, topc + 1, dtype),
         total=jax.tree.map(_storage.zero_sum, params),
         keys=jnp.full((rows, topc), -jnp.inf, key_dtype),
         ages=jnp.zeros((rows, topc), jnp.int32),
@@ -103,24 +105,26 @@ def all_finite(buffer: Buffer, gradients, across=None) -> jax.Array:
 
 
 def push(
-    buffer: Buffer, values, priority, decay, fifo_probability=None, across=None
+    buffer: Buffer,
+    values,
+    priority,
+    decay,
+    fifo_probability=None,
+    stored=None,
+    across=None,
 ) -> tuple[Recall, Buffer]:
     """Offer ``values``; return what was held before, and the buffer after.
 
     A row takes its values if their ``priority`` (R,) is strictly greater than the least
     of its keys, or if a FIFO draw says so. They replace the entry with that key (under
     FIFO the oldest), and then the keys of all filled entries decay, the new one's too.
-    Values that are not finite, or whose priority is not, count as never offered.
+    Values that are not finite, or whose priority is not, count as never offered. Where
+    the caller keeps them in storage himself, ``stored`` are the leaves there.
     """
     leaves, treedef = jax.tree.flatten(values)
-    stacks = treedef.flatten_up_to(buffer.slots)
+    stacks = _storage.unpack(treedef, buffer.slots, buffer.scales)
     totals = treedef.flatten_up_to(buffer.total)
-    stored = [_storage.encode(stack, x) for stack, x in zip(stacks, leaves)]
-    norms = _norms(
-        [_storage.decode(x, t.dtype) for x, t in zip(stored, totals)],
-        buffer.keys.dtype,
-        across,
-    )
+    stored, norms = _stored(buffer, leaves, stacks, stored, across)
     after, each, inexact = _decide(
         buffer, priority, norms, totals, decay, fifo_probability
     )
@@ -137,11 +141,10 @@ def push(
     # cost a copy of it.
     before = [total - change for total, change in zip(totals, changes)]
     filled = [here.fill for here in each]
+    slots, scales = _storage.pack(treedef, stacks, buffer.scales)
     return (
         Recall(treedef.unflatten(before), treedef.unflatten(filled)),
-        after._replace(
-            slots=treedef.unflatten(stacks), total=treedef.unflatten(totals)
-        ),
+        after._replace(slots=slots, scales=scales, total=treedef.unflatten(totals)),
     )
 
 
@@ -164,7 +167,7 @@ def _decide(buffer, priority, norms, totals, decay, fifo_probability):
     leaves of one shape are compiled once: whatever picks its own leaf's number out of a
     vector is a program of its own. At 200 leaves that is ten times the time to compile.
     """
-    buffer = buffer._replace(slots=None, total=None)
+    buffer = buffer._replace(slots=None, scales=None, total=None)
     finite = jnp.isfinite(priority) & _in_rows(jnp.isfinite(norms), buffer)
     units = _units(totals, norms.dtype)
 
@@ -211,12 +214,14 @@ def resize(buffer: Buffer, topc: int) -> Buffer:
         return jnp.pad(taken, more, constant_values=empty)
 
     totals, treedef = jax.tree.flatten(buffer.total)
-    stacks = treedef.flatten_up_to(buffer.slots)
+    stacks = _storage.unpack(treedef, buffer.slots, buffer.scales)
     for leaf, slots in enumerate(jnp.broadcast_to(place, (leaves, kept))):
         stacks[leaf] = _storage.select(stacks[leaf], slots, topc + 1)
     totals = _rebuild(totals, stacks, [topc] * leaves, True)
+    slots, scales = _storage.pack(treedef, stacks, buffer.scales)
     resized = buffer._replace(
-        slots=treedef.unflatten(stacks),
+        slots=slots,
+        scales=scales,
         total=treedef.unflatten(totals),
         keys=take(buffer.keys, entries, -jnp.inf),
         ages=take(buffer.ages, entries, 0),
@@ -418,12 +423,47 @@ def _leaves(updates, buffer):
 
 def _norms(leaves, dtype, across=None):
     """The L2 norm of every leaf, (L,). No gradient flows: norms only decide."""
+    return _roots(_squares(leaves, dtype), dtype, across)
+
+
+def _squares(leaves, dtype):
     wide = jnp.result_type(dtype, *leaves)
     leaves = [jax.lax.stop_gradient(x).astype(wide) for x in leaves]
-    squares = [jnp.sum(jnp.square(x)) for x in leaves]
-    squares = _vector(squares if across is None else across(squares), wide)
+    return [jnp.sum(jnp.square(x)) for x in leaves]
+
+
+def _roots(squares, dtype, across):
+    squares = squares if across is None else across(squares)
+    squares = _vector(squares, jnp.result_type(dtype, *squares))
     # Of a single element XLA would make |x|, which overflows later than its square.
     return jnp.where(jnp.isfinite(squares), jnp.sqrt(squares), squares).astype(dtype)
+
+
+def _stored(buffer, leaves, stacks, known, across):
+    """The leaves as the stacks store them, and bounds on their norms then, (L,).
+
+    These are not the norms of the rounded values: to round every value once more for
+    them would cost a copy of the parameters and a fifth of the step.
+    """
+    dtype = buffer.keys.dtype
+    if known is None:
+        norms = _norms(leaves, dtype, across)
+    else:
+        norms = _decoded_norms(buffer, known, [x.dtype for x in leaves], across)
+        if all(_storage.alike(x, stack) for x, stack in zip(known, stacks)):
+            return known, norms
+    stored = [_storage.encode(x, stack) for x, stack in zip(leaves, stacks)]
+    return stored, _storage.norm_bounds(norms, leaves, stored, across)
+
+
+def _decoded_norms(buffer, stored, dtypes, across):
+    """The norms of values in storage."""
+    dtype, step = buffer.keys.dtype, jnp.min(buffer.offered, initial=0)
+
+    def squares(stored):
+        return _squares(list(map(_storage.decode, stored, dtypes)), dtype)
+
+    return _roots(_storage.alone(squares, step, stored), dtype, across)
 
 
 def _units(totals, dtype):

@@ -21,7 +21,8 @@ References:
 class CriticalMomentaState(NamedTuple):
     """State of critical_momenta."""
 
-    mu: Any  # like the params, float32 or better: the momentum m
+    mu: Any  # like the params, in mu_dtype: the momentum m
+    mu_scales: Any  # int8: per leaf (*shape[:-1], 1), float32; else None
     buffer: _buffer.Buffer  # of momenta; Buffer says what shapes and dtypes it has
 
 
@@ -29,9 +30,10 @@ class ScaleByAdamCmState(NamedTuple):
     """State of scale_by_adam_cm."""
 
     count: jax.Array  # (), int32: finite steps taken
-    mu: Any  # like the params, float32 or better: the momentum m
-    nu: Any  # like mu: second moment of the aggregate M
-    nu_max: Any  # like mu: its maximum so far; None without AMSGrad
+    mu: Any  # like the params, in mu_dtype: the momentum m
+    mu_scales: Any  # int8: per leaf (*shape[:-1], 1), float32; else None
+    nu: Any  # like the params, float32 or better: second moment of the aggregate M
+    nu_max: Any  # like nu: its maximum so far; None without AMSGrad
     buffer: _buffer.Buffer  # of momenta; Buffer says what shapes and dtypes it has
 
 
@@ -43,6 +45,7 @@ def critical_momenta(
     kappa=1.0,
     aggr="sum",
     *,
+    mu_dtype=None,
     synced=True,
     priority_fn=None,
     buffer_dtype=None,
@@ -61,11 +64,13 @@ def critical_momenta(
     written back into m. There is no bias correction. On a step whose gradient is not
     finite M is not finite there either, and the whole state stays as it was.
 
-    Memory: C + 3 copies of the parameters: C slots, a spare one, their sum, and m. What
-    :func:`critical_gradients` says of its buffer holds here too.
+    Memory: C + 3 copies of the parameters: C slots, a spare one, their sum, and m; less
+    with ``buffer_dtype`` and ``mu_dtype``. What :func:`critical_gradients` says of its
+    buffer holds here too.
 
     Args:
       b1: β₁ in [0, 1), the decay of the momentum.
+      {mu_dtype}
       {buffer}
 
     {returns}
@@ -96,20 +101,25 @@ def critical_momenta(
       3. What :func:`critical_gradients` lists of the buffer.
     """
     _check.number("b1", b1, 0, 1, below=True)
+    mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
     options = _options.options(**_options.among(locals()))
     if options.keeps_nothing:
-        return _precision.in_float32(optax.ema(b1, debias=False))
+        average = optax.ema(b1, debias=False)
+        return _precision.in_float32(_precision.stored_moment(average, "ema", mu_dtype))
 
     def init_fn(params):
-        mu = jax.tree.map(_storage.zero_sum, params)
-        return CriticalMomentaState(mu, _options.empty(options, params))
+        mu, mu_scales = _zero_momentum(params, mu_dtype)
+        return CriticalMomentaState(mu, mu_scales, _options.empty(options, params))
 
     def update_fn(updates, state, params=None):
         del params
         finite = _buffer.all_finite(state.buffer, updates, options.across)
-        mu = _momentum(updates, state.mu, b1, finite)
-        joined, buffer = _options.remember(options, state.buffer, mu, updates, finite)
-        return _spoiled(joined, updates), CriticalMomentaState(mu, buffer)
+        m, stored, mu, mu_scales = _momentum(updates, state, b1, finite)
+        joined, buffer = _options.remember(
+            options, state.buffer, m, updates, finite, stored if mu_dtype else None
+        )
+        state = CriticalMomentaState(mu, mu_scales, buffer)
+        return _spoiled(joined, updates), state
 
     return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
 
@@ -123,6 +133,7 @@ def scale_by_adam_cm(
     *,
     amsgrad=False,
     skip_first=False,
+    mu_dtype=None,
     topc=None,
     decay=0.7,
     kappa=1.0,
@@ -145,7 +156,8 @@ def scale_by_adam_cm(
     the whole state stays as it was.
 
     Memory: C + 4 copies of the parameters (slots, spare, sum, m and v), one more with
-    AMSGrad. C = 1 gives most of the effect, at 20 bytes per float32 parameter.
+    AMSGrad; less with ``buffer_dtype`` and ``mu_dtype``. C = 1 gives most of the
+    effect, at 20 bytes per float32 parameter.
 
     Args:
       b1: β₁ in [0, 1).
@@ -156,6 +168,7 @@ def scale_by_adam_cm(
       skip_first: whether to repeat the first step of the authors' code: it stores the
         bare gradient, and leaves the moments at 0 and the parameters where they are.
         Costs one copy of the parameters in temporaries.
+      {mu_dtype}
       {buffer}
 
     {returns}
@@ -186,19 +199,21 @@ def scale_by_adam_cm(
     _pytorch.check_adam(b1, b2, eps, eps_root)
     _check.flag("amsgrad", amsgrad)
     _check.flag("skip_first", skip_first)
+    mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
     options = _options.options(**_options.among(locals()))
     if options.keeps_nothing:
-        return _precision.in_float32(
-            _pytorch.scale_by_adam(b1, b2, eps, eps_root, amsgrad=amsgrad)
-        )
+        adam = _pytorch.scale_by_adam(b1, b2, eps, eps_root, amsgrad=amsgrad)
+        return _precision.in_float32(_precision.stored_moment(adam, "mu", mu_dtype))
 
     def init_fn(params):
         def zeros():
             return jax.tree.map(_storage.zero_sum, params)
 
+        mu, mu_scales = _zero_momentum(params, mu_dtype)
         return ScaleByAdamCmState(
             count=jnp.zeros((), jnp.int32),
-            mu=zeros(),
+            mu=mu,
+            mu_scales=mu_scales,
             nu=zeros(),
             nu_max=zeros() if amsgrad else None,
             buffer=_options.empty(options, params),
@@ -209,12 +224,18 @@ def scale_by_adam_cm(
         finite = _buffer.all_finite(state.buffer, updates, options.across)
         # Adam takes its first step, so a κ of 0 skips none.
         first = (state.count == 0) & (kappa != 0) if skip_first else False
-        mu = _momentum(updates, state.mu, b1, finite & ~jnp.asarray(first))
-        offered = _where(first, updates, mu)
+        taken = finite & ~jnp.asarray(first)
+        m, stored, mu, mu_scales = _momentum(updates, state, b1, taken)
+        offered = _where(first, updates, m)
         joined, buffer = _options.remember(
-            options, state.buffer, offered, updates, finite
+            options,
+            state.buffer,
+            offered,
+            updates,
+            finite,
+            stored if mu_dtype and not skip_first else None,
         )
-        joined = _where(first, mu, joined)
+        joined = _where(first, m, joined)
         # Adam's second moment is of the gradients, and a κ of 0 is Adam.
         squared = _where(jnp.asarray(kappa) == 0, updates, joined)
         nu = optax.tree.update_moment_per_elem_norm(squared, state.nu, b2, 2)
@@ -231,7 +252,7 @@ def scale_by_adam_cm(
             eps_root,
         )
         scaled = _spoiled(scaled, updates)
-        return scaled, ScaleByAdamCmState(count, mu, nu, nu_max, buffer)
+        return scaled, ScaleByAdamCmState(count, mu, mu_scales, nu, nu_max, buffer)
 
     return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
 
@@ -241,6 +262,7 @@ def sgd_cm(
     learning_rate: optax.ScalarOrSchedule,
     b1=0.9,
     *,
+    mu_dtype=None,
     topc=None,
     decay=0.7,
     kappa=1.0,
@@ -261,6 +283,7 @@ def sgd_cm(
     Args:
       learning_rate: η, a number or an optax schedule.
       b1: β₁ in [0, 1), the decay of the momentum.
+      {mu_dtype}
       {buffer}
 
     {returns}
@@ -288,7 +311,7 @@ def sgd_cm(
     """
     _check.learning_rate(learning_rate)
     return optax.chain(
-        critical_momenta(b1, **_options.among(locals())),
+        critical_momenta(b1, mu_dtype=mu_dtype, **_options.among(locals())),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -303,6 +326,7 @@ def adam_cm(
     *,
     amsgrad=False,
     skip_first=False,
+    mu_dtype=None,
     topc=None,
     decay=0.7,
     kappa=1.0,
@@ -329,6 +353,7 @@ def adam_cm(
       eps_root: added inside the root.
       amsgrad: as in :func:`scale_by_adam_cm`.
       skip_first: as in :func:`scale_by_adam_cm`.
+      {mu_dtype}
       {buffer}
 
     {returns}
@@ -362,6 +387,7 @@ def adam_cm(
             eps_root,
             amsgrad=amsgrad,
             skip_first=skip_first,
+            mu_dtype=mu_dtype,
             **_options.among(locals()),
         ),
         optax.scale_by_learning_rate(learning_rate),
@@ -380,6 +406,7 @@ def adamw_cm(
     *,
     amsgrad=False,
     skip_first=False,
+    mu_dtype=None,
     topc=None,
     decay=0.7,
     kappa=1.0,
@@ -407,6 +434,7 @@ def adamw_cm(
       mask: a tree of booleans, or a function from parameters to one: which are decayed.
       amsgrad: as in :func:`scale_by_adam_cm`.
       skip_first: as in :func:`scale_by_adam_cm`; the first step then decays only.
+      {mu_dtype}
       {buffer}
 
     {returns}
@@ -443,6 +471,7 @@ def adamw_cm(
             eps_root,
             amsgrad=amsgrad,
             skip_first=skip_first,
+            mu_dtype=mu_dtype,
             **_options.among(locals()),
         ),
         _precision.in_float32(
@@ -454,10 +483,43 @@ def adamw_cm(
     )
 
 
-def _momentum(gradients, mu, b1, taken):
-    """b1·m + (1 − b1)·g in the dtype of m, or m where the step is not taken."""
-    gradients = optax.tree.cast_like(gradients, mu)
-    return _where(taken, optax.tree.update_moment(gradients, mu, b1, 1), mu)
+def _zero_momentum(params, dtype):
+    """The two fields of a momentum of zero."""
+    if dtype is None:
+        return jax.tree.map(_storage.zero_sum, params), None
+    zeros = jax.tree.map(lambda p: _storage.zeros(p, None, dtype), params)
+    return zeros, _storage.zero_scales(params, None, dtype)
+
+
+def _momentum(gradients, state, b1, taken):
+    """b1·m + (1 − b1)·g, or m where the step is not taken; as it is, by leaf in
+    storage, and as two fields of the state.
+
+    The first is decoded from the others, so that nobody else reads what was there
+    before: it can be overwritten.
+    """
+    leaves, treedef = jax.tree.flatten(gradients)
+    totals = treedef.flatten_up_to(state.buffer.total)
+    before = _storage.unpack(treedef, state.mu, state.mu_scales)
+    after = [
+        _moved(g.astype(total.dtype), old, b1, taken, jnp.min(state.buffer.offered))
+        for g, total, old in zip(leaves, totals, before)
+    ]
+    m = [_storage.decode(new, total.dtype) for new, total in zip(after, totals)]
+    mu, mu_scales = _storage.pack(treedef, after, state.mu_scales)
+    return treedef.unflatten(m), after, mu, mu_scales
+
+
+def _moved(gradient, old, b1, taken, step):
+    def blend(gradient, values, scale):
+        m = _storage.decode(_storage.Stored(values, scale), gradient.dtype)
+        m = optax.tree.update_moment(gradient, m, b1, 1).astype(gradient.dtype)
+        return _storage.saturate(m, old)
+
+    new = _storage.encode_computed(
+        blend, lambda *numbers: numbers, (gradient, *old), old, step
+    )
+    return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
 
 
 def _spoiled(updates, gradients):

@@ -6,25 +6,42 @@ import jax.numpy as jnp
 from memoptax import _boxes, _buffer, _options
 
 
-def buffer_stats(state) -> dict[str, jax.Array]:
-    """What the buffers inside an optimizer's state hold, as scalars for a logger.
+def buffer_stats(state, updates=None) -> dict[str, jax.Array]:
+    r"""What the buffers inside an optimizer's state hold, as scalars for a logger.
 
-    Finds them in any nesting of chains and wrappers, and copies no slot; may be jitted
-    on its own, apart from the training step. Numbers of rows and leaves are averaged.
+    Finds them in any nesting of chains and wrappers, and in Flax's ``nnx.Optimizer``
+    (its ``opt_state``), and copies no slot; may be jitted on its own, apart from the
+    training step. Numbers of rows and leaves are averaged.
+
+    With :math:`\bar B_l` the mean of the F values stored of leaf l, and g the updates,
+
+    .. math::
+      \mathrm{coherence} = \sqrt{\frac{\sum_l \lVert \bar B_l \rVert^2}
+      {\sum_l \big(\frac{1}{F} \sum_{b \in B_l} \lVert b \rVert\big)^2}},
+      \qquad
+      \mathrm{share} = \frac{\lVert \bar B \rVert}
+      {\lVert \bar B \rVert + \lVert g \rVert}.
+
+    The coherence is what of the stored values survives their averaging: 1 where they
+    all point one way, about :math:`1/\sqrt F` where they know nothing of one another.
 
     Args:
       state: the state of an optimizer with critical gradients or momenta.
+      updates: what this state would next be given, gradients or, under critical
+        momenta, the momenta; a tree like the parameters. None leaves out ``share``.
 
     Returns:
       A dict of float32 scalars: ``fill`` (filled slots), ``acceptance`` (share of the
       offers that were stored), ``key_min``, ``key_mean``, ``key_max`` (of the decayed
       priorities), ``age_mean``, ``age_max`` (in steps), ``mean_norm`` (the L2 norm of
-      the buffer's mean, to be held against the gradient's) and ``rebuilds`` (of the
-      running sums, by leaf). All are 0 while the buffer is empty. With several buffers,
-      as under ``optax.partition``, names start with ``0/``, ``1/`` and so on.
+      the buffer's mean), ``coherence``, ``share`` (of the buffer in what leaves it, for
+      κ = 1 and an ``aggr`` of ``'sum'`` or ``'mid'``; under ``'mean'`` the buffer
+      weighs F times as much) and ``rebuilds`` (of the running sums, by leaf). All are 0
+      while the buffer is empty. With several buffers, as under ``optax.partition``,
+      names start with ``0/``, ``1/`` and so on.
 
     Raises:
-      ValueError: if the state holds no buffer.
+      ValueError: if the state holds no buffer, or one of what is not in ``updates``.
 
     Examples:
       >>> import memoptax, jax.numpy as jnp
@@ -36,13 +53,13 @@ def buffer_stats(state) -> dict[str, jax.Array]:
       >>> f"{stats['fill']:.0f} of 2, {stats['acceptance']:.0%} taken"
       '2 of 2, 67% taken'
     """
-    buffers = _buffers(state, "buffer_stats")
+    buffers, updates = _buffers(state, "buffer_stats"), _boxes.bare(updates)
     if len(buffers) == 1:
-        return _stats(buffers[0])
+        return _stats(buffers[0], updates)
     return {
         f"{i}/{name}": value
         for i, buffer in enumerate(buffers)
-        for name, value in _stats(buffer).items()
+        for name, value in _stats(buffer, updates).items()
     }
 
 
@@ -98,17 +115,19 @@ def reset_buffer(state):
     return _map_buffers(_buffer.reset, state, "reset_buffer")
 
 
-def _stats(buffer):
+def _stats(buffer, updates):
+    dtype = buffer.keys.dtype
     filled = buffer.keys > -jnp.inf
     entries = jnp.maximum(jnp.sum(filled), 1)
     empty = ~jnp.any(filled)
     fill = _buffer.fill(buffer)
-    per_leaf = jnp.broadcast_to(fill, buffer.error.shape)
+    per_leaf = jnp.maximum(jnp.broadcast_to(fill, buffer.error.shape), 1)
     means = [
-        total / jnp.maximum(count, 1).astype(total.dtype)
+        total / count.astype(total.dtype)
         for total, count in zip(jax.tree.leaves(buffer.total), per_leaf)
     ]
-    squares = [jnp.sum(jnp.square(mean)).astype(buffer.keys.dtype) for mean in means]
+    mean_norm = _norm(means, dtype)
+    apart = jnp.linalg.norm(jnp.sum(buffer.norms, axis=1) / per_leaf)
     stats = {
         "fill": jnp.mean(fill),
         "acceptance": jnp.sum(buffer.accepted)
@@ -118,21 +137,45 @@ def _stats(buffer):
         "key_max": jnp.max(buffer.keys, where=filled, initial=-jnp.inf),
         "age_mean": jnp.sum(jnp.where(filled, buffer.ages, 0)) / entries,
         "age_max": jnp.max(buffer.ages, where=filled, initial=0),
-        "mean_norm": jnp.sqrt(sum(squares, jnp.zeros((), buffer.keys.dtype))),
+        "mean_norm": mean_norm,
+        "coherence": _ratio(mean_norm, apart),
         "rebuilds": buffer.rebuilds,
     }
+    if updates is not None:
+        offered = _norm(_leaves_like(buffer, updates), dtype)
+        stats["share"] = _ratio(mean_norm, mean_norm + offered)
     return {
         name: jnp.where(empty, 0, value).astype(jnp.float32)
         for name, value in stats.items()
     }
 
 
+def _norm(leaves, dtype):
+    squares = [jnp.sum(jnp.square(x.astype(dtype))) for x in leaves]
+    return jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
+
+
+def _ratio(part, whole):
+    """``part / whole``, and 0 of nothing."""
+    return part / jnp.where(whole == 0, 1, whole)
+
+
+def _leaves_like(buffer, updates):
+    """Of ``updates`` the leaves that the buffer is of: under a mask not all of them."""
+    by_path = dict(jax.tree_util.tree_leaves_with_path(updates))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(buffer.total)]
+    for path in paths:
+        if path not in by_path:
+            raise ValueError(
+                "updates have no leaf at "
+                f"{jax.tree_util.keystr(path) or 'the root'}, of which the state holds "
+                "a buffer."
+            )
+    return [by_path[path] for path in paths]
+
+
 def _is_buffer(node):
     return isinstance(node, _buffer.Buffer)
-
-
-def _mapped(function, buffer):
-    return _boxes.like(buffer, function(_boxes.bare(buffer)))
 
 
 def _buffers(state, caller):
@@ -148,8 +191,9 @@ def _buffers(state, caller):
 
 def _map_buffers(function, state, caller):
     _buffers(state, caller)
-    return jax.tree.map(
-        lambda node: _mapped(function, node) if _is_buffer(node) else node,
-        state,
+    mapped = jax.tree.map(
+        lambda node: function(node) if _is_buffer(node) else node,
+        _boxes.bare(state),
         is_leaf=_is_buffer,
     )
+    return _boxes.like(state, mapped)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 Box = tuple[int, ...]
 
 _LANES = 8
-_SMALL = 2**17  # entries; below this a temporary lives in the cache
+SMALL = 2**17  # entries; below this a temporary lives in the cache
 _LONG = 2**13  # entries of a row
 
 
@@ -79,7 +79,7 @@ def maxima(
 
     spanned = [i for i, (b, n) in enumerate(zip(box, shape)) if b >= n]
     axis = max(spanned, key=lambda i: shape[i], default=None)
-    if axis is None or math.prod(shape) < _SMALL or _is_sharded(operands[0]):
+    if axis is None or math.prod(shape) < SMALL or _is_sharded(operands[0]):
         return stored(step, *operands)
     return jax.lax.platform_dependent(step, *operands, cpu=folded, default=stored)
 

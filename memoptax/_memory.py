@@ -1,8 +1,12 @@
 """Bytes of an optimizer's state, known before anything is allocated."""
 
+import bisect
 import collections
 import dataclasses
+import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -33,65 +37,181 @@ class MemoryReport:
     fields: dict[str, int]  # name of the state's field -> bytes, the largest first
     total: int
     parameters: int  # how many numbers the parameters are
+    per_device: dict[str, int] | None = None  # as fields, where shardings were given
 
     @property
     def per_parameter(self) -> float:
         return self.total / max(self.parameters, 1)
 
+    @property
+    def total_per_device(self) -> int | None:
+        return None if self.per_device is None else sum(self.per_device.values())
+
     def __str__(self):
-        rows = [*self.fields.items(), ("in all", self.total)]
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{'field':<{width}}  {'bytes':>15}  per parameter"]
-        for name, size in rows:
-            share = size / max(self.parameters, 1)
-            lines.append(f"{name:<{width}}  {size:>15,}  {share:>13.3f}")
-        return "\n".join(lines)
+        columns = [
+            ("field", [*self.fields, "in all"]),
+            ("bytes", [f"{n:,}" for n in (*self.fields.values(), self.total)]),
+        ]
+        if self.per_device is not None:
+            sizes = [self.per_device[name] for name in self.fields]
+            sizes.append(sum(sizes))
+            columns.append(("per device", [f"{n:,}" for n in sizes]))
+        shares = (*self.fields.values(), self.total)
+        numbers = max(self.parameters, 1)
+        columns.append(("per parameter", [f"{n / numbers:.3f}" for n in shares]))
+        return _table(columns)
 
 
-def memory_report(tx, params) -> MemoryReport:
+def _table(columns) -> str:
+    """Lines of a heading and cells for each column; the first aligned to the left."""
+    widths = [max(map(len, [head, *cells])) for head, cells in columns]
+    lines = zip(*([head, *cells] for head, cells in columns))
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in lines
+    )
+
+
+def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
     """Bytes of ``tx.init(params)`` by field of the state, without running it.
 
     Args:
       tx: any optax transformation, ours or not.
       params: parameters, or ``jax.ShapeDtypeStruct``s like them.
+      shardings: a tree of ``jax.sharding.Sharding`` like the state, or a function
+        ``(tx, params) -> tree`` that makes it. With it the report also counts the
+        bytes on each device. None counts those of the whole state alone.
 
     Returns:
       A :class:`MemoryReport`. A buffer's ``slots`` and ``total`` (their sum) are fields
       of their own; a moment has the name that its optimizer gives it.
 
+    Raises:
+      ValueError: if ``shardings`` is not like the state.
+
     Examples:
       >>> import memoptax, jax, jax.numpy as jnp
       >>> params = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
       >>> print(memoptax.memory_report(memoptax.adam_c(0.1, topc=5), params))
-      field               bytes  per parameter
-      slots          24,000,000         24.000
-      total           4,000,000          4.000
-      mu              4,000,000          4.000
-      nu              4,000,000          4.000
-      keys                   20          0.000
-      ages                   20          0.000
-      place                  20          0.000
-      norms                  20          0.000
-      spare                   4          0.000
-      error                   4          0.000
-      offered                 4          0.000
-      accepted                4          0.000
-      rebuilds                4          0.000
-      count                   4          0.000
-      in all         36,000,104         36.000
+      field          bytes  per parameter
+      slots     24,000,000         24.000
+      total      4,000,000          4.000
+      mu         4,000,000          4.000
+      nu         4,000,000          4.000
+      keys              20          0.000
+      ages              20          0.000
+      place             20          0.000
+      norms             20          0.000
+      spare              4          0.000
+      error              4          0.000
+      offered            4          0.000
+      accepted           4          0.000
+      rebuilds           4          0.000
+      count              4          0.000
+      in all    36,000,104         36.000
     """
     state = jax.eval_shape(tx.init, params)
+    leaves, treedef = jax.tree.flatten_with_path(state)
+    laid_out: list[Any] = [None] * len(leaves)
+    if shardings is not None:
+        tree = shardings(tx, params) if callable(shardings) else shardings
+        if jax.tree.structure(tree) != treedef:
+            raise ValueError(
+                "shardings must be a tree like the state, with a sharding for each of "
+                f"its arrays, and is {jax.tree.structure(tree)} where the state is "
+                f"{treedef}."
+            )
+        laid_out = jax.tree.leaves(tree)
     inside = {path for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    fields = collections.Counter()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    fields, per_device = collections.Counter(), collections.Counter()
+    for (path, leaf), sharding in zip(leaves, laid_out):
         # A field may hold a tree like the parameters, whose own names do not count.
         like = (i for i in range(len(path) + 1) if path[i:] in inside)
         names = [key.name for key in path[: next(like, None)] if hasattr(key, "name")]
-        fields[names[-1] if names else "state"] += (
-            math.prod(leaf.shape) * leaf.dtype.itemsize
-        )
+        name = names[-1] if names else "state"
+        part = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        fields[name] += math.prod(leaf.shape) * leaf.dtype.itemsize
+        per_device[name] += math.prod(part) * leaf.dtype.itemsize
     return MemoryReport(
         fields=dict(fields.most_common()),
         total=fields.total(),
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
+        per_device=None if shardings is None else dict(per_device),
     )
+
+
+class LargestTopc(NamedTuple):
+    """What :func:`largest_topc` found."""
+
+    topc: int
+    buffer_dtype: Any  # as it was named
+    bytes: int  # of the state, per device where shardings were given
+
+
+def largest_topc(
+    optimizer: Callable,
+    params,
+    budget: float,
+    *,
+    at_most: int = 20,
+    buffer_dtypes: Sequence[Any] = (None, "bfloat16"),
+    shardings: Any = None,
+) -> LargestTopc:
+    """The largest C whose state fits into a number of bytes, and the dtype for it.
+
+    Of several dtypes the one that allows the largest C wins, and the earlier named one
+    where they allow the same. So slots are only rounded if that buys a larger C.
+
+    Args:
+      optimizer: a function of ``topc`` and ``buffer_dtype``, by name, to the
+        transformation, such as ``functools.partial(memoptax.adam_c, 1e-3)``.
+      params: parameters, or ``jax.ShapeDtypeStruct``s like them.
+      budget: bytes for the whole state, moments included; with ``shardings`` those of
+        one device. Parameters, gradients and activations are not counted.
+      at_most: the largest C to consider. The authors' grid ends at 20.
+      buffer_dtypes: dtypes of the slots to consider, the most wanted first.
+      shardings: a function ``(tx, params) -> tree``, as :func:`memory_report` takes it.
+
+    Returns:
+      A named tuple ``(topc, buffer_dtype, bytes)``.
+
+    Raises:
+      ValueError: if not even C = 1 fits, with the bytes it would take.
+      ValueError: if ``at_most`` is not a positive integer, or ``buffer_dtypes`` empty.
+
+    Examples:
+      >>> import functools, memoptax, jax, jax.numpy as jnp
+      >>> params = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
+      >>> adam_c = functools.partial(memoptax.adam_c, 1e-3)
+      >>> memoptax.largest_topc(adam_c, params, budget=100e6)
+      LargestTopc(topc=20, buffer_dtype=None, bytes=96000344)
+      >>> memoptax.largest_topc(adam_c, params, budget=40e6)
+      LargestTopc(topc=12, buffer_dtype='bfloat16', bytes=38000216)
+    """
+    if not (isinstance(at_most, int) and at_most >= 1):
+        raise ValueError(f"at_most must be a positive integer, and is {at_most!r}.")
+    if not buffer_dtypes:
+        raise ValueError("buffer_dtypes must name at least one dtype, and is empty.")
+
+    def size(topc, dtype):
+        tx = optimizer(topc=topc, buffer_dtype=dtype)
+        report = memory_report(tx, params, shardings)
+        return sum((report.per_device or report.fields).values())
+
+    def fitting(dtype):
+        # The bytes grow with C, so the number of those that fit is the largest.
+        sizes = functools.partial(size, dtype=dtype)
+        return bisect.bisect_right(range(1, at_most + 1), budget, key=sizes)
+
+    topc, dtype = max(
+        ((fitting(d), d) for d in buffer_dtypes), key=lambda pair: pair[0]
+    )
+    if topc == 0:
+        least = min(size(1, d) for d in buffer_dtypes)
+        raise ValueError(
+            f"budget is {budget:,.0f} bytes, and even topc=1 takes {least:,}."
+        )
+    return LargestTopc(topc, dtype, size(topc, dtype))

@@ -28,9 +28,14 @@ synced: if True, all leaves are kept or dropped together, by one priority; else 
 priority_fn: what makes a gradient critical, a function from the gradients (from one
   leaf if not ``synced``) to a scalar of at least 0. None means the sum of the leaves'
   L2 norms, the authors' rule; ``optax.tree.norm`` is the global norm.
-buffer_dtype: dtype of the slots: None (the parameters'), float32, bfloat16, float16.
-  Sum and priorities stay in float32 or better. bfloat16 is stored as uint16 bits,
-  through which no derivative flows.
+buffer_dtype: dtype of the slots: None (the parameters'), float64, float32, bfloat16,
+  float16, int8. Sum and priorities stay in float32 or better, and a leaf is refused
+  if its norm is beyond the dtype's range (65504 in float16). bfloat16 is stored as
+  uint16 bits, int8 with one float32 scale per row of the last axis (one for a tensor
+  of rank 0 or 1), by which an entry is off by at most 1/254 of its row's largest. No
+  derivative flows through either. On digits (300 steps, one rate, 24 to 64 seeds) int8
+  changed the test accuracy of ``adam_c`` by -.07 ± .08 points (mean and its standard
+  error; bfloat16: -.06 ± .08), of ``sgd_c`` by -.01 ± .03, of ``adam_cm`` by .15 ± .18.
 fifo_probability: None, or the probability with which a step replaces the oldest entry
   instead of asking for the priority; drawn once per step.
 seed: of those draws."""
@@ -42,8 +47,20 @@ Returns:
 Raises:
   ValueError: if an argument is out of its range, naming it and its value; if ``topc``
     is traced (under ``optax.inject_hyperparams`` pass ``static_args='topc'``, likewise
-    for ``aggr``, ``priority_fn``, ``buffer_dtype``, ``seed`` where they are given); in
+    for ``aggr``, ``priority_fn``, ``seed`` and dtypes where they are given); in
     ``init``, if a parameter is not of a real floating-point dtype."""
+
+_MU_DTYPE = """\
+mu_dtype: dtype in which m is stored between steps: None (float32 or better), float64,
+  float32, bfloat16, float16, int8 (with scales like those of ``buffer_dtype``). The
+  arithmetic stays in float32 or better; m is rounded to nearest, ends at the largest
+  number of the dtype, and what is joined and remembered is m as stored. Rounding
+  stalls: with b1 = .9 a constant gradient is met up to 2 % in bfloat16 and .3 % in
+  float16, and in int8 an entry whose gradients stay below 4 % of its row's largest m
+  never leaves 0 (with noise m was off by 4.5 %). ``adam_cm`` on digits lost nothing
+  that 24 seeds would show (int8: .13 ± .27 points, bfloat16: .22 ± .15). Without a
+  buffer (a concrete κ or C of 0) Adam or the average keeps m so too; then the update
+  is from m before it is rounded. No derivative flows through bfloat16 and int8."""
 
 
 class Options(NamedTuple):
@@ -80,8 +97,7 @@ def options(
     _check.flag("synced", synced)
     if not (priority_fn is None or callable(priority_fn)):
         raise ValueError(f"priority_fn must be a function, but is {priority_fn!r}.")
-    if buffer_dtype is not None:
-        buffer_dtype = _slot_dtype(buffer_dtype)
+    buffer_dtype = storage_dtype("buffer_dtype", buffer_dtype)
     if fifo_probability is not None:
         _check.number("fifo_probability", fifo_probability, 0, 1)
     if isinstance(seed, (bool, str, float, type(None))):
@@ -114,12 +130,18 @@ def empty(options: Options, params) -> _buffer.Buffer:
 
 
 def remember(
-    options: Options, buffer: _buffer.Buffer, values, gradients, finite: Any = True
+    options: Options,
+    buffer: _buffer.Buffer,
+    values,
+    gradients,
+    finite: Any = True,
+    stored=None,
 ):
     """``values`` joined with the buffer, and the buffer once they were offered to it.
 
     Read before write, as in the papers: a value is never averaged with itself. Its
-    priority is that of the ``gradients``; if not ``finite``, nothing is offered.
+    priority is that of the ``gradients``; if not ``finite``, nothing is offered. What
+    ``stored`` is, :func:`memoptax._buffer.push` says.
     """
     across = options.across
     # With it the rule is the default one, of whole leaves.
@@ -129,7 +151,13 @@ def remember(
     )
     priority = jnp.where(finite, priority, jnp.nan)
     recall, buffer = _buffer.push(
-        buffer, values, priority, options.decay, options.fifo_probability, across
+        buffer,
+        values,
+        priority,
+        options.decay,
+        options.fifo_probability,
+        stored,
+        across,
     )
     joined = _aggregation.aggregate(values, recall, options.kappa, options.aggr)
     return joined, buffer
@@ -142,7 +170,12 @@ def among(arguments: dict) -> dict:
 
 def documented(references: str):
     """Fill the marks in a docstring with what all optimizers have in common."""
-    parts = {"{buffer}": _ARGS, "{returns}": _RETURNS, "{references}": references}
+    parts = {
+        "{buffer}": _ARGS,
+        "{mu_dtype}": _MU_DTYPE,
+        "{returns}": _RETURNS,
+        "{references}": references,
+    }
 
     def fill(function):
         if function.__doc__ is None:  # python -OO
@@ -173,10 +206,13 @@ def capacity(topc) -> int:
     return int(topc)
 
 
-def _slot_dtype(dtype):
+def storage_dtype(name: str, dtype):
+    """A dtype that values can be stored in, or None, once it has been checked."""
+    if dtype is None:
+        return None
     try:
-        name = jnp.dtype(dtype).name
+        known = jnp.dtype(dtype).name
     except TypeError:
-        name = dtype
-    _check.choice("buffer_dtype", name, _storage.DTYPES)
-    return jnp.dtype(name)
+        known = dtype
+    _check.choice(name, known, _storage.DTYPES)
+    return jnp.dtype(known)

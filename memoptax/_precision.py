@@ -1,8 +1,15 @@
-"""State and arithmetic in float32 under parameters or gradients of half precision."""
+"""State and arithmetic in float32 under parameters or gradients of half precision.
+
+And the reverse: one moment of a state in fewer bits than the arithmetic.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from memoptax import _boxes, _storage
 
 
 def in_float32(inner: optax.GradientTransformation):
@@ -26,6 +33,50 @@ def in_float32(inner: optax.GradientTransformation):
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class StoredMomentState(NamedTuple):
+    """State of stored_moment."""
+
+    inner: Any  # without that moment
+    moment: Any  # like the params, in the dtype of storage
+    scales: Any  # int8: per leaf (*shape[:-1], 1), float32; else None
+
+
+def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
+    """``inner`` with the moment ``field`` of its state kept in ``dtype`` if not None.
+
+    Updates have the dtype of the arithmetic. Unlike optax's own ``mu_dtype`` this
+    stores int8 too, and never computes in the dtype of storage.
+    """
+    if dtype is None:
+        return inner
+
+    def init_fn(params):
+        state: Any = inner.init(params)
+        return StoredMomentState(
+            inner=state._replace(**{field: None}),
+            moment=jax.tree.map(lambda p: _storage.zeros(p, None, dtype), params),
+            scales=_storage.zero_scales(params, None, dtype),
+        )
+
+    def update_fn(updates, state, params=None):
+        leaves, treedef = jax.tree.flatten(updates)
+        stored = _storage.unpack(treedef, state.moment, state.scales)
+        wide = [_storage.decode(s, u.dtype) for s, u in zip(stored, leaves)]
+        old = state.inner._replace(**{field: treedef.unflatten(wide)})
+        new: Any
+        updates, new = inner.update(updates, old, params)
+        moment = treedef.flatten_up_to(getattr(new, field))
+        stored = [
+            _storage.encode(_storage.saturate(m, s), s) for m, s in zip(moment, stored)
+        ]
+        return updates, StoredMomentState(
+            new._replace(**{field: None}),
+            *_storage.pack(treedef, stored, state.scales),
+        )
+
+    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
 
 
 def _widen(leaf):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _boxes, _covers, _encoding, _sm3_leaf, _sparse
+from memoptax import _boxes, _covers, _sm3_leaf, _sparse, _storage
 
 _VARIANTS = {"I": _sm3_leaf.sm3_i, "II": _sm3_leaf.sm3_ii}
 _STEPS = {False: _sm3_leaf.step, True: _sm3_leaf.row_sparse_step}
@@ -89,6 +89,8 @@ def scale_by_sm3(
         is that of the accumulators. The momentum is rounded to nearest as it is stored,
         and returned as stored: its error is at most :math:`1 / (1 - \mu)` times the
         rounding error of the storage (for int8, 1/254 of the largest in the row).
+        bfloat16 is stored as its bits in uint16; no derivative flows through them, or
+        through int8.
 
     Returns:
       A :class:`optax.GradientTransformation`. Updates have the dtype of the gradients.
@@ -124,7 +126,6 @@ def scale_by_sm3(
         momentum = None
     cover = _covers.axes if cover is None else cover
     rule = _sm3_leaf.Rule(momentum, beta, eps, _VARIANTS[variant])
-    quantized = momentum is not None and momentum_dtype in (jnp.int8, "int8")
 
     def init_fn(params):
         leaves = _boxes.leaves_with_path(params)
@@ -140,11 +141,7 @@ def scale_by_sm3(
             dtype = momentum_dtype or _sm3_leaf.accumulator_dtype(
                 leaf, accumulator_dtype
             )
-            return jnp.zeros_like(leaf, dtype=dtype)
-
-        def scale(box, leaf):
-            row = _encoding.row(leaf.shape)
-            return _boxes.fit(box, _covers.zeros(leaf, row, jnp.float32))
+            return _storage.zeros(leaf, None, dtype)
 
         # optax.tree.map_params finds the parameters in a state by a tree without
         # leaves, and needs a leaf wherever else there is something.
@@ -153,9 +150,9 @@ def scale_by_sm3(
             count=jnp.zeros((), jnp.int32),
             accumulators=tuple(accumulators(*item) for item in leaves) or nothing,
             momentum=None if momentum is None else jax.tree.map(moments, params),
-            scales=(tuple(scale(*item[1:]) for item in leaves) or nothing)
-            if quantized
-            else None,
+            scales=None
+            if momentum is None
+            else _storage.zero_scales(params, None, momentum_dtype),
         )
 
     def update_fn(updates, state, params=None):
@@ -170,37 +167,36 @@ def scale_by_sm3(
                 f"{len(state.accumulators)}."
             )
         steps = []
-        for (path, g), numbers, memory in zip(leaves, state.accumulators, _load(state)):
+        for (path, g), numbers, memory in zip(
+            leaves, state.accumulators, _load(state, treedef)
+        ):
             _sm3_leaf.check_real(path, g)
             boxes = _covers.resolve(cover, path, g)
             _covers.check_shapes(boxes, path, g, numbers)
             step = _STEPS[_sparse.is_row_sparse(g)]
             steps.append(step(rule, state.count, path, boxes, g, numbers, memory))
         directions, accumulators, memories = zip(*steps)
-        state = _save(state, memories)._replace(count=count, accumulators=accumulators)
+        state = _save(state, treedef, memories)._replace(
+            count=count, accumulators=accumulators
+        )
         return jax.tree.unflatten(treedef, directions), state
 
     return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
 
 
-def _load(state):
+def _load(state, treedef):
     """The stored momentum of every leaf, or None for each."""
     if state.momentum is None:
         return [None] * len(state.accumulators)
-    values = jax.tree.leaves(state.momentum)
-    scales = [None] * len(values) if state.scales is None else state.scales
-    return [_encoding.Stored(v, s) for v, s in zip(values, scales)]
+    return _storage.unpack(treedef, state.momentum, state.scales)
 
 
-def _save(state, memories):
+def _save(state, treedef, memories):
     """The state with the stored momentum of every leaf."""
     if state.momentum is None:
         return state
-    treedef = jax.tree.structure(state.momentum)
-    return state._replace(
-        momentum=jax.tree.unflatten(treedef, [m.values for m in memories]),
-        scales=None if state.scales is None else tuple(m.scale for m in memories),
-    )
+    momentum, scales = _storage.pack(treedef, memories, state.scales)
+    return state._replace(momentum=momentum, scales=scales)
 
 
 def _check(momentum, beta, eps, variant, cover, accumulator_dtype, momentum_dtype):
@@ -221,10 +217,9 @@ def _check(momentum, beta, eps, variant, cover, accumulator_dtype, momentum_dtyp
             f"list of box shapes, and is {cover!r}."
         )
     wide = ("float32", "float64")
-    stored = ("int8", "bfloat16", "float16", *wide)
     for name, dtype, allowed in (
         ("accumulator_dtype", accumulator_dtype, wide),
-        ("momentum_dtype", momentum_dtype, stored),
+        ("momentum_dtype", momentum_dtype, _storage.DTYPES),
     ):
         if dtype is not None and jnp.dtype(dtype).name not in allowed:
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memoptax import _covers, _encoding, _maxima, _sparse
+from memoptax import _covers, _maxima, _sparse, _storage
 
 
 class Rule(NamedTuple):
@@ -41,13 +41,17 @@ def step(rule, count, path, boxes, gradient, numbers, memory):
         return q.astype(gradient.dtype), raised, memory
 
     def blend(g, values, scale, *floors):
-        old = _encoding.decode(_encoding.Stored(values, scale), dtype)
+        old = _storage.decode(_storage.Stored(values, scale), dtype)
         return _accumulate(old, direction(g, *floors), momentum)
 
-    new = _remember(blend, g, memory, floors, families, count)
+    def entries(g, values, scale, *floors):
+        return g, values, scale, *families.spread(floors)
+
+    operands = (g, *memory, *floors)
+    new = _storage.encode_computed(blend, entries, operands, memory, count)
     memory = _select(finite, new, memory)
     # Told by the stored momentum alone, for the same reason.
-    m = jnp.where(jnp.isfinite(g), _encoding.decode(memory, dtype), g)
+    m = jnp.where(jnp.isfinite(g), _storage.decode(memory, dtype), g)
     return m.astype(gradient.dtype), raised, memory
 
 
@@ -107,24 +111,6 @@ def _divide(g, nu, eps):
     """g / sqrt(nu + eps), and 0 / 0 = 0; finite derivatives too."""
     square = nu + eps
     return g / jnp.sqrt(jnp.where(square > 0, square, 1))
-
-
-def _remember(blend, g, memory, floors, families, count):
-    """Stores the blend of the momentum and the direction."""
-    if memory.scale is None:
-        m = blend(g, *memory, *families.spread(floors))
-        return _encoding.encode(m, memory.values.dtype)
-
-    def magnitude(*entries):
-        return jnp.abs(blend(*entries))
-
-    def entries(g, values, scale, *floors):
-        return g, values, scale, *families.spread(floors)
-
-    operands, row = (g, *memory, *floors), _encoding.row(g.shape)
-    largest = _maxima.maxima(magnitude, entries, operands, row, count)
-    scale = _encoding.scale(largest)
-    return _encoding.encode(blend(*entries(*operands)), memory.values.dtype, scale)
 
 
 def _is_finite(g, raised, count):

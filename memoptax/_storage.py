@@ -1,29 +1,67 @@
-"""How one slot of a buffer is kept: its dtype, and how it is written and read in place.
+"""How arrays are kept in few bytes: as they are, rounded, or in int8 with scales.
 
-A stack holds ``copies`` values of one parameter, slot axis first. Only this module
-knows what a stored value looks like, so a format with scales is added here alone.
+A state keeps what it stores of a tree in two fields: the values, a tree like the
+parameters, and the scales, a tuple with one array per leaf (None without int8). They
+are apart because a scale has neither the shape nor the sharding of its parameter, and
+must not be taken for one. In between, every leaf is a :class:`Stored`. Where there is a
+slot axis it comes first: a stack holds several values of one parameter.
 """
+
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+from memoptax import _boxes, _maxima
 
-# bfloat16 is stored as its bits: XLA's CPU backend computes in float32 whatever is
+DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
+
+# bfloat16 is kept as its bits: XLA's CPU backend computes in float32 whatever is
 # bfloat16, and so would convert all slots to write one (at C = 40 and 1 M floats 18 ms
-# instead of 1.5). No derivative flows through bits.
+# instead of 1.5), and read a momentum as it was before it was rounded. No derivative
+# flows through bits.
 _BITS = jnp.uint16
 
 
-def zeros(leaf, copies: int, dtype=None):
-    """An empty stack ``(copies, *leaf.shape)``; it follows the leaf's sharding.
+# A step of int8, where the largest magnitude of the row is 1.
+_STEP = (1 - 2**-16) / 127
 
-    ``broadcast_to`` of the leaf's own zeros, because ``jnp.zeros`` would replicate the
-    stack on every device of a mesh.
+
+class Stored(NamedTuple):
+    """One leaf in storage: an array, or a stack of them."""
+
+    values: jax.Array  # shape of the leaf; one of DTYPES, or bits
+    scale: Any  # int8: float32, the same with a last axis of 1; else None
+
+
+def zeros(leaf, copies: int | None = None, dtype=None):
+    """The values of an empty stack ``(copies, *leaf.shape)``; None is a lone array.
+
+    Made from the leaf's own zeros, to follow its sharding: ``jnp.zeros`` would
+    replicate the stack on every device of a mesh.
     """
     dtype = jnp.dtype(leaf.dtype if dtype is None else dtype)
     one = jnp.zeros_like(leaf, dtype=_BITS if dtype == jnp.bfloat16 else dtype)
-    return jnp.broadcast_to(one[None], (copies, *leaf.shape))
+    return _repeat(one, copies)
+
+
+def zero_scales(params, copies: int | None = None, dtype=None):
+    """The scales of :func:`zeros` of every leaf, sharded like all axes but the last."""
+    if dtype is None or jnp.dtype(dtype) != jnp.int8:
+        return None
+
+    def scale(leaf):
+        # A reduction leaves the other axes sharded. It is not computed: nothing but
+        # its shape is used.
+        rows = _row(jnp.any, jnp.zeros_like(leaf, dtype=bool))
+        return _repeat(jnp.zeros_like(rows, dtype=jnp.float32), copies)
+
+    # optax.tree.map_params finds the parameters in a state by a tree without leaves,
+    # and needs a leaf wherever else there is something.
+    leaves = _boxes.leaves_with_path(params)
+    scales = tuple(_boxes.fit(box, scale(leaf)) for _, box, leaf in leaves)
+    return scales or jnp.zeros(())
 
 
 def zero_sum(leaf):
@@ -31,40 +69,202 @@ def zero_sum(leaf):
     return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
 
 
-def copies(stack) -> int:
+def copies(stack: Stored) -> int:
     """How many slots a stack has."""
-    return jax.tree.leaves(stack)[0].shape[0]
+    return stack.values.shape[0]
 
 
-def encode(stack, value):
-    """``value`` as ``stack`` stores it."""
-    if stack.dtype == _BITS:
-        return jax.lax.bitcast_convert_type(value.astype(jnp.bfloat16), _BITS)
-    return value.astype(stack.dtype)
+def unpack(treedef, values, scales) -> list[Stored]:
+    """The leaves of two fields of a state."""
+    values = treedef.flatten_up_to(values)
+    if scales is None or not values:
+        scales = [None] * len(values)
+    return [Stored(*pair) for pair in zip(values, scales)]
 
 
-def decode(stored, dtype):
+def pack(treedef, stored: list[Stored], scales):
+    """The two fields again; ``scales`` are those before, and say if there are any."""
+    if stored and scales is not None:
+        scales = tuple(leaf.scale for leaf in stored)
+    return treedef.unflatten([leaf.values for leaf in stored]), scales
+
+
+def encode(x, like: Stored) -> Stored:
+    """``x`` as ``like`` stores it, rounded to nearest.
+
+    In int8 the largest magnitude of a row (of the last axis) becomes ±127, and no
+    derivative flows.
+    """
+    dtype = like.values.dtype
+    if like.scale is not None:
+        # Two reductions of x itself are quicker on CPU than one of its magnitude.
+        high, low = _row(jnp.max, x, initial=0), _row(jnp.min, x, initial=0)
+        return _quantize(x, jnp.maximum(high, -low))
+    return Stored(_bits(x) if dtype == _BITS else x.astype(dtype), None)
+
+
+def encode_computed(f, entries, operands, like: Stored, step) -> Stored:
+    """``f(*entries(*operands))`` as ``like`` stores it, not stored on the way.
+
+    The arguments are those of :func:`memoptax._maxima.maxima`.
+    """
+    if like.scale is None:
+        return encode(f(*entries(*operands)), like)
+
+    def magnitude(*numbers):
+        return jnp.abs(f(*numbers))
+
+    def largest(*operands):
+        return _row(jnp.max, magnitude(*entries(*operands)), initial=0)
+
+    shape = operands[0].shape
+    if math.prod(shape) < _maxima.SMALL:
+        most = alone(largest, step, *operands)
+    else:
+        row = (1,) * (len(shape) - 1) + shape[-1:]
+        most = _maxima.maxima(magnitude, entries, operands, row, step)
+    return _quantize(f(*entries(*operands)), most)
+
+
+def alone(function, step, *operands):
+    """``function(*operands)``, on CPU in a branch that is always taken.
+
+    Else XLA would store what is computed from the operands and then reduced, because
+    others compute the same. ``step`` is an integer that it cannot know, at least 0.
+    """
+
+    def guarded(step, *operands):
+        def zeros(*operands):
+            return function(*jax.tree.map(jnp.zeros_like, operands))
+
+        return jax.lax.cond(step >= 0, function, zeros, *operands)
+
+    return jax.lax.platform_dependent(
+        step, *operands, cpu=guarded, default=lambda step, *rest: function(*rest)
+    )
+
+
+def _quantize(x, largest):
+    x, largest = jax.lax.stop_gradient((x, largest))
+    wide = largest.astype(jnp.promote_types(largest.dtype, jnp.float32))
+    # With 17 bits, so that its products with 7 bits are exact: however XLA fuses them,
+    # a slot adds to the sum what it will take away. A little less than a 127th, so
+    # that no row overflows.
+    scale = jax.lax.reduce_precision((wide * _STEP).astype(jnp.float32), 8, 16)
+    # XLA's CPU backend takes subnormal numbers for 0, which has no inverse.
+    inverse = 1 / jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1)
+    return Stored(jnp.round(x * inverse).astype(jnp.int8), scale)
+
+
+def alike(one: Stored, other: Stored) -> bool:
+    """Whether both are stored in the same way."""
+    return one.values.dtype == other.values.dtype
+
+
+def saturate(x, like: Stored):
+    """``x``, or the largest number of its sign that ``like`` can store."""
+    dtype = _precision(like)
+    if jnp.promote_types(x.dtype, dtype) == dtype:
+        return x
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest)
+
+
+def norm_bounds(norms, leaves, stored: list[Stored], across=None):
+    """The most that L2 norms (L,) may be in storage; inf where a leaf may not fit."""
+    roundings = list(map(_rounding, leaves, stored))
+    squares = [rounding[1] for rounding in roundings]
+    squares = squares if across is None else across(squares)
+    factors, squares, limits = (
+        jnp.asarray(column, norms.dtype)
+        for column in ([r[0] for r in roundings], squares, [r[2] for r in roundings])
+    )
+    bounds = norms * factors + jnp.sqrt(squares)
+    return jnp.where(bounds <= limits, bounds, jnp.inf)
+
+
+def _rounding(x, stored):
+    """What storage makes of the norm of ``x``: at most factor * norm + √square; and the
+    limit above which ``x`` may not fit."""
+    if stored.scale is not None:
+        squares = jnp.sum(jnp.square(stored.scale))
+        return 1, squares * math.prod(x.shape[-1:]) / 4, math.inf
+    dtype = _precision(stored)
+    if jnp.promote_types(x.dtype, dtype) == dtype:
+        return 1, 0, math.inf
+    info = jnp.finfo(dtype)
+    lost = float(info.smallest_subnormal) ** 2 / 4 * x.size
+    return 1 + float(info.eps) / 2, lost, float(info.max)
+
+
+def _precision(stored):
+    """The floating-point dtype whose range a stored value has."""
+    if stored.scale is not None:
+        return stored.scale.dtype
+    return jnp.dtype(
+        jnp.bfloat16 if stored.values.dtype == _BITS else stored.values.dtype
+    )
+
+
+def _bits(x):
+    if x.dtype == jnp.bfloat16:
+        return jax.lax.bitcast_convert_type(x, _BITS)
+    # Not by way of bfloat16, which XLA's CPU backend would store in between.
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    rounded = jax.lax.reduce_precision(wide, 8, 7).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(rounded, jnp.uint32) >> 16
+    return bits.astype(_BITS)
+
+
+def decode(stored: Stored, dtype):
     """The number that a stored value stands for, in ``dtype``."""
-    if stored.dtype == _BITS:
-        stored = jax.lax.bitcast_convert_type(stored, jnp.bfloat16)
-    return stored.astype(dtype)
+    values = stored.values
+    if values.dtype == _BITS:
+        values = jax.lax.bitcast_convert_type(values, jnp.bfloat16)
+    values = values.astype(dtype)
+    return values if stored.scale is None else values * stored.scale.astype(dtype)
 
 
-def keep(wanted, stored):
+def keep(wanted, stored: Stored) -> Stored:
     """The stored value, or that of zero."""
-    return jnp.where(wanted, stored, jnp.zeros_like(stored))
+    return jax.tree.map(lambda x: jnp.where(wanted, x, jnp.zeros_like(x)), stored)
 
 
-def read(stack, slot):
+def read(stack: Stored, slot) -> Stored:
     """The stored value in ``slot``, on the device whatever memory the stack is in."""
-    stored = jax.lax.dynamic_index_in_dim(stack, slot, 0, keepdims=False)
-    return _moved(stored, jax.memory.Space.Device)
+
+    def taken(x):
+        value = jax.lax.dynamic_index_in_dim(x, slot, 0, keepdims=False)
+        return _moved(value, jax.memory.Space.Device)
+
+    return jax.tree.map(taken, stack)
 
 
-def write(stack, stored, slot):
+def write(stack: Stored, stored: Stored, slot) -> Stored:
     """The stack with ``stored`` in ``slot``, in the memory that the stack is in."""
-    stored = _moved(stored, jax.typeof(stack).memory_space)
-    return jax.lax.dynamic_update_index_in_dim(stack, stored, slot, 0)
+
+    def written(x, new):
+        new = _moved(new, jax.typeof(x).memory_space)
+        return jax.lax.dynamic_update_index_in_dim(x, new, slot, 0)
+
+    return jax.tree.map(written, stack, stored)
+
+
+def select(stack: Stored, slots, copies: int) -> Stored:
+    """A stack of ``copies`` that begins with ``slots`` of this one, and is else 0."""
+
+    def taken(x):
+        chosen = jnp.take(_moved(x, jax.memory.Space.Device), slots, axis=0)
+        more = [(0, copies - chosen.shape[0])] + [(0, 0)] * (chosen.ndim - 1)
+        return _moved(jnp.pad(chosen, more), jax.typeof(x).memory_space)
+
+    return jax.tree.map(taken, stack)
+
+
+def emptied(array):
+    """Zeros like a stack, or any array of a state, in the same memory."""
+    zeros = jnp.zeros_like(_moved(array, jax.memory.Space.Device))
+    return _moved(zeros, jax.typeof(array).memory_space)
 
 
 def _moved(x, space):
@@ -72,14 +272,11 @@ def _moved(x, space):
     return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
-def select(stack, slots, copies: int):
-    """A stack of ``copies`` that begins with ``slots`` of this one, and is else 0."""
-    chosen = jnp.take(_moved(stack, jax.memory.Space.Device), slots, axis=0)
-    more = [(0, copies - chosen.shape[0])] + [(0, 0)] * (chosen.ndim - 1)
-    return _moved(jnp.pad(chosen, more), jax.typeof(stack).memory_space)
+def _repeat(one, copies):
+    return one if copies is None else jnp.broadcast_to(one[None], (copies, *one.shape))
 
 
-def emptied(array):
-    """Zeros like a stack, or any array of a state, in the same memory."""
-    zeros = jnp.zeros_like(_moved(array, jax.memory.Space.Device))
-    return _moved(zeros, jax.typeof(array).memory_space)
+def _row(reduction, x, **options):
+    """``reduction`` over the last axis, which stays; at rank 0 over none."""
+    last = tuple(range(x.ndim))[-1:]
+    return reduction(x, axis=last, keepdims=True, **options)

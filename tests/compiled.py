@@ -98,7 +98,7 @@ def assert_slots_stay_in_place(name, tx, params, mesh, limit=None):
         math.prod(stack.sharding.shard_shape(stack.shape))
         for buffer in jax.tree.leaves(arguments[1], is_leaf=_is_buffer)
         if _is_buffer(buffer)
-        for stack in jax.tree.leaves(buffer.slots)
+        for stack in jax.tree.leaves((buffer.slots, buffer.scales))
     }
     assert sizes and whole_buffer_operations(compiled, sizes) == []
     # The rebuild is compiled in, beside the decision: else nothing would be shown.

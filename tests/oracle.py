@@ -50,8 +50,24 @@ class Buffer:
         return self.keys.index(smallest) if key > smallest else None
 
     def _stored(self, x):
-        x = np.array(x, np.float64)
-        return x if self.round_to is None else x.astype(self.round_to).astype(float)
+        return stored(x, self.round_to)
+
+
+def stored(x, dtype):
+    """What is left of `x` in storage; in int8 each row has a scale of its own."""
+    x = np.array(x, np.float64)
+    if dtype is None:
+        return x
+    if dtype != "int8":
+        return x.astype(dtype).astype(float)
+    if x.size == 0:
+        return x
+    largest = np.abs(x).max(axis=-1, keepdims=True) if x.ndim else np.abs(x)
+    # Ties are rounded as the package does only with the same factor, of 17 bits.
+    mantissa, exponent = np.frexp(np.float32(largest * ((1 - 2**-16) / 127)))
+    scale = np.float32(np.ldexp(np.rint(mantissa * 2**17), exponent - 17))
+    inverse = np.float32(1) / np.where(scale > 0, scale, np.float32(1))
+    return np.rint(x * np.float64(inverse)) * np.float64(scale)
 
 
 # The mean arrives here already multiplied by kappa.
@@ -131,8 +147,10 @@ class CriticalMomenta:
     is not finite changes nothing, and emits that gradient where it is not finite.
     """
 
-    def __init__(self, b1=0.9, skip_first=False, **options):
-        self.b1, self.skip_first = b1, skip_first
+    def __init__(self, b1=0.9, skip_first=False, mu_dtype=None, **options):
+        self.b1, self.skip_first, self.mu_dtype = b1, skip_first, mu_dtype
+        if mu_dtype is not None and options.get("buffer_dtype") == mu_dtype:
+            options["buffer_dtype"] = None  # slots take the momentum as it is stored
         self.memory = Memory(**options)
         self.m, self.taken = {}, 0
 
@@ -150,7 +168,8 @@ class CriticalMomenta:
             self.memory.step(grads, keys, fifo)
             return dict(self.m)
         for name, g in grads.items():
-            self.m[name] = self.b1 * self.m[name] + (1 - self.b1) * g
+            m = self.b1 * self.m[name] + (1 - self.b1) * g
+            self.m[name] = stored(m, self.mu_dtype)
         return self.memory.step(self.m, keys, fifo)
 
 
@@ -309,7 +328,8 @@ def run(
     if name.endswith("_cm"):
         b1 = hyper.pop("b1", 0.9) if name == "sgd_cm" else hyper.get("b1", 0.9)
         skip_first = hyper.pop("skip_first", False)
-        transform = CriticalMomenta(b1=b1, skip_first=skip_first, **options)
+        mu_dtype = hyper.pop("mu_dtype", None)
+        transform = CriticalMomenta(b1, skip_first, mu_dtype, **options)
     else:
         transform = CriticalGradients(**options)
     bases = {leaf: BASES[name](**hyper) for leaf in params0}

@@ -269,8 +269,10 @@ def test_a_priority_that_is_not_finite_refuses_the_step(bad):
         (7e4, {"buffer_dtype": "float16"}),
         (1e25, {}),
         (nan, {"priority_fn": lambda gradient: 1.0}),
+        (nan, {"priority_fn": lambda gradient: 1.0, "buffer_dtype": "int8"}),
+        (-inf, {"priority_fn": lambda gradient: 1.0, "buffer_dtype": "int8"}),
     ],
-    ids=["float16 slot", "norm", "priority"],
+    ids=["float16 slot", "norm", "priority", "nan in int8", "inf in int8"],
 )
 def test_what_cannot_be_stored_is_refused(bad, options):
     tx = critical_gradients(2, **options)
@@ -426,6 +428,12 @@ CONFIGURATIONS = {
         ("b1", "b2"),
     ),
     "adamw": ("adamw_c", {"topc": 2, "aggr": "sum", "eps": 1e-3}, ("b1", "b2")),
+    "int8": ("sgd_c", {"topc": 2, "buffer_dtype": "int8"}, ("momentum",)),
+    "int8 apart": (
+        "adam_c",
+        {"topc": 3, "buffer_dtype": "int8", "synced": False, "eps": 1e-3},
+        ("b1", "b2"),
+    ),
 }
 
 
@@ -578,7 +586,7 @@ WRONG = {
     "aggr": ["nonsense", None],
     "synced": ["yes", None, 1],
     "priority_fn": ["norm", 3],
-    "buffer_dtype": ["int8", "int32", "nonsense"],
+    "buffer_dtype": ["int4", "int32", "nonsense", 3],
     "fifo_probability": [-0.1, 1.5, nan, True],
     "learning_rate": [-1.0, nan, None, "1"],
     "momentum": [-0.1, 1.5, "0.9"],

@@ -154,6 +154,9 @@ RULES = {
     "sgd": ("sgd_cm", {"topc": 2}),
     "sgd unsynced": ("sgd_cm", {"topc": 3, "synced": False, "aggr": "mean"}),
     "fifo": ("sgd_cm", {"topc": 3, "fifo_probability": 1.0}),
+    "int8": ("adam_cm", {"topc": 2, "mu_dtype": "int8", "buffer_dtype": "int8"}),
+    "int8 slots": ("sgd_cm", {"topc": 3, "buffer_dtype": "int8", "synced": False}),
+    "bfloat16 momentum": ("sgd_cm", {"topc": 2, "mu_dtype": "bfloat16"}),
 }
 
 
@@ -209,6 +212,8 @@ def hard_streams(draw, steps=14):
 )
 def test_agrees_with_the_oracle(rule, x64, grads, decay, kappa, b1):
     name, static = RULES[rule]
+    # A traced κ of 0 emits m as stored, and the oracle's Adam stores none.
+    hypothesis.assume(kappa != 0 or "mu_dtype" not in static)
     numbers = {"learning_rate": 0.1, "decay": decay, "kappa": kappa, "b1": b1}
     params = {k: np.ones(shape) for k, shape in SHAPES.items()}
     if kappa == 0:  # a κ of 0 is Adam, which has no rule for faults
@@ -317,6 +322,62 @@ def test_half_precision_gradients_are_widened_before_they_are_averaged():
     np.testing.assert_allclose(state.mu, 0.1 * gradient.astype(jnp.float32), rtol=1e-6)
 
 
+# Momentum in few bytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("off", [{}, {"topc": 0}, {"kappa": 0.0}], ids=str)
+def test_a_stored_momentum_stays_close(dtype, off):
+    grads = {k: np.float32(g) for k, g in stream(40).items()}
+    params = first_of(grads)
+    exact, stored = (
+        memoptax.critical_momenta(0.8, **off, mu_dtype=mu_dtype)
+        for mu_dtype in (None, dtype)
+    )
+    one, other = exact.init(params), stored.init(params)
+    step_exact, step_stored = jax.jit(exact.update), jax.jit(stored.update)
+    # An average of ten roundings; in int8 relative to the largest of its row.
+    eps = 1 / 127 if dtype == "int8" else float(jnp.finfo(dtype).eps)
+    largest = max(np.abs(g).max() for g in grads.values())
+    for t in range(40):
+        gradient = {k: jnp.asarray(g[t]) for k, g in grads.items()}
+        want, one = step_exact(gradient, one)
+        got, other = step_stored(gradient, other)
+        for k in want:
+            assert np.abs(got[k] - want[k]).max() <= 10 * eps * largest
+    if dtype == "float32" and not off:
+        chex.assert_trees_all_equal(got, want)
+
+
+@pytest.mark.parametrize("off", [{"topc": 0}, {"kappa": 0.0}], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_without_a_buffer_adams_momentum_is_stored_as_asked(off, dtype):
+    grads = {k: np.float32(g) for k, g in stream(30).items()}
+    ours = memoptax.adam_cm(0.1, mu_dtype=dtype, **off)
+    want, _ = replay(optax.adam(0.1), first_of(grads), grads)
+    got, state = replay(ours, first_of(grads), grads)
+    for k in got:
+        np.testing.assert_allclose(got[k], want[k], atol=0.05)
+    assert not np.array_equal(got["b"], want["b"])
+    sizes = {x.dtype.itemsize for x in jax.tree.leaves(state[0].moment)}
+    assert sizes == {jnp.dtype(dtype).itemsize}
+
+
+def test_a_momentum_beyond_its_dtype_stops_at_its_end():
+    tx = memoptax.critical_momenta(0.0, topc=2, mu_dtype="float16")
+    update, state = tx.update(jnp.array([1e6, -3e5, 1.0]), tx.init(jnp.zeros(3)))
+    np.testing.assert_array_equal(update, [65504, -65504, 1])
+    assert np.isfinite(state.mu).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_no_step_copies_what_is_in_int8(name, mesh):
+    params = {k: jnp.zeros(shape) for k, shape in PARAMS["many"].items()}
+    tx = memoptax.adam_cm(0.1, mu_dtype="int8", buffer_dtype="int8")
+    assert_slots_stay_in_place(name, tx, params, mesh)
+
+
 # Steps that are not finite
 
 TRANSFORMS = {
@@ -325,6 +386,7 @@ TRANSFORMS = {
     "unsynced": memoptax.scale_by_adam_cm(topc=2, synced=False),
     "released": memoptax.scale_by_adam_cm(topc=2, skip_first=True),
     "fifo": memoptax.scale_by_adam_cm(topc=2, fifo_probability=0.5),
+    "int8": memoptax.scale_by_adam_cm(topc=2, buffer_dtype="int8", mu_dtype="int8"),
 }
 
 
@@ -361,7 +423,7 @@ def assert_same_state(one, other):
         np.testing.assert_array_equal(held, wanted)
     chex.assert_trees_all_equal(
         *(
-            state._replace(buffer=state.buffer._replace(slots=None))
+            state._replace(buffer=state.buffer._replace(slots=None, scales=None))
             for state in (one, other)
         )
     )
@@ -440,6 +502,7 @@ def test_switched_off_it_keeps_its_state_in_float32(make, off):
         ({"synced": None}, "synced must be True or False, but is None"),
         ({"priority_fn": 2}, "priority_fn must be a function, but is 2"),
         ({"buffer_dtype": "int4"}, "buffer_dtype must be one of .* is 'int4'"),
+        ({"mu_dtype": "int4"}, "mu_dtype must be one of .* is 'int4'"),
         ({"fifo_probability": 2}, "fifo_probability must lie .* is 2"),
         ({"weight_decay": -0.1}, "weight_decay must lie .* is -0.1"),
     ],

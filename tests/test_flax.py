@@ -22,7 +22,9 @@ BUFFER = {"topc": 3, "decay": 0.9}
 OPTIMIZERS = {
     "sgd_c": functools.partial(memoptax.sgd_c, 0.01, momentum=0.9, **BUFFER),
     "adam_c": functools.partial(memoptax.adam_c, 0.01, amsgrad=True, **BUFFER),
-    "adam_cm": functools.partial(memoptax.adam_cm, 0.01, synced=False, **BUFFER),
+    "adam_cm": functools.partial(
+        memoptax.adam_cm, 0.01, synced=False, buffer_dtype="int8", **BUFFER
+    ),
     "sm3": functools.partial(memoptax.sm3, 0.1, momentum=0.9, momentum_dtype="int8"),
 }
 one_of_each_kind = pytest.mark.parametrize("name", ["adam_cm", "sm3"])
@@ -133,6 +135,8 @@ def test_linen_boxes_lie_on_the_mesh_as_the_parameters_do(name, partition, mesh)
     assert buffer.slots["layers_0"]["kernel"] == P(None, "data", "model")
     assert buffer.total["layers_0"]["kernel"] == kernel
     assert buffer.keys == P()
+    if name == "adam_cm":
+        assert buffer.scales[1] == P(None, "data", None)
     stats = memoptax.buffer_stats(state.opt_state)
     assert stats["fill"] == 3
     larger = memoptax.resize_buffer(state.opt_state, 5)

@@ -42,9 +42,72 @@ def test_stats_of_a_buffer_by_hand():
         "age_mean": (3 + 2 + 0) / 3,
         "age_max": 3,
         "mean_norm": (4 - 2 + 0.25) / 3,
+        "coherence": (4 - 2 + 0.25) / (4 + 2 + 0.25),
         "rebuilds": 0,
     }
     assert {k: pytest.approx(v, rel=1e-6) for k, v in expected.items()} == stats
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_coherence_and_share_are_those_of_the_entries(synced):
+    """From the entries themselves, which differ from leaf to leaf without syncing."""
+    buffer = trained(memoptax.critical_gradients(4, 0.9, synced=synced), 9).buffer
+    updates = {"a": jnp.full((3, 2), 2.0), "b": jnp.asarray(-1.0)}
+    means, apart = [], []
+    for leaf in (0, 1):
+        values = entries(buffer, 0 if synced else leaf, leaf).reshape(4, -1)
+        means.append(np.linalg.norm(values.mean(0)))
+        apart.append(np.linalg.norm(values, axis=1).mean())
+    mean, whole = np.linalg.norm(means), np.linalg.norm(apart)
+    stats = jax.jit(memoptax.buffer_stats)(buffer, updates)
+    np.testing.assert_allclose(stats["coherence"], mean / whole, rtol=1e-6)
+    np.testing.assert_allclose(stats["share"], mean / (mean + 5), rtol=1e-6)
+    assert 0 < stats["coherence"] < 1
+    assert "share" not in memoptax.buffer_stats(buffer)
+
+
+def test_values_that_agree_are_coherent_and_those_that_cancel_are_not():
+    tx = memoptax.critical_gradients(topc=2, decay=1.0)
+    for second, expected in ((1.0, 1), (-1.0, 0)):
+        state = tx.init(jnp.zeros(3))
+        for sign in (1.0, second):
+            _, state = tx.update(sign * jnp.array([1.0, 2.0, -2.0]), state)
+        stats = memoptax.buffer_stats(state, jnp.zeros(3))
+        assert float(stats["coherence"]) == pytest.approx(expected)
+        assert float(stats["share"]) == expected  # none of nothing, or all
+
+
+def test_shares_of_a_partition_are_those_of_its_parts():
+    tx = optax.partition(
+        {"a": memoptax.sgd_c(0.1), "b": memoptax.sgd_c(0.1)}, {"a": "a", "b": "b"}
+    )
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    _, state = tx.update(params, tx.init(params), params)
+    stats = memoptax.buffer_stats(state, {"a": jnp.ones(2), "b": 3 * jnp.ones(3)})
+    assert float(stats["0/share"]) == pytest.approx(1 / 2)
+    assert float(stats["1/share"]) == pytest.approx(1 / 4)
+    with pytest.raises(ValueError, match=r"updates have no leaf at \['b'\]"):
+        memoptax.buffer_stats(state, {"a": jnp.ones(2)})
+
+
+@pytest.mark.slow
+def test_buffers_are_found_resized_and_emptied_inside_an_nnx_optimizer():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    small, large = (
+        nnx.Optimizer(model, memoptax.sgd_c(0.1, topc=c), wrt=nnx.Param) for c in (2, 4)
+    )
+    x = jnp.arange(6.0).reshape(2, 3)
+    grads = nnx.grad(lambda model: jnp.sum(model(x) ** 2))(model)
+    small.update(model, grads)
+    stats = jax.jit(memoptax.buffer_stats)(small.opt_state, grads)
+    assert (stats["fill"], stats["coherence"], stats["share"]) == (1, 1, 0.5)
+    large.opt_state = nnx.data(memoptax.resize_buffer(small.opt_state, 4))
+    large.update(model, jax.tree.map(lambda g: 2 * g, grads))
+    assert memoptax.buffer_stats(large.opt_state)["fill"] == 2
+    large.opt_state = nnx.data(memoptax.reset_buffer(large.opt_state))
+    large.update(model, grads)
+    assert memoptax.buffer_stats(large.opt_state)["fill"] == 1
 
 
 def test_stats_are_zero_while_empty_and_found_in_any_nesting():
@@ -57,10 +120,12 @@ def test_stats_are_zero_while_empty_and_found_in_any_nesting():
     assert not any(float(value) for value in stats.values())
 
 
+@pytest.mark.parametrize("dtype", [None, "int8"])
 @pytest.mark.parametrize("synced", [True, False])
 @pytest.mark.parametrize("topc", [2, 4, 9])
-def test_a_resized_buffer_keeps_the_most_critical_entries(topc, synced):
-    state = trained(memoptax.critical_gradients(4, 0.9, synced=synced))
+def test_a_resized_buffer_keeps_the_most_critical_entries(topc, synced, dtype):
+    tx = memoptax.critical_gradients(4, 0.9, synced=synced, buffer_dtype=dtype)
+    state = trained(tx)
     old, new = state.buffer, memoptax.resize_buffer(state, topc).buffer
     for row in range(old.keys.shape[0]):
         order = np.sort(np.argsort(-old.keys[row], stable=True)[:topc])
@@ -91,7 +156,7 @@ def test_a_resized_state_goes_on_as_one_of_that_size():
 
 
 def test_a_reset_buffer_is_a_new_one_and_moments_stay():
-    tx = memoptax.adam_cm(0.1, fifo_probability=0.5)
+    tx = memoptax.adam_cm(0.1, fifo_probability=0.5, buffer_dtype="int8")
     state = trained(tx)
     params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(())}
     fresh, reset = tx.init(params), memoptax.reset_buffer(state)
@@ -114,6 +179,33 @@ def test_a_size_that_is_none_is_refused(topc):
     state = memoptax.sgd_c(0.1).init(jnp.zeros(2))
     with pytest.raises(ValueError, match=f"topc must be .*{topc}"):
         memoptax.resize_buffer(state, topc)
+
+
+def transformer(d_model=256, layers=4, vocabulary=5000):
+    """The shapes of a transformer, with its biases and norms."""
+    matrices = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "up": (1, 4)}
+    d, shapes = d_model, {"embedding": (vocabulary, d_model), "norm": (d_model,)}
+    for i in range(layers):
+        for name, (rows, columns) in {**matrices, "down": (4, 1)}.items():
+            shapes[f"{i} {name}"] = (rows * d, columns * d)
+            shapes[f"{i} {name} bias"] = (columns * d,)
+        shapes |= {f"{i} norm {k}": (d,) for k in ("1 scale", "1 bias", "2 scale")}
+    return {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+
+
+def test_adam_c_with_five_int8_slots_holds_18_bytes_a_parameter():
+    params = transformer()
+    report = memoptax.memory_report(memoptax.adam_c(0.1, buffer_dtype="int8"), params)
+    n = sum(p.size for p in params.values())
+    rows = sum(p.size // p.shape[-1] for p in params.values())
+    # Six slots, their scales, the sum and two moments; then four rows of five numbers,
+    # five single numbers of the tree, a count, and five norms and an error bound for
+    # every leaf.
+    scalars = 4 * (3 * 5 + 4 + 1) + 4 * 6 * len(params)
+    assert report.fields["slots"] == 6 * n
+    assert report.fields["scales"] == 6 * 4 * rows
+    assert report.total == (6 + 4 + 8) * n + 6 * 4 * rows + scalars
+    assert report.per_parameter <= 18.4
 
 
 def test_memory_report_counts_what_init_allocates():

@@ -133,6 +133,13 @@ def test_slots_are_rounded():
     assert buffer.keys == [1.001, 3.0]
 
 
+def test_int8_slots_have_a_scale_per_row():
+    x = [[1.1, 0.3, -127.0], [0.0, 0.0, 0.0], [2e-6, -1.2e-6, 0.0]]
+    want = [[1, 0, -127], [0, 0, 0], [2e-6, -2e-6 * 76 / 127, 0]]
+    np.testing.assert_allclose(oracle.stored(x, "int8"), want, rtol=3e-5, atol=1e-12)
+    assert oracle.stored(-3.0, "int8") == pytest.approx(-3.0, rel=3e-5)
+
+
 def test_kappa_scales_the_buffer_term():
     entries = [np.array(2.0), np.array(4.0)]
     for aggr, want in [("sum", 11.5), ("mid", 5.75), ("mean", 13 / 3)]:

@@ -122,6 +122,17 @@ def test_the_specs_of_a_buffer():
     assert set(jax.tree.leaves((rest, state.count))) == {P()}
 
 
+def test_the_specs_of_int8():
+    specs = LAYOUTS["mixed"]
+    tx = memoptax.adam_cm(0.1, buffer_dtype="int8", mu_dtype="int8")
+    state, _ = memoptax.state_partition_specs(tx, abstract(), specs)
+    assert state.mu == specs
+    assert state.mu_scales == (P(None, None, "model"), P("data"), P(), P())
+    assert state.buffer.slots["matrix"] == P(None, "data", "model")
+    assert state.buffer.scales[:2] == (P(None, None, None, "model"), P(None, "data"))
+    assert state.buffer.scales[2:] == (P(), P())
+
+
 def test_the_specs_of_sm3():
     specs = LAYOUTS["mixed"]
     tx = memoptax.sm3(0.1, **INT8)
@@ -337,15 +348,15 @@ def momentum(**options):
 PLAIN = momentum()
 
 
-def on_eight(make, axes, mesh, stream, check_vma=True):
+def on_eight(make, axes, mesh, stream, check_vma=True, specs=SPECS):
     """Trajectory and state of a run inside shard_map."""
     tx, params = make(priority_fn=memoptax.sharded_norm(axes)), few(values())
-    along = {name: P(None, *spec) for name, spec in SPECS.items()}
+    along = {name: P(None, *spec) for name, spec in specs.items()}
     sharded = jax.shard_map(
         functools.partial(train, tx),
         mesh=mesh,
-        in_specs=(SPECS, along),
-        out_specs=(along, memoptax.state_partition_specs(tx, params, SPECS)),
+        in_specs=(specs, along),
+        out_specs=(along, memoptax.state_partition_specs(tx, params, specs)),
         check_vma=check_vma,
     )
     return jax.jit(sharded)(params, stream)
@@ -418,6 +429,15 @@ def test_what_is_not_finite_on_one_device_is_refused_on_all(factory, mesh):
         assert len(copies) == 8
         for copy in copies:
             np.testing.assert_array_equal(copy, copies[0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_slots_of_few_bytes_are_bounded_as_one_device_would(dtype, mesh):
+    """The norms, the error and so the rebuilds too are of whole leaves."""
+    make, stream = momentum(buffer_dtype=dtype), few(values(8))
+    rows = {"matrix": P("data"), "vector": P(), "scalar": P()}
+    sharded = on_eight(make, rows, mesh, stream, check_vma=False, specs=rows)
+    assert_equal_everywhere(on_one(make, stream), sharded)
 
 
 def test_what_overflows_in_storage_on_one_device_is_refused_on_all(mesh):

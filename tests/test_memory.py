@@ -1,0 +1,138 @@
+"""Bytes that are known before anything is allocated, in all and on each device."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import memoptax
+
+PARAMS = {
+    "w": jax.ShapeDtypeStruct((16, 6), jnp.float32),
+    "b": jax.ShapeDtypeStruct((6,), jnp.bfloat16),
+}
+ADAM_C = functools.partial(memoptax.adam_c, 1e-3)
+
+
+def spread_over(mesh, tx, params):
+    """The last two axes of every matrix and of every slot of one, and nothing else."""
+
+    def sharding(leaf):
+        wide = leaf.shape[-2:] == (16, 6)
+        spec = (None,) * (len(leaf.shape) - 2) + ("data", "model")
+        return NamedSharding(mesh, P(*spec) if wide else P())
+
+    return jax.tree.map(sharding, jax.eval_shape(tx.init, params))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [optax.adam(0.1), ADAM_C(topc=3), memoptax.sm3(0.1, 0.9, momentum_dtype="int8")],
+    ids=["adam", "adam_c", "sm3"],
+)
+def test_each_device_holds_what_the_report_says(tx, mesh):
+    shardings = spread_over(mesh, tx, PARAMS)
+    report = memoptax.memory_report(tx, PARAMS, shardings)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), PARAMS)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    for device in mesh.devices.flat:
+        held = sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(state)
+            for shard in leaf.addressable_shards
+            if shard.device == device
+        )
+        assert report.total_per_device == held
+    assert report.total_per_device < report.total
+    plain = memoptax.memory_report(tx, PARAMS)
+    assert plain.per_device is None and plain.total_per_device is None
+    assert dataclasses.replace(report, per_device=None) == plain
+
+
+def test_per_device_by_hand(mesh):
+    place = functools.partial(spread_over, mesh)
+    report = memoptax.memory_report(ADAM_C(topc=3), PARAMS, place)
+    # Four slots of one eighth of the matrix in float32 and of all of b in bfloat16.
+    assert report.per_device["slots"] == 4 * (12 * 4 + 6 * 2)
+    assert report.per_device["total"] == 12 * 4 + 6 * 4
+    assert report.per_device["keys"] == report.fields["keys"] == 3 * 4
+
+
+def test_the_table_has_a_column_per_device_where_it_is_known(mesh):
+    tx = optax.adam(0.1)
+    plain = str(memoptax.memory_report(tx, PARAMS))
+    both = str(memoptax.memory_report(tx, PARAMS, functools.partial(spread_over, mesh)))
+    assert plain.splitlines()[0].split("  ") != both.splitlines()[0].split("  ")
+    assert "per device" in both and "per device" not in plain
+    for table in (plain, both):
+        assert len({len(line) for line in table.splitlines()}) == 1
+    # Both moments: 384 bytes of w, or an eighth of them, and 12 of b; and a count.
+    assert both.splitlines()[-1].split()[2:4] == ["796", "124"]
+
+
+def test_a_report_is_plain_data(mesh):
+    place = functools.partial(spread_over, mesh)
+    for shardings in (None, place):
+        report = memoptax.memory_report(ADAM_C(topc=3), PARAMS, shardings)
+        data = json.loads(json.dumps(dataclasses.asdict(report)))
+        assert memoptax.MemoryReport(**data) == report
+
+
+def test_shardings_unlike_the_state_are_refused(mesh):
+    like_params = jax.tree.map(lambda _: NamedSharding(mesh, P()), PARAMS)
+    with pytest.raises(ValueError, match="shardings must be a tree like the state"):
+        memoptax.memory_report(optax.adam(0.1), PARAMS, like_params)
+
+
+@pytest.mark.parametrize("optimizer", [ADAM_C, functools.partial(memoptax.sgd_cm, 0.1)])
+@pytest.mark.parametrize("budget", [2000, 3333, 5000, 8642])
+def test_one_more_would_not_fit(optimizer, budget):
+    fit = memoptax.largest_topc(optimizer, PARAMS, budget, at_most=1000)
+
+    def size(topc, dtype):
+        return memoptax.state_bytes(optimizer(topc=topc, buffer_dtype=dtype), PARAMS)
+
+    assert fit.bytes == size(fit.topc, fit.buffer_dtype) <= budget
+    assert size(fit.topc + 1, fit.buffer_dtype) > budget
+    assert fit.buffer_dtype == "bfloat16"  # which has the larger C
+
+
+def test_slots_are_rounded_only_for_a_larger_topc():
+    largest = functools.partial(memoptax.largest_topc, ADAM_C, PARAMS)
+    tx = ADAM_C(topc=7, buffer_dtype=None)
+    exact = memoptax.state_bytes(tx, PARAMS)
+    assert largest(exact, at_most=7)[:2] == (7, None)
+    assert largest(exact - 1, at_most=7)[:2] == (7, "bfloat16")
+    assert largest(exact - 1, at_most=7, buffer_dtypes=[None])[:2] == (6, None)
+    assert largest(exact, at_most=7, buffer_dtypes=["float16", None])[1] == "float16"
+
+
+def test_a_budget_per_device(mesh):
+    place = functools.partial(spread_over, mesh)
+    fit = memoptax.largest_topc(ADAM_C, PARAMS, 700, shardings=place, at_most=1000)
+    all_of_it = memoptax.largest_topc(ADAM_C, PARAMS, 3000, at_most=1000)
+    tx = ADAM_C(topc=fit.topc, buffer_dtype=fit.buffer_dtype)
+    report = memoptax.memory_report(tx, PARAMS, place)
+    assert fit.bytes == report.total_per_device <= 700 < report.total
+    assert fit.topc >= all_of_it.topc > 1
+
+
+def test_a_budget_that_is_too_small_is_refused():
+    least = memoptax.state_bytes(ADAM_C(topc=1, buffer_dtype="bfloat16"), PARAMS)
+    assert memoptax.largest_topc(ADAM_C, PARAMS, least).topc == 1
+    with pytest.raises(ValueError, match=rf"budget is .* even topc=1 takes {least:,}"):
+        memoptax.largest_topc(ADAM_C, PARAMS, least - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("at_most", 0), ("at_most", 2.5), ("buffer_dtypes", ())]
+)
+def test_what_cannot_be_searched_is_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        memoptax.largest_topc(ADAM_C, PARAMS, 1e6, **{name: value})
