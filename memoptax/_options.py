@@ -55,7 +55,7 @@ mu_dtype: dtype in which m is stored between steps: None (float32 or better), fl
   float32, bfloat16, float16, int8 (with scales like those of ``buffer_dtype``). The
   arithmetic stays in float32 or better; m is rounded to nearest, ends at the largest
   number of the dtype, and what is joined and remembered is m as stored. Rounding
-  stalls: with b1 = .9 a constant gradient is met up to 2 % in bfloat16 and .3 % in
+  stalls: with b1 = .9 a constant gradient is met up to 2.6 % in bfloat16 and .3 % in
   float16, and in int8 an entry whose gradients stay below 4 % of its row's largest m
   never leaves 0 (with noise m was off by 4.5 %). ``adam_cm`` on digits lost nothing
   that 96 seeds would show (int8: .02 ± .14 points, bfloat16: .01 ± .07). Without a
