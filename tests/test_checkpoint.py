@@ -90,13 +90,12 @@ def assert_bitwise(found, expected):
 
 
 OPTIMIZERS = {
-    f"{name}, {slots}": make(buffer_dtype=slots)
+    f"adam_c, {slots}": memoptax.adam_c(0.1, fifo_probability=0.5, buffer_dtype=slots)
     for slots in SLOTS
-    for name, make in {
-        "adam_c, FIFO": lambda **kw: memoptax.adam_c(0.1, fifo_probability=0.5, **kw),
-        "adam_cm": lambda **kw: memoptax.adam_cm(0.1, synced=False, **kw),
-    }.items()
-} | {"sm3": memoptax.sm3(0.1, momentum=0.9, momentum_dtype="int8")}
+} | {
+    "adam_cm, unsynced": memoptax.adam_cm(0.1, synced=False),
+    "sm3": memoptax.sm3(0.1, momentum=0.9, momentum_dtype="int8"),
+}
 
 
 @pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -211,7 +210,7 @@ def kill(name, arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(kill)
-settings = language_model.Settings(16, 1, 2, 16, 4, steps=6)
+settings = language_model.Settings(16, layers=0, context=16, batch=4, steps=6)
 text = language_model.read_text()
 text = text._replace(validation=text.validation[:500])
 mesh = language_model.create_mesh((1, 1))
