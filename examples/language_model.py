@@ -395,12 +395,12 @@ def draw(results, settings, output):
     for i, (name, r) in enumerate(results.items()):
         colour = colours[i % len(colours)]
         smooth = np.convolve(r["losses"], np.ones(width) / width, "valid")
-        at = np.arange(width, len(r["losses"]) + 1)
+        at = np.arange(len(smooth)) + (width + 1) / 2
         axis.plot(at, smooth, color=colour, alpha=0.4, lw=1.2)
         at, losses = np.transpose(r["validation"])
         label = f"{name} ({losses[-1]:.3f})"
         axis.plot(at, losses, "o-", color=colour, ms=3.5, label=label)
-    axis.plot([], [], color="#777777", alpha=0.5, lw=1.2, label="in training")
+    axis.plot([], [], color="#777777", alpha=0.5, lw=1.2, label="in training, smoothed")
     axis.set(
         title=f"A transformer on the characters of Python's help\n{settings.layers} "
         f"layers of {settings.width}, {r['report'].parameters:,} parameters",
