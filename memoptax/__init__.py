@@ -30,6 +30,9 @@ from memoptax._memory import largest_topc as largest_topc
 from memoptax._memory import memory_report as memory_report
 from memoptax._memory import state_bytes as state_bytes
 from memoptax._schedules import sm3_schedule as sm3_schedule
+from memoptax._sharded_norm import sharded_norm as sharded_norm
+from memoptax._sharding import state_partition_specs as state_partition_specs
+from memoptax._sharding import state_shardings as state_shardings
 from memoptax._sm3 import ScaleBySM3State as ScaleBySM3State
 from memoptax._sm3 import scale_by_sm3 as scale_by_sm3
 from memoptax._sm3 import sm3 as sm3

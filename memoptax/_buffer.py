@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _storage
+from memoptax import _boxes, _storage
 
 # A running sum is rebuilt when its error may exceed this share of the summed norms of
 # its leaf's slots, in unit roundoffs: 1e-5 in float32, 1.9e-14 in float64.
@@ -60,7 +60,7 @@ def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> 
     rows = 1 if synced else len(leaves)
     key_dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
     return Buffer(
-        slots=jax.tree.map(lambda p: _storage.zeros(p, topc + 1, dtype), params),
+        slots=_boxes.make(lambda p: _storage.zeros(p, topc + 1, dtype), params),
         scales=_storage.zero_scales(params, topc + 1, dtype),
         total=jax.tree.map(_storage.zero_sum, params),
         keys=jnp.full((rows, topc), -jnp.inf, key_dtype),
@@ -77,15 +77,17 @@ def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> 
 
 
 def priority(
-    buffer: Buffer, gradients, priority_fn=None, *, synced: bool = True
+    buffer: Buffer, gradients, priority_fn=None, *, synced: bool = True, across=None
 ) -> jax.Array:
     """How critical ``gradients`` are, (R,): the sum of the L2 norms of a row's leaves.
 
     ``priority_fn`` replaces the rule; without syncing it is given one leaf at a time.
+    Here and below ``across`` adds up what several devices know of the squares of every
+    leaf, so that all of them decide the same; None where one device sees whole leaves.
     """
     dtype, leaves = buffer.keys.dtype, _leaves(gradients, buffer)
     if priority_fn is None:
-        norms = _norms(leaves, dtype)
+        norms = _norms(leaves, dtype, across)
         return jnp.sum(norms, keepdims=True) if synced else norms
     parts = jax.lax.stop_gradient([gradients] if synced else leaves)
     return _vector([jnp.asarray(priority_fn(part), dtype) for part in parts], dtype)
@@ -96,14 +98,20 @@ def fill(buffer: Buffer) -> jax.Array:
     return jnp.sum(buffer.keys > -jnp.inf, axis=1, dtype=buffer.keys.dtype)
 
 
-def all_finite(buffer: Buffer, gradients) -> jax.Array:
+def all_finite(buffer: Buffer, gradients, across=None) -> jax.Array:
     """Whether the norm of every leaf is a finite number, and so every gradient."""
-    norms = _norms(_leaves(gradients, buffer), buffer.keys.dtype)
+    norms = _norms(_leaves(gradients, buffer), buffer.keys.dtype, across)
     return jnp.all(jnp.isfinite(norms))
 
 
 def push(
-    buffer: Buffer, values, priority, decay, fifo_probability=None, stored=None
+    buffer: Buffer,
+    values,
+    priority,
+    decay,
+    fifo_probability=None,
+    stored=None,
+    across=None,
 ) -> tuple[Recall, Buffer]:
     """Offer ``values``; return what was held before, and the buffer after.
 
@@ -116,7 +124,7 @@ def push(
     leaves, treedef = jax.tree.flatten(values)
     stacks = _storage.unpack(treedef, buffer.slots, buffer.scales)
     totals = treedef.flatten_up_to(buffer.total)
-    stored, norms = _stored(buffer, leaves, stacks, stored)
+    stored, norms = _stored(buffer, leaves, stacks, stored, across)
     after, each, inexact = _decide(
         buffer, priority, norms, totals, decay, fifo_probability
     )
@@ -227,7 +235,7 @@ def resize(buffer: Buffer, topc: int) -> Buffer:
 
 def reset(buffer: Buffer) -> Buffer:
     """The buffer, holding none; the key of its draws stays."""
-    zeros = jax.tree.map(jnp.zeros_like, buffer)
+    zeros = jax.tree.map(_storage.emptied, buffer)
     rows, topc = buffer.keys.shape
     return zeros._replace(
         keys=jnp.full_like(buffer.keys, -jnp.inf),
@@ -413,16 +421,25 @@ def _leaves(updates, buffer):
     return leaves
 
 
-def _norms(leaves, dtype):
+def _norms(leaves, dtype, across=None):
     """The L2 norm of every leaf, (L,). No gradient flows: norms only decide."""
+    return _roots(_squares(leaves, dtype), dtype, across)
+
+
+def _squares(leaves, dtype):
     wide = jnp.result_type(dtype, *leaves)
     leaves = [jax.lax.stop_gradient(x).astype(wide) for x in leaves]
-    squares = _vector([jnp.sum(jnp.square(x)) for x in leaves], wide)
+    return [jnp.sum(jnp.square(x)) for x in leaves]
+
+
+def _roots(squares, dtype, across):
+    squares = squares if across is None else across(squares)
+    squares = _vector(squares, jnp.result_type(dtype, *squares))
     # Of a single element XLA would make |x|, which overflows later than its square.
     return jnp.where(jnp.isfinite(squares), jnp.sqrt(squares), squares).astype(dtype)
 
 
-def _stored(buffer, leaves, stacks, known):
+def _stored(buffer, leaves, stacks, known, across):
     """The leaves as the stacks store them, and bounds on their norms then, (L,).
 
     These are not the norms of the rounded values: to round every value once more for
@@ -430,22 +447,23 @@ def _stored(buffer, leaves, stacks, known):
     """
     dtype = buffer.keys.dtype
     if known is None:
-        norms = _norms(leaves, dtype)
+        norms = _norms(leaves, dtype, across)
     else:
-        norms = _decoded_norms(buffer, known, [x.dtype for x in leaves])
+        norms = _decoded_norms(buffer, known, [x.dtype for x in leaves], across)
         if all(_storage.alike(x, stack) for x, stack in zip(known, stacks)):
             return known, norms
     stored = [_storage.encode(x, stack) for x, stack in zip(leaves, stacks)]
-    return stored, _storage.norm_bounds(norms, leaves, stored)
+    return stored, _storage.norm_bounds(norms, leaves, stored, across)
 
 
-def _decoded_norms(buffer, stored, dtypes):
+def _decoded_norms(buffer, stored, dtypes, across):
     """The norms of values in storage."""
+    dtype, step = buffer.keys.dtype, jnp.min(buffer.offered, initial=0)
 
-    def norms(stored):
-        return _norms(list(map(_storage.decode, stored, dtypes)), buffer.keys.dtype)
+    def squares(stored):
+        return _squares(list(map(_storage.decode, stored, dtypes)), dtype)
 
-    return _storage.alone(norms, jnp.min(buffer.offered, initial=0), stored)
+    return _roots(_storage.alone(squares, step, stored), dtype, across)
 
 
 def _units(totals, dtype):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import optax
 
-from memoptax import _buffer, _check, _options, _precision, _pytorch
+from memoptax import _boxes, _buffer, _check, _options, _precision, _pytorch
 
 _REFERENCES = """\
 References:
@@ -105,7 +105,7 @@ def critical_gradients(
         updates, buffer = _options.remember(options, state.buffer, updates, updates)
         return updates, CriticalGradientsState(buffer)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _buffer, _check, _options, _precision, _pytorch, _storage
+from memoptax import _boxes, _buffer, _check, _options, _precision, _pytorch, _storage
 
 _REFERENCES = """\
 References:
@@ -113,7 +113,7 @@ def critical_momenta(
 
     def update_fn(updates, state, params=None):
         del params
-        finite = _buffer.all_finite(state.buffer, updates)
+        finite = _buffer.all_finite(state.buffer, updates, options.across)
         m, stored, mu, mu_scales = _momentum(updates, state, b1, finite)
         joined, buffer = _options.remember(
             options, state.buffer, m, updates, finite, stored if mu_dtype else None
@@ -121,7 +121,7 @@ def critical_momenta(
         state = CriticalMomentaState(mu, mu_scales, buffer)
         return _spoiled(joined, updates), state
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)
@@ -221,7 +221,7 @@ def scale_by_adam_cm(
 
     def update_fn(updates, state, params=None):
         del params
-        finite = _buffer.all_finite(state.buffer, updates)
+        finite = _buffer.all_finite(state.buffer, updates, options.across)
         # Adam takes its first step, so a κ of 0 skips none.
         first = (state.count == 0) & (kappa != 0) if skip_first else False
         taken = finite & ~jnp.asarray(first)
@@ -254,7 +254,7 @@ def scale_by_adam_cm(
         scaled = _spoiled(scaled, updates)
         return scaled, ScaleByAdamCmState(count, mu, mu_scales, nu, nu_max, buffer)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from memoptax import _buffer, _options
+from memoptax import _boxes, _buffer, _options
 
 
 def buffer_stats(state, updates=None) -> dict[str, jax.Array]:
@@ -53,7 +53,7 @@ def buffer_stats(state, updates=None) -> dict[str, jax.Array]:
       >>> f"{stats['fill']:.0f} of 2, {stats['acceptance']:.0%} taken"
       '2 of 2, 67% taken'
     """
-    buffers, updates = _buffers(state, "buffer_stats"), _arrays(updates)
+    buffers, updates = _buffers(state, "buffer_stats"), _boxes.bare(updates)
     if len(buffers) == 1:
         return _stats(buffers[0], updates)
     return {
@@ -178,21 +178,8 @@ def _is_buffer(node):
     return isinstance(node, _buffer.Buffer)
 
 
-def _is_variable(node):
-    return hasattr(node, "get_raw_value")
-
-
-def _arrays(tree):
-    """The tree without the variables that Flax's nnx wraps every array of it in."""
-    return jax.tree.map(
-        lambda node: node.get_raw_value() if _is_variable(node) else node,
-        tree,
-        is_leaf=_is_variable,
-    )
-
-
 def _buffers(state, caller):
-    nodes = jax.tree.leaves(_arrays(state), is_leaf=_is_buffer)
+    nodes = jax.tree.leaves(_boxes.bare(state), is_leaf=_is_buffer)
     buffers = [node for node in nodes if _is_buffer(node)]
     if not buffers:
         raise ValueError(
@@ -206,7 +193,7 @@ def _map_buffers(function, state, caller):
     _buffers(state, caller)
     mapped = jax.tree.map(
         lambda node: function(node) if _is_buffer(node) else node,
-        _arrays(state),
+        _boxes.bare(state),
         is_leaf=_is_buffer,
     )
-    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(mapped))
+    return _boxes.like(state, mapped)

@@ -79,6 +79,11 @@ class Options(NamedTuple):
         """A concrete C or κ of 0: no buffer exists, and updates pass through."""
         return self.topc == 0 or _check.is_zero(self.kappa)
 
+    @property
+    def across(self) -> Callable | None:
+        """What adds up squares over devices, if priorities are sharded_norm's."""
+        return getattr(self.priority_fn, "across", None)
+
 
 def options(
     topc, decay, kappa, aggr, synced, priority_fn, buffer_dtype, fifo_probability, seed
@@ -138,12 +143,21 @@ def remember(
     priority is that of the ``gradients``; if not ``finite``, nothing is offered. What
     ``stored`` is, :func:`memoptax._buffer.push` says.
     """
+    across = options.across
+    # With it the rule is the default one, of whole leaves.
+    priority_fn = options.priority_fn if across is None else None
     priority = _buffer.priority(
-        buffer, gradients, options.priority_fn, synced=options.synced
+        buffer, gradients, priority_fn, synced=options.synced, across=across
     )
     priority = jnp.where(finite, priority, jnp.nan)
     recall, buffer = _buffer.push(
-        buffer, values, priority, options.decay, options.fifo_probability, stored
+        buffer,
+        values,
+        priority,
+        options.decay,
+        options.fifo_probability,
+        stored,
+        across,
     )
     joined = _aggregation.aggregate(values, recall, options.kappa, options.aggr)
     return joined, buffer

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _storage
+from memoptax import _boxes, _storage
 
 
 def in_float32(inner: optax.GradientTransformation):
@@ -76,7 +76,7 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
             *_storage.pack(treedef, stored, state.scales),
         )
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
 
 
 def _widen(leaf):

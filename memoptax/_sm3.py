@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _covers, _sm3_leaf, _sparse, _storage
+from memoptax import _boxes, _covers, _sm3_leaf, _sparse, _storage
 
 _VARIANTS = {"I": _sm3_leaf.sm3_i, "II": _sm3_leaf.sm3_ii}
 _STEPS = {False: _sm3_leaf.step, True: _sm3_leaf.row_sparse_step}
@@ -128,13 +128,14 @@ def scale_by_sm3(
     rule = _sm3_leaf.Rule(momentum, beta, eps, _VARIANTS[variant])
 
     def init_fn(params):
-        leaves = jax.tree.leaves_with_path(params)
+        leaves = _boxes.leaves_with_path(params)
 
-        def accumulators(path, leaf):
+        def accumulators(path, box, leaf):
             _sm3_leaf.check_real(path, leaf)
             dtype = _sm3_leaf.accumulator_dtype(leaf, accumulator_dtype)
             boxes = _covers.resolve(cover, path, leaf)
-            return tuple(_covers.zeros(leaf, box, dtype) for box in boxes)
+            numbers = tuple(_covers.zeros(leaf, size, dtype) for size in boxes)
+            return _boxes.fit(box, numbers)
 
         def moments(leaf):
             dtype = momentum_dtype or _sm3_leaf.accumulator_dtype(
@@ -180,7 +181,7 @@ def scale_by_sm3(
         )
         return jax.tree.unflatten(treedef, directions), state
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
 
 
 def _load(state, treedef):

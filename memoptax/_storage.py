@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memoptax import _maxima
+from memoptax import _boxes, _maxima
 
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
 
@@ -59,7 +59,9 @@ def zero_scales(params, copies: int | None = None, dtype=None):
 
     # optax.tree.map_params finds the parameters in a state by a tree without leaves,
     # and needs a leaf wherever else there is something.
-    return tuple(map(scale, jax.tree.leaves(params))) or jnp.zeros(())
+    leaves = _boxes.leaves_with_path(params)
+    scales = tuple(_boxes.fit(box, scale(leaf)) for _, box, leaf in leaves)
+    return scales or jnp.zeros(())
 
 
 def zero_sum(leaf):
@@ -168,28 +170,30 @@ def saturate(x, like: Stored):
     return jnp.clip(x, -largest, largest)
 
 
-def norm_bounds(norms, leaves, stored: list[Stored]):
+def norm_bounds(norms, leaves, stored: list[Stored], across=None):
     """The most that L2 norms (L,) may be in storage; inf where a leaf may not fit."""
     roundings = list(map(_rounding, leaves, stored))
-    factors, terms, limits = (
-        jnp.asarray([rounding[k] for rounding in roundings], norms.dtype)
-        for k in range(3)
+    squares = [rounding[1] for rounding in roundings]
+    squares = squares if across is None else across(squares)
+    factors, squares, limits = (
+        jnp.asarray(column, norms.dtype)
+        for column in ([r[0] for r in roundings], squares, [r[2] for r in roundings])
     )
-    bounds = norms * factors + terms
+    bounds = norms * factors + jnp.sqrt(squares)
     return jnp.where(bounds <= limits, bounds, jnp.inf)
 
 
 def _rounding(x, stored):
-    """What storage makes of the norm of ``x``: at most factor * norm + term; and the
+    """What storage makes of the norm of ``x``: at most factor * norm + √square; and the
     limit above which ``x`` may not fit."""
     if stored.scale is not None:
         squares = jnp.sum(jnp.square(stored.scale))
-        return 1, jnp.sqrt(squares * math.prod(x.shape[-1:])) / 2, math.inf
+        return 1, squares * math.prod(x.shape[-1:]) / 4, math.inf
     dtype = _precision(stored)
     if jnp.promote_types(x.dtype, dtype) == dtype:
         return 1, 0, math.inf
     info = jnp.finfo(dtype)
-    lost = float(info.smallest_subnormal) / 2 * math.sqrt(x.size)
+    lost = float(info.smallest_subnormal) ** 2 / 4 * x.size
     return 1 + float(info.eps) / 2, lost, float(info.max)
 
 
@@ -227,30 +231,45 @@ def keep(wanted, stored: Stored) -> Stored:
 
 
 def read(stack: Stored, slot) -> Stored:
-    """The stored value in ``slot``."""
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, slot, 0, keepdims=False), stack
-    )
+    """The stored value in ``slot``, on the device whatever memory the stack is in."""
+
+    def taken(x):
+        value = jax.lax.dynamic_index_in_dim(x, slot, 0, keepdims=False)
+        return _moved(value, jax.memory.Space.Device)
+
+    return jax.tree.map(taken, stack)
 
 
 def write(stack: Stored, stored: Stored, slot) -> Stored:
-    """The stack with ``stored`` in ``slot``."""
-    return jax.tree.map(
-        lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, slot, 0),
-        stack,
-        stored,
-    )
+    """The stack with ``stored`` in ``slot``, in the memory that the stack is in."""
+
+    def written(x, new):
+        new = _moved(new, jax.typeof(x).memory_space)
+        return jax.lax.dynamic_update_index_in_dim(x, new, slot, 0)
+
+    return jax.tree.map(written, stack, stored)
 
 
 def select(stack: Stored, slots, copies: int) -> Stored:
     """A stack of ``copies`` that begins with ``slots`` of this one, and is else 0."""
 
     def taken(x):
-        chosen = jnp.take(x, slots, axis=0)
+        chosen = jnp.take(_moved(x, jax.memory.Space.Device), slots, axis=0)
         more = [(0, copies - chosen.shape[0])] + [(0, 0)] * (chosen.ndim - 1)
-        return jnp.pad(chosen, more)
+        return _moved(jnp.pad(chosen, more), jax.typeof(x).memory_space)
 
     return jax.tree.map(taken, stack)
+
+
+def emptied(array):
+    """Zeros like a stack, or any array of a state, in the same memory."""
+    zeros = jnp.zeros_like(_moved(array, jax.memory.Space.Device))
+    return _moved(zeros, jax.typeof(array).memory_space)
+
+
+def _moved(x, space):
+    """A stack may stand in the host's memory, from where one slot is fetched."""
+    return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
 def _repeat(one, copies):

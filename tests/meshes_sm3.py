@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -98,39 +97,11 @@ def check_shard_map(options):
         assert bool(jnp.isfinite(out).all())
 
 
-def check_nnx(kind, options):
-    def partitioned(init, *names):
-        return nnx.with_partitioning(init, names)
-
-    with jax.set_mesh(make_mesh(kind)):
-        model = nnx.Linear(
-            16,
-            32,
-            rngs=nnx.Rngs(0),
-            kernel_init=partitioned(nnx.initializers.normal(), "data", "model"),
-            bias_init=partitioned(nnx.initializers.zeros, "model"),
-        )
-        optimizer = nnx.Optimizer(model, memoptax.sm3(0.01, **options), wrt=nnx.Param)
-
-        @nnx.jit
-        def step(model, optimizer):
-            def loss(model):
-                return jnp.mean((model(jnp.ones((8, 16))) - 1) ** 2)
-
-            value, grads = nnx.value_and_grad(loss)(model)
-            optimizer.update(model, grads)
-            return value
-
-        losses = [float(step(model, optimizer)) for _ in range(5)]
-        assert losses[-1] < losses[0]
-
-
 if __name__ == "__main__":
     assert jax.device_count() == 8
     for axis_type in (AxisType.Auto, AxisType.Explicit):
         for extra in ({}, {"momentum": 0.9, "momentum_dtype": "int8"}):
             check_mesh(axis_type, extra)
-            check_nnx(axis_type, extra)
     check_blocks_under_explicit_sharding()
     check_shard_map({})
     check_shard_map({"momentum": 0.9, "momentum_dtype": "int8"})

@@ -1,0 +1,109 @@
+"""Flax's boxes: pytree nodes around a parameter that name its axes.
+
+Linen puts parameters into ``nn.Partitioned``, nnx into a ``Variable`` with metadata.
+``jax.tree.map`` over such parameters gives the state their boxes, names and all. That
+is right for what has a parameter's shape, and wrong for slots, which have an axis more,
+and for accumulators, which have other axes. So what is made here gets names of its own,
+and an update works on bare arrays.
+
+Flax is not imported: its boxes are known by their methods.
+"""
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+# Under which nnx has kept the names, over the years.
+_KEYS = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names")
+
+
+def is_box(node) -> bool:
+    """Whether this is a box with one array in it; optax.masked may have emptied it."""
+    boxed = _is_linen(node) or _is_nnx(node)
+    return boxed and jax.tree.structure(node).num_leaves == 1
+
+
+def make(function, params):
+    """``jax.tree.map(function, params)``, where every array made is boxed to fit it.
+
+    An array may have one axis in front of its parameter's, which gets no name, and one
+    entry where the parameter has many, which then has no name either.
+    """
+
+    return jax.tree.map(
+        lambda node: fit(node, function(inside(node))), params, is_leaf=is_box
+    )
+
+
+def fit(box, made):
+    """Every array of ``made`` in a box like ``box``, which may be none at all."""
+    return jax.tree.map(lambda x: _renamed(box, x), made) if is_box(box) else made
+
+
+def leaves_with_path(params):
+    """The path of every parameter, its box or else itself, and itself.
+
+    Unlike JAX's own, such a path is the same for parameters without boxes.
+    """
+    nodes = jax.tree.leaves_with_path(params, is_leaf=is_box)
+    return [(path, node, inside(node)) for path, node in nodes]
+
+
+def inside(node):
+    """The array in a box, or the node itself."""
+    return jax.tree.leaves(node)[0] if is_box(node) else node
+
+
+def bare(tree):
+    """The tree with what is in the boxes in their place."""
+    return jax.tree.map(inside, tree, is_leaf=is_box)
+
+
+def like(boxed, tree):
+    """The bare ``tree`` in the boxes that ``boxed`` has."""
+    return jax.tree.unflatten(jax.tree.structure(boxed), jax.tree.leaves(tree))
+
+
+def has_boxes(tree) -> bool:
+    return any(map(is_box, jax.tree.leaves(tree, is_leaf=is_box)))
+
+
+def on_arrays(update_fn):
+    """``update_fn`` of a transformation, which then meets no boxes and loses none."""
+
+    def boxed_update_fn(updates, state, params=None):
+        if not has_boxes((updates, state)):
+            return update_fn(updates, state, params)
+        new_updates, new_state = update_fn(bare(updates), bare(state), bare(params))
+        return like(updates, new_updates), like(state, new_state)
+
+    return boxed_update_fn
+
+
+def _is_linen(node):
+    return hasattr(node, "replace_boxed") and hasattr(node, "names")
+
+
+def _is_nnx(node):
+    return hasattr(node, "get_metadata") and hasattr(node, "set_metadata")
+
+
+def _renamed(box, array):
+    rank = inside(box).ndim
+    if _is_linen(box):
+        return box.replace(value=array, names=_fitting(box.names, rank, array))
+    new = jax.tree.unflatten(jax.tree.structure(box), [array])
+    for key in _KEYS:
+        names = box.get_metadata().get(key)
+        if isinstance(names, NamedSharding):
+            spec = PartitionSpec(*_fitting(names.spec, rank, array))
+            new.set_metadata(key, NamedSharding(names.mesh, spec))
+        elif names is not None:
+            new.set_metadata(key, _fitting(names, rank, array))
+    return new
+
+
+def _fitting(names, rank, array):
+    """The names of the axes of ``array``, given its parameter's."""
+    in_front, behind = array.ndim - rank, rank - len(names)
+    names = (None,) * in_front + tuple(names) + (None,) * behind
+    return tuple(None if n == 1 else name for name, n in zip(names, array.shape))

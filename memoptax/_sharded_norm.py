@@ -1,0 +1,128 @@
+"""The norm of sharded gradients, for decisions that all devices must share."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+Names = tuple[Any, ...]
+
+
+def sharded_norm(axes: Any = "auto"):
+    r"""The sum of the L2 norms of leaves of which each device sees a part.
+
+    .. math::
+      \sum_{\text{leaves}} \sqrt{\sum_{\text{devices}} \lVert g \rVert^2}
+
+    The default priority of a buffer, to be passed as ``priority_fn`` inside
+    ``jax.shard_map``. There a device sees its own shards only and would decide for
+    itself; with this all of them keep and drop the same, and a value that is not finite
+    on one of them is refused on all. The norms that the state keeps are of whole leaves
+    too, so the state lies as :func:`state_partition_specs` says. Under ``jit`` alone no
+    such thing is needed: there norms are of whole leaves.
+
+    Args:
+      axes: the mesh axes over which the leaves are sharded. A name or a tuple of names
+        for all leaves; or a tree with a name, a tuple of names or a ``PartitionSpec``
+        for each, such as what ``in_specs`` says of the parameters; or ``'auto'``, the
+        axes over which JAX says that a leaf varies. A leaf that JAX knows not to vary
+        over an axis is not summed over it. Gradients must have been averaged over axes
+        that the parameters are not sharded over.
+
+    Returns:
+      A function from gradients to a scalar.
+
+    Raises:
+      ValueError: when it is called: if ``axes`` is ``'auto'`` under
+        ``check_vma=False``, where JAX cannot know, or a tree with another number of
+        leaves.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, memoptax
+      >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,))
+      >>> specs = {"w": P("data"), "b": P()}
+      >>> norm = memoptax.sharded_norm(specs)
+      >>> gradients = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([2.0])}
+      >>> jax.shard_map(norm, mesh=mesh, in_specs=(specs,), out_specs=P())(gradients)
+      Array(7., dtype=float32)
+    """
+    return _ShardedNorm(axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ShardedNorm:
+    axes: Any
+
+    def __call__(self, gradients):
+        leaves = jax.tree.leaves(gradients)
+        squares = [jnp.sum(jnp.square(x.astype(_wide(x)))) for x in leaves]
+        return sum(map(jnp.sqrt, self.across(squares)), jnp.zeros(()))
+
+    def across(self, squares: list[jax.Array]) -> list[jax.Array]:
+        """Sums over the elements of each leaf, added up over its devices."""
+        squares, groups = list(squares), {}
+        for leaf, names in enumerate(self._names(squares)):
+            groups.setdefault(names, []).append(leaf)
+        for names, members in groups.items():
+            if names:
+                sums = jax.lax.psum([squares[leaf] for leaf in members], names)
+                for leaf, total in zip(members, sums):
+                    squares[leaf] = total
+        return squares
+
+    def _names(self, squares) -> list[Names]:
+        varying, known = [_varying(x) for x in squares], _is_tracked()
+        if isinstance(self.axes, str) and self.axes == "auto":
+            if not known:
+                raise ValueError(
+                    "sharded_norm('auto') asks JAX over which axes a gradient varies, "
+                    "which it does not know under check_vma=False: name the axes."
+                )
+            return [tuple(sorted(names)) for names in varying]
+        entries = jax.tree.leaves(self.axes, is_leaf=_is_entry)
+        every = [_flat(entry) for entry in entries]
+        if _is_entry(self.axes):
+            every *= len(squares)
+        if len(every) != len(squares):
+            raise ValueError(
+                f"sharded_norm was given axes for {len(every)} leaves, but the "
+                f"gradients have {len(squares)}: {self.axes!r}."
+            )
+        if not known:
+            return every
+        return [tuple(n for n in a if n in b) for a, b in zip(every, varying)]
+
+
+def _wide(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _is_entry(node) -> bool:
+    """Whether this stands for one leaf: a name, names, a spec, or None."""
+    names = isinstance(node, tuple) and all(isinstance(name, str) for name in node)
+    return names or node is None or isinstance(node, str | PartitionSpec)
+
+
+def _flat(entry) -> Names:
+    """The names in an entry, and in the tuples inside a spec."""
+    if entry is None:
+        return ()
+    if isinstance(entry, str):
+        return (entry,)
+    return tuple(name for part in entry for name in _flat(part))
+
+
+def _varying(x) -> frozenset:
+    """The mesh axes over which JAX says that a value varies."""
+    kind = jax.typeof(x)
+    vma = getattr(kind, "vma", None)  # until jax 0.9
+    return kind.mat.varying if vma is None else vma
+
+
+def _is_tracked() -> bool:
+    """Whether JAX knows what varies; under check_vma=False nothing seems to."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return all(name in _varying(jax.lax.axis_index(name)) for name in manual)

@@ -1,0 +1,299 @@
+"""Flax, Equinox and Haiku: our optimizers take their parameters, boxes and all."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import memoptax
+
+pytestmark = pytest.mark.slow
+
+nn = pytest.importorskip("flax.linen")
+nnx = pytest.importorskip("flax.nnx")
+train_state = pytest.importorskip("flax.training.train_state")
+
+BUFFER = {"topc": 3, "decay": 0.9}
+OPTIMIZERS = {
+    "sgd_c": functools.partial(memoptax.sgd_c, 0.01, momentum=0.9, **BUFFER),
+    "adam_c": functools.partial(memoptax.adam_c, 0.01, amsgrad=True, **BUFFER),
+    "adam_cm": functools.partial(
+        memoptax.adam_cm, 0.01, synced=False, buffer_dtype="int8", **BUFFER
+    ),
+    "sm3": functools.partial(memoptax.sm3, 0.1, momentum=0.9, momentum_dtype="int8"),
+}
+one_of_each_kind = pytest.mark.parametrize("name", ["adam_cm", "sm3"])
+X = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
+Y = np.tanh(X @ np.ones((8, 4), np.float32))
+
+
+def short(array):
+    """The spec of an array without the unsharded axes at its end."""
+    spec = list(array.sharding.spec)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return P(*spec)
+
+
+# --- Linen ----------------------------------------------------------------------------
+
+
+def linen_model(partition=None):
+    def initializer(init, *names):
+        return init if partition is None else partition(init, names)
+
+    return nn.Sequential(
+        [
+            nn.Dense(
+                8,
+                kernel_init=initializer(nn.initializers.lecun_normal(), "in", "out"),
+                bias_init=initializer(nn.initializers.zeros, "out"),
+            ),
+            nn.tanh,
+            nn.Dense(4),
+        ]
+    )
+
+
+RULES = (("in", "data"), ("out", "model"))
+
+
+def on_mesh(init, names):
+    return nn.with_partitioning(init, tuple(dict(RULES)[name] for name in names))
+
+
+def linen_state(name, partition):
+    model = linen_model(partition)
+    return train_state.TrainState.create(
+        apply_fn=model.apply,
+        params=model.init(jax.random.key(0), X)["params"],
+        tx=OPTIMIZERS[name](),
+    )
+
+
+@functools.cache
+def linen_losses_alone(name):
+    state, losses, step = linen_state(name, None), [], jax.jit(linen_step)
+    for _ in range(4):
+        state, loss = step(state)
+        losses.append(float(loss))
+    return losses
+
+
+def linen_step(state):
+    def loss(params):
+        return jnp.mean((state.apply_fn({"params": params}, X) - Y) ** 2)
+
+    value, grads = jax.value_and_grad(loss)(state.params)
+    return state.apply_gradients(grads=grads), value
+
+
+@pytest.mark.parametrize(
+    ("name", "partition"),
+    [
+        ("sm3", on_mesh),
+        ("adam_cm", nn.with_logical_partitioning),
+    ],
+)
+def test_linen_boxes_lie_on_the_mesh_as_the_parameters_do(name, partition, mesh):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        init = functools.partial(linen_state, name, partition)
+        specs = nn.get_partition_spec(jax.eval_shape(init))
+        if partition is not on_mesh:
+            specs = nn.logical_to_mesh(specs, RULES)
+        to_mesh = functools.partial(NamedSharding, mesh)
+        shardings = jax.tree.map(to_mesh, specs, is_leaf=lambda s: isinstance(s, P))
+        state = jax.jit(init, out_shardings=shardings)()
+        step = jax.jit(linen_step, donate_argnums=0, out_shardings=(shardings, None))
+        for expected in linen_losses_alone(name):
+            state, loss = step(state)
+            np.testing.assert_allclose(loss, expected, rtol=2e-4)
+    born = jax.tree.structure(jax.eval_shape(init).opt_state)
+    assert jax.tree.structure(state.opt_state) == born
+    jax.tree.map(
+        lambda x, spec: np.testing.assert_equal(
+            x.sharding.is_equivalent_to(to_mesh(spec), x.ndim), True
+        ),
+        nn.unbox(state),
+        specs,
+    )
+    kernel = specs.params["layers_0"]["kernel"]
+    assert kernel == P("data", "model")
+    if name == "sm3":
+        of_sm3 = specs.opt_state[0]
+        assert of_sm3.accumulators[0] == (P("model"),)
+        assert of_sm3.accumulators[1] == (P("data", None), P(None, "model"))
+        assert of_sm3.scales[1] == P("data", None)
+        assert of_sm3.momentum["layers_0"]["kernel"] == kernel
+        return
+    (buffer,) = buffers(specs.opt_state)
+    assert buffer.slots["layers_0"]["kernel"] == P(None, "data", "model")
+    assert buffer.total["layers_0"]["kernel"] == kernel
+    assert buffer.keys == P()
+    if name == "adam_cm":
+        assert buffer.scales[1] == P(None, "data", None)
+    stats = memoptax.buffer_stats(state.opt_state)
+    assert stats["fill"] == 3
+    larger = memoptax.resize_buffer(state.opt_state, 5)
+    names = buffers(larger)[0].slots["layers_0"]["kernel"].names
+    assert names[0] is None and len(names) == 3
+
+
+def buffers(state):
+    return [
+        node
+        for node in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "keys"))
+        if type(node).__name__ == "Buffer"
+    ]
+
+
+# --- nnx ------------------------------------------------------------------------------
+
+
+class Model(nnx.Module):
+    def __init__(self, named):
+        def initializer(init, *names):
+            return nnx.with_partitioning(init, names) if named else init
+
+        self.hidden = nnx.Linear(
+            8,
+            8,
+            rngs=nnx.Rngs(0),
+            kernel_init=initializer(nnx.initializers.lecun_normal(), "data", "model"),
+            bias_init=initializer(nnx.initializers.zeros, "model"),
+        )
+        self.out = nnx.Linear(8, 4, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.out(nnx.tanh(self.hidden(x)))
+
+
+def nnx_step(model, optimizer):
+    def loss(model):
+        return jnp.mean((model(X) - Y) ** 2)
+
+    value, grads = nnx.value_and_grad(loss)(model)
+    optimizer.update(model, grads)
+    return value
+
+
+def nnx_made(name, named):
+    model = Model(named)
+    return model, nnx.Optimizer(model, OPTIMIZERS[name](), wrt=nnx.Param)
+
+
+@functools.cache
+def nnx_losses_alone(name):
+    return nnx_losses(nnx_made(name, named=False))
+
+
+def nnx_losses(made, steps=4):
+    step = nnx.jit(nnx_step)
+    return [float(step(*made)) for _ in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "jitted"),
+    [
+        ("adam_c", AxisType.Auto, False),
+        ("sgd_c", AxisType.Explicit, False),
+        ("adam_cm", AxisType.Explicit, True),
+        ("sm3", AxisType.Auto, True),
+    ],
+)
+def test_nnx_optimizers_take_the_names_of_the_variables(name, kind, jitted):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    make = nnx.jit(nnx_made, static_argnums=(0, 1)) if jitted else nnx_made
+    with jax.set_mesh(mesh):
+        model, optimizer = make(name, True)
+        made = [short(x) for x in of_kernel(name, optimizer.opt_state)]
+        losses = nnx_losses((model, optimizer))
+    np.testing.assert_allclose(losses, nnx_losses_alone(name), rtol=2e-4)
+    after = [short(x) for x in of_kernel(name, optimizer.opt_state)]
+    assert short(model.hidden.kernel) == P("data", "model")
+    if name == "sm3":
+        expected = [P("data", "model"), P("data"), P(None, "model"), P("data")]
+    else:
+        expected = [P(None, "data", "model"), P("data", "model"), P()]
+    assert made == expected
+    assert after == expected
+
+
+def of_kernel(name, opt_state):
+    """What an optimizer keeps of the sharded kernel; keys too, which are not."""
+    if name == "sm3":
+        state = opt_state[0]
+        found = (
+            state.momentum["hidden"]["kernel"],
+            *state.accumulators[1],
+            state.scales[1],
+        )
+    else:
+        (buffer,) = buffers(opt_state)
+        kernels = (tree["hidden"]["kernel"] for tree in (buffer.slots, buffer.total))
+        found = *kernels, buffer.keys
+    return [x.get_value() for x in found]
+
+
+def test_the_names_of_an_nnx_model_stay_its_own(mesh):
+    with jax.set_mesh(mesh):
+        model, optimizer = nnx_made("adam_c", named=True)
+        assert model.hidden.kernel.get_metadata("out_sharding") == ("data", "model")
+        nnx_losses((model, optimizer), steps=1)
+        assert memoptax.buffer_stats(optimizer.opt_state)["fill"] == 1
+        larger = memoptax.resize_buffer(optimizer.opt_state, 5)
+        assert buffers(larger)[0].slots["hidden"]["kernel"].shape == (6, 8, 8)
+
+
+# --- Equinox, Haiku -------------------------------------------------------------------
+
+
+@one_of_each_kind
+def test_equinox_modules(name):
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(8, 4, 8, 1, key=jax.random.key(0))
+    tx = OPTIMIZERS[name]()
+    state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+
+    @eqx.filter_jit(donate="all")
+    def step(model, state):
+        def loss(model):
+            return jnp.mean((jax.vmap(model)(X) - Y) ** 2)
+
+        value, grads = eqx.filter_value_and_grad(loss)(model)
+        arrays = eqx.filter(model, eqx.is_inexact_array)
+        updates, state = tx.update(grads, state, arrays)
+        return eqx.apply_updates(model, updates), state, value
+
+    losses = []
+    for _ in range(8):
+        model, state, loss = step(model, state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@one_of_each_kind
+def test_nested_dicts_as_haiku_makes_them(name):
+    params = {"mlp/~/linear_0": {"w": jnp.ones((8, 4)) / 8, "b": jnp.zeros(4)}}
+    tx = OPTIMIZERS[name]()
+
+    @jax.jit
+    def step(params, state):
+        def loss(params):
+            layer = params["mlp/~/linear_0"]
+            return jnp.mean((X @ layer["w"] + layer["b"] - Y) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state, losses = tx.init(params), []
+    for _ in range(8):
+        params, state, loss = step(params, state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.95 * losses[0]

@@ -1,0 +1,40 @@
+"""Several processes: examples/multihost.py gives the same whoever holds the devices."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "multihost.py"
+
+
+def run(output, *arguments, devices):
+    """The example in a process of its own, which may start others."""
+    root = str(EXAMPLE.parents[1])
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, EXAMPLE, "--steps", "10", "--output", output, *arguments],
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, np.load(output)
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_are_one_of_four(tmp_path):
+    said, two = run(tmp_path / "two.npz", "--local", "2", devices=1)
+    assert "2 processes, 4 devices" in said
+    said, one = run(tmp_path / "one.npz", devices=4)
+    assert "1 processes, 4 devices" in said
+    assert len(one.files) == 5
+    # One process does not talk by gloo, and adds up in another order.
+    for name in one.files:
+        np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-5)
+    assert one["losses"][-1] < one["losses"][0] - 0.1
