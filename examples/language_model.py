@@ -157,6 +157,8 @@ def spread(leaf, mesh):
     for length in leaf.shape if leaf.ndim > 1 else ():
         fits = free and length % mesh.shape[free[0]] == 0
         spec.append(free.pop(0) if fits else None)
+    while spec and spec[-1] is None:
+        spec.pop()
     return PartitionSpec(*spec)
 
 
@@ -198,18 +200,30 @@ def loss_fn(model, windows):
     return losses.mean()
 
 
-@functools.partial(nnx.jit, donate_argnums=(0, 1), static_argnames=("settings", "mesh"))
-def train_step(model, optimizer, text, *, settings, mesh):
-    """One step, on windows drawn from the seed and the number of the step."""
-    key = jax.random.fold_in(jax.random.key(settings.seed), optimizer.step[...])
-    last = len(text) - settings.context
-    starts = jax.random.randint(key, (settings.batch, 1), 0, last)
-    windows = text[starts + jnp.arange(settings.context + 1)]
+def make_step(nodes, settings, mesh):
+    """A function of ``nodes``, model and optimizer, and the text, which takes a step.
+
+    Its windows of text are drawn from the seed and the number of the step. Everything
+    stays where it lies: XLA would move some of it, and compile anew for the next step.
+    """
+    layout = jax.tree.map(lambda x: x.sharding, nnx.state(nodes))
     over_batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
-    windows = jax.lax.with_sharding_constraint(windows, over_batch)
-    loss, grads = nnx.value_and_grad(loss_fn)(model, windows)
-    optimizer.update(model, grads)
-    return loss
+
+    # Donated: the buffer of the new state lies where that of the old one lay.
+    @functools.partial(nnx.jit, donate_argnums=0)
+    def step(nodes, text):
+        model, optimizer = nodes["model"], nodes["optimizer"]
+        key = jax.random.fold_in(jax.random.key(settings.seed), optimizer.step[...])
+        last = len(text) - settings.context
+        starts = jax.random.randint(key, (settings.batch, 1), 0, last)
+        windows = text[starts + jnp.arange(settings.context + 1)]
+        windows = jax.lax.with_sharding_constraint(windows, over_batch)
+        loss, grads = nnx.value_and_grad(loss_fn)(model, windows)
+        optimizer.update(model, grads)
+        nnx.update(nodes, jax.lax.with_sharding_constraint(nnx.state(nodes), layout))
+        return loss
+
+    return step
 
 
 @functools.partial(nnx.jit, static_argnames="settings")
@@ -292,7 +306,7 @@ def train(name, settings, text, mesh, folder=None, every=50):
     content = zlib.crc32(text.training.tobytes() + text.validation.tobytes())
     identity = {"optimizer": name, "text": content, **settings._asdict()}
     checkpoints = Checkpoints(folder and folder / file_name(name), identity)
-    record = checkpoints.restore(nodes)
+    record, step = checkpoints.restore(nodes), make_step(nodes, settings, mesh)
     losses, validation, seconds = record["losses"], record["validation"], []
     # An accelerator has its next step before one waits for the last. Devices that are
     # simulated would starve one another.
@@ -304,9 +318,7 @@ def train(name, settings, text, mesh, folder=None, every=50):
         until = min(settings.steps, (done // every + 1) * every)
         start, new = time.perf_counter(), []
         for _ in range(done, until):
-            new.append(
-                train_step(model, optimizer, training, settings=settings, mesh=mesh)
-            )
+            new.append(step(nodes, training))
             jax.block_until_ready(new[-1 - ahead :][0])
             bar.update()
         losses += np.asarray(jax.device_get(new)).tolist()
@@ -336,7 +348,7 @@ def file_name(name):
 def buffer_stats(optimizer):
     """Of its buffers, if it has any."""
     try:
-        return jax.device_get(memoptax.buffer_stats(nnx.as_pure(optimizer.opt_state)))
+        return jax.device_get(jax.jit(memoptax.buffer_stats)(optimizer.opt_state))
     except ValueError:
         return {}
 
@@ -395,12 +407,12 @@ def draw(results, settings, output):
     for i, (name, r) in enumerate(results.items()):
         colour = colours[i % len(colours)]
         smooth = np.convolve(r["losses"], np.ones(width) / width, "valid")
-        at = np.arange(width, len(r["losses"]) + 1)
+        at = np.arange(len(smooth)) + (width + 1) / 2
         axis.plot(at, smooth, color=colour, alpha=0.4, lw=1.2)
         at, losses = np.transpose(r["validation"])
         label = f"{name} ({losses[-1]:.3f})"
         axis.plot(at, losses, "o-", color=colour, ms=3.5, label=label)
-    axis.plot([], [], color="#777777", alpha=0.5, lw=1.2, label="in training")
+    axis.plot([], [], color="#777777", alpha=0.5, lw=1.2, label="in training, smoothed")
     axis.set(
         title=f"A transformer on the characters of Python's help\n{settings.layers} "
         f"layers of {settings.width}, {r['report'].parameters:,} parameters",

@@ -114,12 +114,13 @@ def change_of_task(steps=200):
     """What a buffer remembers is of the old task: empty it, and keep the moments."""
     data, params = digits(), create_params()
     tx = memoptax.adam_c(1e-3, topc=20, decay=0.999)
-    params, state, _ = train(tx, params, tx.init(params), data, steps)
+    trained = jax.jit(functools.partial(train, tx, steps=steps))
+    params, state, _ = trained(params, tx.init(params), data)
     shuffled = np.random.default_rng(0).permutation(64)
     task = (data[0][:, shuffled], data[1])
     losses = {}
     for name, start in (("kept", state), ("reset", memoptax.reset_buffer(state))):
-        _, _, after = train(tx, params, start, task, steps)
+        _, _, after = trained(params, start, task)
         losses[name] = after
         print(f"Change of task, buffer {name}: mean loss {after.mean():.3f} afterwards")
     return losses

@@ -390,7 +390,7 @@ def _here(shape, entry, accept):
 
 def _per_leaf(rows, leaves):
     """A list with an item per row as one with an item per leaf."""
-    return rows * len(leaves) if len(rows) < len(leaves) else rows
+    return rows * len(leaves) if len(rows) == 1 else rows
 
 
 def _in_rows(per_leaf, buffer):

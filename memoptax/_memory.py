@@ -82,8 +82,9 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
       tx: any optax transformation, ours or not.
       params: parameters, or ``jax.ShapeDtypeStruct``s like them.
       shardings: a tree of ``jax.sharding.Sharding`` like the state, or a function
-        ``(tx, params) -> tree`` that makes it. With it the report also counts the
-        bytes on each device. None counts those of the whole state alone.
+        ``(tx, params) -> tree`` that makes it, such as
+        :func:`memoptax.state_shardings`. With it the report also counts the bytes on
+        each device. None counts those of the whole state alone.
 
     Returns:
       A :class:`MemoryReport`. A buffer's ``slots`` and ``total`` (their sum) are fields
@@ -157,7 +158,7 @@ def largest_topc(
     budget: float,
     *,
     at_most: int = 20,
-    buffer_dtypes: Sequence[Any] = (None, "bfloat16"),
+    buffer_dtypes: Sequence[Any] = (None, "bfloat16", "int8"),
     shardings: Any = None,
 ) -> LargestTopc:
     """The largest C whose state fits into a number of bytes, and the dtype for it.
@@ -173,7 +174,8 @@ def largest_topc(
         one device. Parameters, gradients and activations are not counted.
       at_most: the largest C to consider. The authors' grid ends at 20.
       buffer_dtypes: dtypes of the slots to consider, the most wanted first.
-      shardings: a function ``(tx, params) -> tree``, as :func:`memory_report` takes it.
+      shardings: a function ``(tx, params) -> tree``, as :func:`memory_report` takes it,
+        such as :func:`memoptax.state_shardings`.
 
     Returns:
       A named tuple ``(topc, buffer_dtype, bytes)``.
@@ -188,8 +190,8 @@ def largest_topc(
       >>> adam_c = functools.partial(memoptax.adam_c, 1e-3)
       >>> memoptax.largest_topc(adam_c, params, budget=100e6)
       LargestTopc(topc=20, buffer_dtype=None, bytes=96000344)
-      >>> memoptax.largest_topc(adam_c, params, budget=40e6)
-      LargestTopc(topc=12, buffer_dtype='bfloat16', bytes=38000216)
+      >>> memoptax.largest_topc(adam_c, params, budget=30e6)
+      LargestTopc(topc=16, buffer_dtype='int8', bytes=29068280)
     """
     if not (isinstance(at_most, int) and at_most >= 1):
         raise ValueError(f"at_most must be a positive integer, and is {at_most!r}.")

@@ -189,3 +189,77 @@ def test_embeddings_learn_from_touched_rows(tmp_path):
     assert np.mean(found["losses"][-30:]) < 0.95 * np.mean(found["losses"][:30])
     assert found["bytes"] < 0.02 * found["adam_bytes"]
     assert_picture(tmp_path / "embeddings.png")
+
+
+def test_the_language_model_learns_on_a_mesh_and_is_drawn(tmp_path, capsys):
+    model = load("examples/language_model.py")
+    output, folder = tmp_path / "language_model.png", tmp_path / "checkpoints"
+    arguments = ["--quick", "--every", "20", "--samples", "1", "--length", "20"]
+    arguments += ["--mesh", "4x2", "--output", str(output)]
+    arguments += ["--optimizer", "adam_c:topc=2,decay=0.9", "--checkpoint", str(folder)]
+    (found,) = model.main(arguments).values()
+    printed = capsys.readouterr().out
+    assert printed.index(str(found["report"])) < printed.index("state bytes/param")
+    assert_picture(output)
+    assert len(found["losses"]) == 40
+    assert [step for step, _ in found["validation"]] == [20, 40]
+    # Better than knowing nothing, and soon than knowing how frequent characters are.
+    assert found["validation"][-1][1] < 3.6 < np.log(100) < found["losses"][0]
+    assert found["stats"]["fill"] == 2
+    ((prompt, new),) = found["samples"]
+    assert (len(prompt), len(new)) == (32, 20)
+
+    kernel = found["model"].blocks[0].up.kernel[...]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    # Everything has stayed where it lay: else the second step would compile anew.
+    assert found["model"].norm.scale[...].sharding.is_fully_replicated
+    # Resumed when there is nothing left to do: the record, and not a step more.
+    (again,) = model.main(arguments).values()
+    assert again["losses"] == found["losses"] and again["speed"] is None
+    assert again["samples"] == found["samples"]
+    # And under other settings it is refused.
+    (folder,) = folder.iterdir()
+    with pytest.raises(SystemExit, match="is of other settings"):
+        model.Checkpoints(folder, {"seed": 1}).restore(None)
+
+
+def test_the_language_model_computes_in_bfloat16():
+    model = load("examples/language_model.py")
+    args, settings = model.parse(["--quick", "--bf16", "--optimizer", "sm3"])
+    text = model.read_text()
+    made = model.create_model(len(text.characters), settings, model.create_mesh((1, 1)))
+    assert {x.dtype.name for x in jax.tree.leaves(made)} == {"float32"}
+    window = jnp.asarray(text.training[None, :32])
+    assert "bf16" in str(
+        jax.make_jaxpr(lambda x: made.blocks[0](made.places(x)))(window)
+    )
+    assert made(window).dtype == jnp.float32
+    assert set(text.characters) > set("aeiou \n")
+    for name in ("sm3", "adamw", "muon", 'adam_c:buffer_dtype="bfloat16",topc=1'):
+        model.find_optimizer(name, settings).init({"w": jnp.ones((2, 2))})
+    with pytest.raises(SystemExit, match="adamm is no optimizer"):
+        model.find_optimizer("adamm", settings)
+
+
+@pytest.mark.parametrize("name", ["linen_train_state", "equinox_mlp"])
+def test_small_examples_learn(name):
+    accuracies = load(f"examples/{name}.py").main(["--steps", "200"])
+    assert len(accuracies) == 2
+    assert min(accuracies.values()) > 0.85
+
+
+def test_recipes_show_what_they_say():
+    recipes = load("examples/recipes.py")
+    before, after, losses, memory = recipes.lora(100)
+    jax.tree.map(np.testing.assert_array_equal, before["frozen"], after["frozen"])
+    assert losses[-10:].mean() < 0.5 * losses[0]
+    adapters = memoptax.state_bytes(
+        memoptax.adam_c(1e-2), {name: before[name] for name in ("down", "up")}
+    )
+    assert memory.total == pytest.approx(adapters, abs=8)
+    swept = recipes.sweep(20, (1, 2))
+    assert len(swept) == 2 * 8 == len(set(swept.values()))
+    losses = recipes.change_of_task(100)
+    assert losses["reset"].mean() < losses["kept"].mean()
+    last, averaged = recipes.polyak_average()
+    assert averaged < last
