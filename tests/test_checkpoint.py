@@ -23,7 +23,7 @@ ocp = pytest.importorskip("orbax.checkpoint")
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
-SLOTS = ["float32", "bfloat16"]
+SLOTS = ["float32", "bfloat16", "int8"]
 SPECS = {"w": PartitionSpec("data", "model"), "b": PartitionSpec("model")}
 STEPS = 3  # of five slots, two stay empty
 
