@@ -1,6 +1,6 @@
 """Train a character-level transformer on the English text that ships with CPython.
 
-    python examples/language_model.py --optimizer adam adam_c:topc=10,decay=0.9
+    python examples/language_model.py --optimizer adam adam_cm:topc=1,learning_rate=5e-4
     python examples/language_model.py --devices 8 --mesh 4x2 --checkpoint checkpoints
 
 An optimizer is named as in memoptax or optax, with arguments behind a colon. Parameters
@@ -431,7 +431,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--optimizer", nargs="+", default=["adam_c"], metavar="NAME")
+    parser.add_argument("--optimizer", nargs="+", default=["adam"], metavar="NAME")
     for name, text in HELP.items():
         default = getattr(Settings(), name)
         parser.add_argument(f"--{name}", type=type(default), help=f"{text} ({default})")
