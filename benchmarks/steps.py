@@ -249,7 +249,7 @@ def main(argv=None):
         print_flat(rows)
     else:
         chosen = (args.size, args.leaves, args.topc)
-        grid = ((4096,), (1, 4), (1, 5)) if args.quick else chosen
+        grid = ((4096,), (4,), (5,)) if args.quick else chosen
         rows = measure_steps(*grid, args.steps or (5 if args.quick else 30))
         print_steps(rows)
     if args.output or not args.quick:

@@ -28,6 +28,7 @@ OPTIMIZERS = {
     "adam_cm, C = 20": memoptax.adam_cm(1e-4, topc=20),
     "sm3": memoptax.sm3(1e-4),
 }
+QUICK = ("optax.adam", "adam_c", "sm3")
 COLUMNS = ("optimizer", "ms", "/ adam", "state B/param", "parameters")
 
 
@@ -83,7 +84,8 @@ def main(argv=None):
 
     # All states at once are small beside the activations of a real batch.
     runners = {}
-    for name, tx in tqdm(OPTIMIZERS.items(), desc="compiling"):
+    for name in tqdm(QUICK if args.quick else OPTIMIZERS, desc="compiling"):
+        tx = OPTIMIZERS[name]
         carry = (jax.tree.map(jnp.copy, params), jax.jit(tx.init)(params))
         step = functools.partial(training_step, model, tx)
         runners[name] = Runner(step, carry, tokens)

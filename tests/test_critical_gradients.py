@@ -661,8 +661,8 @@ def test_state_is_as_large_as_documented(factory, options, more, counts):
     for topc in (1, 5, 20):
         for rows, synced in [(1, True), (leaves, False)]:
             # Per row keys, ages and places, the spare slot and two counters; per leaf
-            # norms, a bound and a counter.
-            numbers = rows * (3 * topc + 3) + leaves * (topc + 2) + counts
+            # norms and a bound; the count of rebuilds.
+            numbers = rows * (3 * topc + 3) + leaves * (topc + 1) + 1 + counts
             tx = factory(topc=topc, synced=synced, **required, **options)
             assert state_bytes(tx, params) == (topc + more) * copy + 4 * numbers
             drawing = factory(
