@@ -217,7 +217,7 @@ def resize(buffer: Buffer, topc: int) -> Buffer:
     stacks = _storage.unpack(treedef, buffer.slots, buffer.scales)
     for leaf, slots in enumerate(jnp.broadcast_to(place, (leaves, kept))):
         stacks[leaf] = _storage.select(stacks[leaf], slots, topc + 1)
-    totals = _rebuild(totals, stacks, [topc] * leaves, True)
+    totals = _sums(totals, stacks, [topc] * leaves)
     slots, scales = _storage.pack(treedef, stacks, buffer.scales)
     resized = buffer._replace(
         slots=slots,
@@ -317,6 +317,11 @@ def _additions(buffer):
 
 @jax.custom_jvp
 def _rebuild(totals, stacks, spares, wanted):
+    """The sums, taken anew if ``wanted``; their derivative stays what it was."""
+    return _sums(totals, stacks, spares, wanted)
+
+
+def _sums(totals, stacks, spares, wanted=True):
     """The sums; if ``wanted``, each is that of all slots but the spare one.
 
     When one leaf needs it, all are taken anew, in one loop: leaves are accepted
@@ -339,7 +344,9 @@ def _rebuild(totals, stacks, spares, wanted):
         slots = [[k + (k >= spare) for k in entries] for spare in spares]
         return [add(*leaf) for leaf in zip(totals, stacks, _per_leaf(slots, totals))]
 
-    turns = jnp.where(wanted, topc // block, 0)
+    turns = topc // block
+    if wanted is not True:
+        turns = jnp.where(wanted, turns, 0)
     return jax.lax.fori_loop(0, turns, add_block, totals)
 
 

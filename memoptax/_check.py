@@ -64,6 +64,14 @@ def dtype(name: str, value) -> None:
         )
 
 
+def dtype_name(value):
+    """The name of a dtype; what is none is returned as it is."""
+    try:
+        return jnp.dtype(value).name
+    except TypeError:
+        return value
+
+
 def choice(name: str, value, allowed) -> None:
     if value not in allowed:
         options = ", ".join(repr(option) for option in allowed)

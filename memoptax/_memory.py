@@ -193,7 +193,7 @@ def largest_topc(
       >>> memoptax.largest_topc(adam_c, params, budget=30e6)
       LargestTopc(topc=16, buffer_dtype='int8', bytes=29068280)
     """
-    if not (isinstance(at_most, int) and at_most >= 1):
+    if isinstance(at_most, bool) or not isinstance(at_most, int) or at_most < 1:
         raise ValueError(f"at_most must be a positive integer, and is {at_most!r}.")
     if not buffer_dtypes:
         raise ValueError("buffer_dtypes must name at least one dtype, and is empty.")

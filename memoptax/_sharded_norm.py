@@ -83,6 +83,8 @@ class _ShardedNorm:
                 )
             return [tuple(sorted(names)) for names in varying]
         entries = jax.tree.leaves(self.axes, is_leaf=_is_entry)
+        if len(entries) > len(squares):  # a None may stand for None, which is no leaf
+            entries = [entry for entry in entries if entry is not None]
         every = [_flat(entry) for entry in entries]
         if _is_entry(self.axes):
             every *= len(squares)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from memoptax import _boxes, _covers, _sm3_leaf, _sparse, _storage
+from memoptax._check import dtype_name
 
 _VARIANTS = {"I": _sm3_leaf.sm3_i, "II": _sm3_leaf.sm3_ii}
 _STEPS = {False: _sm3_leaf.step, True: _sm3_leaf.row_sparse_step}
@@ -221,7 +222,7 @@ def _check(momentum, beta, eps, variant, cover, accumulator_dtype, momentum_dtyp
         ("accumulator_dtype", accumulator_dtype, wide),
         ("momentum_dtype", momentum_dtype, _storage.DTYPES),
     ):
-        if dtype is not None and jnp.dtype(dtype).name not in allowed:
+        if dtype is not None and dtype_name(dtype) not in allowed:
             raise ValueError(
                 f"{name} must be None or one of {', '.join(allowed)}, and is {dtype!r}."
             )

@@ -193,7 +193,9 @@ def _rounding(x, stored):
     if jnp.promote_types(x.dtype, dtype) == dtype:
         return 1, 0, math.inf
     info = jnp.finfo(dtype)
-    lost = float(info.smallest_subnormal) ** 2 / 4 * x.size
+    # Added up over the elements, and so known in shard_map to be of this shard alone.
+    lost = jnp.float32(float(info.smallest_subnormal) ** 2 / 4)
+    lost = jnp.sum(jnp.where(jnp.isnan(x), lost, lost))
     return 1 + float(info.eps) / 2, lost, float(info.max)
 
 

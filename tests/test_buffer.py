@@ -312,6 +312,21 @@ def test_the_rebuild_stays_a_loop_of_its_own_under_vmap_and_in_apply_if_finite()
     assert text.count(" while(") >= 2 and "conditional(" in text
 
 
+@pytest.mark.parametrize("topc", [1, 2, 4])
+def test_a_resized_sum_has_the_derivative_of_what_was_kept(topc, x64):
+    def total(stream):
+        buffer = _buffer.empty(stream[0], 3)
+        for x in stream:
+            _, buffer = offer(buffer, x, key=jnp.linalg.norm(x))
+        return jnp.sum(_buffer.resize(buffer, topc).total * jnp.array([1.0, 2.0]))
+
+    stream = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    kept = jnp.arange(3)[:, None] >= 3 - topc
+    np.testing.assert_array_equal(
+        jax.grad(total)(stream), jnp.where(kept, jnp.array([1.0, 2.0]), 0)
+    )
+
+
 # The compiled program: C never shows
 
 

@@ -20,6 +20,10 @@ def test_the_python_of_the_readme_runs():
     for block in re.findall(r"```python\n(.*?)```", README, re.S):
         exec(block, namespace)
     assert float(namespace["loss"]) < 1e-3
+    assert jnp.isfinite(namespace["sharded_loss"])
+    # What the last block made is still where the one before had put it.
+    params = namespace["params"]
+    assert params.sharding.spec == namespace["P"]("data") and jnp.all(params != 0)
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -51,7 +55,7 @@ def test_public_functions_document_themselves(name):
     for heading in ("Args:", "Returns:", "Examples:"):
         assert re.search(rf"^\s*{heading}$", doc, re.M), f"{name} has no {heading}"
     assert "{" + "buffer}" not in doc
-    assert f"`{name}" in README or f"memoptax.{name}" in README, "not in the README"
+    assert re.search(rf"(`|memoptax\.){name}\b", README), "not in the README"
 
 
 def test_the_face_is_thin():
