@@ -722,6 +722,7 @@ def test_tensors_without_entries(shape):
         ({"cover": 3}, "cover must be None, a function .* and is 3"),
         ({"accumulator_dtype": "bfloat16"}, "accumulator_dtype must be .*bfloat16"),
         ({"momentum_dtype": "int4"}, "momentum_dtype must be None or one of .*int4"),
+        ({"momentum_dtype": 3}, "momentum_dtype must be None or one of .*3"),
         ({"weight_decay": -1.0}, "weight_decay must not be negative, and is -1.0"),
     ],
     ids=named,
