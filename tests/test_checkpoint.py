@@ -12,14 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.training import train_state
 from jax.sharding import NamedSharding, PartitionSpec
 
 import memoptax
 
 from test_buffer import entries, exact_sums
 
-ocp = pytest.importorskip("orbax.checkpoint")
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -145,8 +148,6 @@ def test_onto_another_mesh_and_another_capacity(slots, tmp_path):
 
 
 def test_an_nnx_optimizer_comes_back(tmp_path):
-    nnx = pytest.importorskip("flax.nnx")
-
     def create():
         model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
         return model, nnx.Optimizer(model, memoptax.adam_c(0.1), wrt=nnx.Param)
@@ -171,8 +172,6 @@ def test_an_nnx_optimizer_comes_back(tmp_path):
 
 
 def test_a_linen_train_state_comes_back(tmp_path):
-    nn = pytest.importorskip("flax.linen")
-    train_state = pytest.importorskip("flax.training.train_state")
     model, tx = nn.Dense(2), memoptax.adam_cm(0.1)
 
     def create():

@@ -2,21 +2,21 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memoptax
 
 pytestmark = pytest.mark.slow
-
-nn = pytest.importorskip("flax.linen")
-nnx = pytest.importorskip("flax.nnx")
-train_state = pytest.importorskip("flax.training.train_state")
 
 BUFFER = {"topc": 3, "decay": 0.9}
 OPTIMIZERS = {
@@ -255,7 +255,6 @@ def test_the_names_of_an_nnx_model_stay_its_own(mesh):
 
 @one_of_each_kind
 def test_equinox_modules(name):
-    eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(8, 4, 8, 1, key=jax.random.key(0))
     tx = OPTIMIZERS[name]()
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
