@@ -36,9 +36,9 @@ def buffer_stats(state, updates=None) -> dict[str, jax.Array]:
       priorities), ``age_mean``, ``age_max`` (in steps), ``mean_norm`` (the L2 norm of
       the buffer's mean), ``coherence``, ``share`` (of the buffer in what leaves it, for
       κ = 1 and an ``aggr`` of ``'sum'`` or ``'mid'``; under ``'mean'`` the buffer
-      weighs F times as much) and ``rebuilds`` (of the running sums, by leaf). All are 0
-      while the buffer is empty. With several buffers, as under ``optax.partition``,
-      names start with ``0/``, ``1/`` and so on.
+      weighs F times as much) and ``rebuilds`` (times that the running sums were taken
+      anew). All are 0 while the buffer is empty. With several buffers, as under
+      ``optax.partition``, names start with ``0/``, ``1/`` and so on.
 
     Raises:
       ValueError: if the state holds no buffer, or one of what is not in ``updates``.
