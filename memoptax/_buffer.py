@@ -10,18 +10,13 @@ one (where the value lies); ``place`` maps the first to the second. A slot that 
 never filled holds zeros, so that sums may run over it.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _boxes, _storage
-
-# A running sum is rebuilt when its error may exceed this share of the summed norms of
-# its leaf's slots, in unit roundoffs: 1e-5 in float32, 1.9e-14 in float64.
-_TOLERANCE = 1e-5 / float(jnp.finfo(jnp.float32).eps / 2)
+from memoptax import _boxes, _norms, _storage, _sums
 
 
 class Buffer(NamedTuple):
@@ -87,10 +82,12 @@ def priority(
     """
     dtype, leaves = buffer.keys.dtype, _leaves(gradients, buffer)
     if priority_fn is None:
-        norms = _norms(leaves, dtype, across)
+        norms = _norms.norms(leaves, dtype, across)
         return jnp.sum(norms, keepdims=True) if synced else norms
     parts = jax.lax.stop_gradient([gradients] if synced else leaves)
-    return _vector([jnp.asarray(priority_fn(part), dtype) for part in parts], dtype)
+    return _norms.vector(
+        [jnp.asarray(priority_fn(part), dtype) for part in parts], dtype
+    )
 
 
 def fill(buffer: Buffer) -> jax.Array:
@@ -100,8 +97,8 @@ def fill(buffer: Buffer) -> jax.Array:
 
 def all_finite(buffer: Buffer, gradients, across=None) -> jax.Array:
     """Whether the norm of every leaf is a finite number, and so every gradient."""
-    norms = _norms(_leaves(gradients, buffer), buffer.keys.dtype, across)
-    return jnp.all(jnp.isfinite(norms))
+    leaves, dtype = _leaves(gradients, buffer), buffer.keys.dtype
+    return jnp.all(jnp.isfinite(_norms.norms(leaves, dtype, across)))
 
 
 def push(
@@ -124,11 +121,17 @@ def push(
     leaves, treedef = jax.tree.flatten(values)
     stacks = _storage.unpack(treedef, buffer.slots, buffer.scales)
     totals = treedef.flatten_up_to(buffer.total)
-    stored, norms = _stored(buffer, leaves, stacks, stored, across)
-    after, each, inexact = _decide(
+    if stored is None:
+        stored, norms = _norms.stored(leaves, stacks, buffer.keys.dtype, across)
+    else:
+        dtypes, step = [x.dtype for x in leaves], jnp.min(buffer.offered, initial=0)
+        stored, norms = _norms.restored(
+            stored, stacks, dtypes, buffer.keys.dtype, step, across
+        )
+    after, rows, inexact = _decide(
         buffer, priority, norms, totals, decay, fifo_probability
     )
-    changes = []
+    each, changes = _per_leaf(rows, leaves), []
     for leaf, (new, here) in enumerate(zip(stored, each)):
         dtype = totals[leaf].dtype
         kept = _storage.keep(here.finite, new)
@@ -136,7 +139,7 @@ def push(
         old = _storage.decode(_storage.read(stacks[leaf], here.evicted), dtype)
         changes.append(jnp.where(here.accept, _storage.decode(new, dtype) - old, 0))
         totals[leaf] = totals[leaf] + changes[leaf]
-    totals = _rebuild(totals, stacks, [here.spare_after for here in each], inexact)
+    totals = _sums.rebuild(totals, stacks, [row.spare_after for row in rows], inexact)
     # The sum before is taken back from the sum after: to read it in both places would
     # cost a copy of it.
     before = [total - change for total, change in zip(totals, changes)]
@@ -149,7 +152,7 @@ def push(
 
 
 class _Decision(NamedTuple):
-    """What becomes of the offer of one leaf: scalars."""
+    """What becomes of the offer of one row: scalars."""
 
     finite: jax.Array  # bool: it counts as offered
     accept: jax.Array  # bool: it is stored
@@ -160,7 +163,7 @@ class _Decision(NamedTuple):
 
 
 def _decide(buffer, priority, norms, totals, decay, fifo_probability):
-    """The buffer without slots and total after an offer, a decision per leaf, and
+    """The buffer without slots and total after an offer, a decision per row, and
     whether the sums are to be taken anew.
 
     In a branch, and as scalars, so that decisions are stored before they are used, and
@@ -169,7 +172,7 @@ def _decide(buffer, priority, norms, totals, decay, fifo_probability):
     """
     buffer = buffer._replace(slots=None, scales=None, total=None)
     finite = jnp.isfinite(priority) & _in_rows(jnp.isfinite(norms), buffer)
-    units = _units(totals, norms.dtype)
+    units = _sums.units(totals, norms.dtype)
 
     def offered(buffer, finite, priority, norms, decay, fifo_probability):
         fifo, draws = _draw(buffer.draws, fifo_probability, finite)
@@ -177,15 +180,16 @@ def _decide(buffer, priority, norms, totals, decay, fifo_probability):
         evicted = jnp.take_along_axis(buffer.place, entry[:, None], axis=1)[:, 0]
         after = _insert(buffer, entry, accept, finite, evicted, priority, decay)
         after, inexact = _bound_error(after, entry, accept, norms, units)
-        rows = (finite, accept, evicted, buffer.spare, after.spare, fill(buffer))
-        return after._replace(draws=draws), [list(row) for row in rows], inexact
+        after = after._replace(draws=draws)
+        taken = (finite, accept, evicted, buffer.spare, after.spare, fill(buffer))
+        return after, _rows(taken), inexact
 
     def ignored(buffer, finite, *_):
         no, spare = jnp.zeros_like(finite), buffer.spare
-        rows = (no, no, spare, spare, spare, fill(buffer))
-        return buffer, [list(row) for row in rows], jnp.zeros((), bool)
+        taken = (no, no, spare, spare, spare, fill(buffer))
+        return buffer, _rows(taken), jnp.zeros((), bool)
 
-    after, rows, inexact = jax.lax.cond(
+    return jax.lax.cond(
         _anywhere(jnp.any(finite)),
         offered,
         ignored,
@@ -196,8 +200,6 @@ def _decide(buffer, priority, norms, totals, decay, fifo_probability):
         decay,
         fifo_probability,
     )
-    rows = [_per_leaf(row, totals) for row in rows]
-    return after, [_Decision(*each) for each in zip(*rows)], inexact
 
 
 def resize(buffer: Buffer, topc: int) -> Buffer:
@@ -217,7 +219,7 @@ def resize(buffer: Buffer, topc: int) -> Buffer:
     stacks = _storage.unpack(treedef, buffer.slots, buffer.scales)
     for leaf, slots in enumerate(jnp.broadcast_to(place, (leaves, kept))):
         stacks[leaf] = _storage.select(stacks[leaf], slots, topc + 1)
-    totals = _sums(totals, stacks, [topc] * leaves)
+    totals = _sums.take(totals, stacks, [topc])
     slots, scales = _storage.pack(treedef, stacks, buffer.scales)
     resized = buffer._replace(
         slots=slots,
@@ -229,8 +231,8 @@ def resize(buffer: Buffer, topc: int) -> Buffer:
         spare=jnp.full((rows,), topc, jnp.int32),
         norms=take(buffer.norms, entries_of_leaf, 0),
     )
-    scale = _units(totals, buffer.norms.dtype) * jnp.sum(resized.norms, axis=1)
-    return resized._replace(error=_additions(resized) * scale)
+    units = _sums.units(totals, buffer.norms.dtype)
+    return resized._replace(error=_sums.fresh_error(resized.norms, units))
 
 
 def reset(buffer: Buffer) -> Buffer:
@@ -280,87 +282,11 @@ def _insert(buffer, entry, accept, finite, evicted, priority, decay):
 
 
 def _bound_error(buffer, entry, accept, norms, units):
-    """The buffer with its norms and error bounds, and whether to take the sums anew.
-
-    A sum that takes in new - old rounds twice: at most one unit of |new| + |old|, and
-    one of itself, which the norms of the slots bound. One bound for the whole tree
-    would let an outlier in a small leaf hide behind a large leaf.
-    """
+    """The buffer with its norms and error bounds, and whether to take the sums anew."""
     new = _here(buffer.norms.shape, entry, accept)
-    old_norms = jnp.sum(jnp.where(new, buffer.norms, 0), axis=1)
-    all_norms = jnp.where(new, norms[:, None], buffer.norms)
-    scale = units * jnp.sum(all_norms, axis=1)
-    rounding = jnp.where(jnp.any(new, axis=1), units * (norms + old_norms) + scale, 0)
-    error = buffer.error + rounding
-    inexact = jnp.any(error > _TOLERANCE * scale)
-    return buffer._replace(
-        norms=all_norms,
-        error=jnp.where(inexact, _additions(buffer) * scale, error),
-        rebuilds=_count(buffer.rebuilds, inexact),
-    ), inexact
-
-
-def _block(topc):
-    """Slots that one turn of a rebuild adds up.
-
-    Every turn reads and writes the sum once and adds a rounding, which many slots feel;
-    every slot of a turn has to be compiled, which many leaves feel.
-    """
-    return math.gcd(topc, 2 if topc < 32 else 8)
-
-
-def _additions(buffer):
-    """How many roundings a slot meets at most in a rebuild."""
-    topc = buffer.norms.shape[1]
-    return topc // _block(topc) + int(math.log2(_block(topc)))
-
-
-@jax.custom_jvp
-def _rebuild(totals, stacks, spares, wanted):
-    """The sums, taken anew if ``wanted``; their derivative stays what it was."""
-    return _sums(totals, stacks, spares, wanted)
-
-
-def _sums(totals, stacks, spares, wanted=True):
-    """The sums; if ``wanted``, each is that of all slots but the spare one.
-
-    When one leaf needs it, all are taken anew, in one loop: leaves are accepted
-    together, so their bounds are reached at about the same time, and a loop per leaf
-    would take long to compile. Only sums leave the loop, so that no stack is copied,
-    and without need it takes no turn.
-    """
-    topc = max((_storage.copies(stack) for stack in stacks), default=1) - 1
-    block = _block(topc)
-
-    def add_block(turn, totals):
-        def add(total, stack, slots):
-            terms = [
-                _storage.decode(_storage.read(stack, slot), total.dtype)
-                for slot in slots
-            ]
-            return jnp.where(turn == 0, 0, total) + _pairwise(terms)
-
-        entries = [turn * block + k for k in range(block)]
-        slots = [[k + (k >= spare) for k in entries] for spare in spares]
-        return [add(*leaf) for leaf in zip(totals, stacks, _per_leaf(slots, totals))]
-
-    turns = topc // block
-    if wanted is not True:
-        turns = jnp.where(wanted, turns, 0)
-    return jax.lax.fori_loop(0, turns, add_block, totals)
-
-
-@_rebuild.defjvp
-def _rebuild_jvp(primals, tangents):
-    """A sum taken anew is the same sum, but for its roundings."""
-    return _rebuild(*primals), tangents[0]
-
-
-def _pairwise(terms):
-    """The sum of ``terms``, a power of two of them."""
-    while len(terms) > 1:
-        terms = [a + b for a, b in zip(terms[::2], terms[1::2])]
-    return terms[0]
+    norms, error, inexact = _sums.bound(buffer.norms, buffer.error, units, new, norms)
+    rebuilds = _count(buffer.rebuilds, inexact)
+    return buffer._replace(norms=norms, error=error, rebuilds=rebuilds), inexact
 
 
 @jax.custom_batching.custom_vmap
@@ -395,6 +321,11 @@ def _here(shape, entry, accept):
     return jnp.broadcast_to((column == entry[:, None]) & accept[:, None], shape)
 
 
+def _rows(columns):
+    """Arrays (R,), of scalars each, as a decision per row."""
+    return [_Decision(*row) for row in zip(*(list(column) for column in columns))]
+
+
 def _per_leaf(rows, leaves):
     """A list with an item per row as one with an item per leaf."""
     return rows * len(leaves) if len(rows) == 1 else rows
@@ -426,60 +357,6 @@ def _leaves(updates, buffer):
                 f"for a parameter of shape {total.shape}."
             )
     return leaves
-
-
-def _norms(leaves, dtype, across=None):
-    """The L2 norm of every leaf, (L,). No gradient flows: norms only decide."""
-    return _roots(_squares(leaves, dtype), dtype, across)
-
-
-def _squares(leaves, dtype):
-    wide = jnp.result_type(dtype, *leaves)
-    leaves = [jax.lax.stop_gradient(x).astype(wide) for x in leaves]
-    return [jnp.sum(jnp.square(x)) for x in leaves]
-
-
-def _roots(squares, dtype, across):
-    squares = squares if across is None else across(squares)
-    squares = _vector(squares, jnp.result_type(dtype, *squares))
-    # Of a single element XLA would make |x|, which overflows later than its square.
-    return jnp.where(jnp.isfinite(squares), jnp.sqrt(squares), squares).astype(dtype)
-
-
-def _stored(buffer, leaves, stacks, known, across):
-    """The leaves as the stacks store them, and bounds on their norms then, (L,).
-
-    These are not the norms of the rounded values: to round every value once more for
-    them would cost a copy of the parameters and a fifth of the step.
-    """
-    dtype = buffer.keys.dtype
-    if known is None:
-        norms = _norms(leaves, dtype, across)
-    else:
-        norms = _decoded_norms(buffer, known, [x.dtype for x in leaves], across)
-        if all(_storage.alike(x, stack) for x, stack in zip(known, stacks)):
-            return known, norms
-    stored = [_storage.encode(x, stack) for x, stack in zip(leaves, stacks)]
-    return stored, _storage.norm_bounds(norms, leaves, stored, across)
-
-
-def _decoded_norms(buffer, stored, dtypes, across):
-    """The norms of values in storage."""
-    dtype, step = buffer.keys.dtype, jnp.min(buffer.offered, initial=0)
-
-    def squares(stored):
-        return _squares(list(map(_storage.decode, stored, dtypes)), dtype)
-
-    return _roots(_storage.alone(squares, step, stored), dtype, across)
-
-
-def _units(totals, dtype):
-    """The unit roundoff of every sum, (L,)."""
-    return jnp.asarray([jnp.finfo(t.dtype).eps / 2 for t in totals], dtype)
-
-
-def _vector(scalars, dtype):
-    return jnp.stack(scalars) if scalars else jnp.zeros((0,), dtype)
 
 
 def _check_floating(path, leaf):

@@ -236,7 +236,9 @@ def read(stack: Stored, slot) -> Stored:
     """The stored value in ``slot``, on the device whatever memory the stack is in."""
 
     def taken(x):
-        value = jax.lax.dynamic_index_in_dim(x, slot, 0, keepdims=False)
+        value = jax.lax.dynamic_index_in_dim(
+            x, slot, 0, keepdims=False, allow_negative_indices=False
+        )
         return _moved(value, jax.memory.Space.Device)
 
     return jax.tree.map(taken, stack)
@@ -247,7 +249,9 @@ def write(stack: Stored, stored: Stored, slot) -> Stored:
 
     def written(x, new):
         new = _moved(new, jax.typeof(x).memory_space)
-        return jax.lax.dynamic_update_index_in_dim(x, new, slot, 0)
+        return jax.lax.dynamic_update_index_in_dim(
+            x, new, slot, 0, allow_negative_indices=False
+        )
 
     return jax.tree.map(written, stack, stored)
 

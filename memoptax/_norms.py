@@ -1,0 +1,64 @@
+"""The L2 norms of leaves, as they are and as storage rounds them. No gradient flows."""
+
+import jax
+import jax.numpy as jnp
+
+from memoptax import _storage
+
+
+def norms(leaves, dtype, across=None):
+    """The L2 norm of every leaf, (L,).
+
+    ``across`` adds up what several devices know of the squares of every leaf; None
+    where one device sees whole leaves.
+    """
+    return _roots(_squares(leaves, dtype), dtype, across)
+
+
+def stored(leaves, stacks, dtype, across=None):
+    """The leaves as the stacks store them, and bounds on their norms then, (L,)."""
+    return _encoded(leaves, stacks, norms(leaves, dtype, across), across)
+
+
+def restored(values, stacks, dtypes, dtype, step, across=None):
+    """The same of ``values`` in storage, of ``dtypes``; theirs may be another storage.
+
+    ``step`` is an integer scalar that the compiler cannot know, at least 0.
+    """
+
+    def leaves(values):
+        return list(map(_storage.decode, values, dtypes))
+
+    def squares(values):
+        return _squares(leaves(values), dtype)
+
+    exact = _roots(_storage.alone(squares, step, values), dtype, across)
+    if all(_storage.alike(x, stack) for x, stack in zip(values, stacks)):
+        return values, exact
+    return _encoded(leaves(values), stacks, exact, across)
+
+
+def vector(scalars, dtype):
+    """An array of ``scalars``, of which there may be none."""
+    return jnp.stack(scalars) if scalars else jnp.zeros((0,), dtype)
+
+
+def _encoded(leaves, stacks, exact, across):
+    """Bounds, and not the norms of the rounded values: to round every value once more
+    for those would cost a copy of the parameters and a fifth of the step.
+    """
+    values = [_storage.encode(x, stack) for x, stack in zip(leaves, stacks)]
+    return values, _storage.norm_bounds(exact, leaves, values, across)
+
+
+def _squares(leaves, dtype):
+    wide = jnp.result_type(dtype, *leaves)
+    leaves = [jax.lax.stop_gradient(x).astype(wide) for x in leaves]
+    return [jnp.sum(jnp.square(x)) for x in leaves]
+
+
+def _roots(squares, dtype, across):
+    squares = squares if across is None else across(squares)
+    squares = vector(squares, jnp.result_type(dtype, *squares))
+    # Of a single element XLA would make |x|, which overflows later than its square.
+    return jnp.where(jnp.isfinite(squares), jnp.sqrt(squares), squares).astype(dtype)
