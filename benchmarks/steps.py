@@ -10,7 +10,6 @@ of ``sgd_c``, the rebuilds of its sums included.
 """
 
 import argparse
-import functools
 import itertools
 import statistics
 
@@ -37,29 +36,42 @@ FLAT_LEAVES = (4, 1)
 SIZES = (1 << 20, 1 << 24)
 LEAVES = (1, 64)
 
-# Functions of C and of the decay of the buffer's keys, which is traced.
+DTYPES = ("float32", "bfloat16", "int8")
+
+# Optimizers with a buffer, and their arguments besides it.
 BUFFERED = {
-    "sgd_c": lambda c, decay: memoptax.sgd_c(RATE, topc=c, decay=decay),
-    "sgd_c momentum": lambda c, decay: memoptax.sgd_c(RATE, 0.9, topc=c, decay=decay),
-    "rmsprop_c": lambda c, decay: memoptax.rmsprop_c(RATE, topc=c, decay=decay),
-    "adam_c": lambda c, decay: memoptax.adam_c(RATE, topc=c, decay=decay),
-    "adamw_c": lambda c, decay: memoptax.adamw_c(RATE, topc=c, decay=decay),
-    "sgd_cm": lambda c, decay: memoptax.sgd_cm(RATE, topc=c, decay=decay),
-    "adam_cm": lambda c, decay: memoptax.adam_cm(RATE, topc=c, decay=decay),
-    "adamw_cm": lambda c, decay: memoptax.adamw_cm(RATE, topc=c, decay=decay),
+    "sgd_c": (memoptax.sgd_c, {}),
+    "sgd_c momentum": (memoptax.sgd_c, {"momentum": 0.9}),
+    "rmsprop_c": (memoptax.rmsprop_c, {}),
+    "adam_c": (memoptax.adam_c, {}),
+    "adamw_c": (memoptax.adamw_c, {}),
+    "sgd_cm": (memoptax.sgd_cm, {}),
+    "adam_cm": (memoptax.adam_cm, {}),
+    "adamw_cm": (memoptax.adamw_cm, {}),
 }
 # Optimizers without a buffer.
 PLAIN = {
-    "optax.adam": lambda: optax.adam(RATE),
-    "optax.sgd momentum": lambda: optax.sgd(RATE, momentum=0.9),
+    "optax.adam": (optax.adam, {}),
+    "optax.sgd momentum": (optax.sgd, {"momentum": 0.9}),
+    "sm3": (memoptax.sm3, {}),
+    "sm3 momentum": (memoptax.sm3, {"momentum": 0.9}),
 }
 # Keys that halve at every step are always beaten by a gradient about as large as all
 # others; keys that never decay are never beaten by a smaller one.
 ACCEPTING, REJECTING = 0.5, 1.0
 
 
-def make_runner(make, gradients):
-    """A runner whose arguments are gradients and the decay of keys."""
+def make_runner(name, gradients, topc=None, dtype=None):
+    """A runner whose arguments are gradients and the decay of keys, which is traced."""
+
+    def make(decay):
+        if name in PLAIN:
+            function, options = PLAIN[name]
+            return function(RATE, **options)
+        function, options = BUFFERED[name]
+        buffer = {"topc": topc, "decay": decay, "buffer_dtype": dtype}
+        return function(RATE, **options, **buffer)
+
     return optimizer_runner(make, gradients, jnp.float32(ACCEPTING))
 
 
@@ -87,13 +99,14 @@ def alternate(adam, other, gradients, steps, turn=5, decay=ACCEPTING, bar=None):
     return adam.seconds, other.seconds
 
 
-def measure(name, topc, make, adam, gradients, steps):
+def measure(name, topc, dtype, adam, gradients, steps):
     """One row of the table of steps."""
     size = sum(x.size for x in jax.tree.leaves(gradients[0]))
-    runner = make_runner(make, gradients[0])
+    runner = make_runner(name, gradients[0], topc, dtype)
     row = {
         "optimizer": name,
         "topc": topc,
+        "slots": dtype,
         "size": size,
         "leaves": len(jax.tree.leaves(gradients[0])),
         "state_bytes_per_parameter": nbytes(runner.carry[1]) / size,
@@ -122,28 +135,19 @@ def measure(name, topc, make, adam, gradients, steps):
     return row
 
 
-def measure_steps(sizes, leaves, topc, steps):
+def measure_steps(sizes, leaves, topc, dtypes, steps):
     """Rows of all optimizers at all sizes, only one beside adam held at a time."""
+    cases = [(name, None, None) for name in PLAIN]
+    cases += list(itertools.product(BUFFERED, topc, dtypes))
     rows = []
-    total = len(sizes) * len(leaves) * (len(PLAIN) + len(BUFFERED) * len(topc))
-    with tqdm(total=total, unit="case") as bar:
-        for size in sizes:
-            for count in leaves:
-                gradients = make_gradients(size, count)
-                adam = make_runner(lambda decay: optax.adam(RATE), gradients[0])
-                cases = [
-                    (name, None, lambda decay, make=make: make())
-                    for name, make in PLAIN.items()
-                ]
-                cases += [
-                    (name, c, functools.partial(make, c))
-                    for name, make in BUFFERED.items()
-                    for c in topc
-                ]
-                for name, c, make in cases:
-                    bar.set_description(f"{name}, C = {c}, {size} in {count}")
-                    rows.append(measure(name, c, make, adam, gradients, steps))
-                    bar.update()
+    with tqdm(total=len(sizes) * len(leaves) * len(cases), unit="case") as bar:
+        for size, count in itertools.product(sizes, leaves):
+            gradients = make_gradients(size, count)
+            adam = make_runner("optax.adam", gradients[0])
+            for name, c, dtype in cases:
+                bar.set_description(f"{name}, C = {c}, {dtype}, {size} in {count}")
+                rows.append(measure(name, c, dtype, adam, gradients, steps))
+                bar.update()
     return rows
 
 
@@ -153,9 +157,9 @@ def measure_flat(size, topc, steps):
     with tqdm(total=steps * len(topc) * len(FLAT_LEAVES), unit="step") as bar:
         for leaves, c in itertools.product(FLAT_LEAVES, topc):
             gradients = make_gradients(size, leaves)
-            adam = make_runner(lambda decay: optax.adam(RATE), gradients[0])
+            adam = make_runner("optax.adam", gradients[0])
             bar.set_description(f"C = {c}")
-            runner = make_runner(functools.partial(BUFFERED["sgd_c"], c), gradients[0])
+            runner = make_runner("sgd_c", gradients[0], c)
             for k in range(c + 2):
                 adam.run(gradients[k % len(gradients)], jnp.float32(ACCEPTING))
                 runner.run(gradients[k % len(gradients)], jnp.float32(ACCEPTING))
@@ -188,12 +192,14 @@ def measure_flat(size, topc, steps):
 
 def print_steps(rows):
     print(
-        f"{'optimizer':<20}{'C':>4}{'floats':>10}{'leaves':>8}{'accepted ms':>13}"
+        f"{'optimizer':<20}{'C':>4}{'slots':>10}{'floats':>10}{'leaves':>8}"
+        f"{'accepted ms':>13}"
         f"{'/ adam':>8}{'rejected ms':>13}{'/ adam':>8}{'temporaries':>13}"
         f"{'state B/param':>15}"
     )
     for row in rows:
-        line = f"{row['optimizer']:<20}{row['topc'] or '-':>4}{row['size']:>10}"
+        line = f"{row['optimizer']:<20}{row['topc'] or '-':>4}"
+        line += f"{row['slots'] or '-':>10}{row['size']:>10}"
         line += f"{row['leaves']:>8}"
         for label in ("accepted", "rejected"):
             if label in row:
@@ -238,6 +244,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, help="timed steps of each stream")
     for name, default in (("size", SIZES), ("leaves", LEAVES), ("topc", TOPC)):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
+    parser.add_argument("--dtype", nargs="+", default=DTYPES, help="of the slots")
     add_arguments(parser)
     args = parser.parse_args(argv)
 
@@ -248,9 +255,9 @@ def main(argv=None):
         rows = measure_flat(size, topc, args.steps or 500)
         print_flat(rows)
     else:
-        chosen = (args.size, args.leaves, args.topc)
-        grid = ((4096,), (4,), (5,)) if args.quick else chosen
-        rows = measure_steps(*grid, args.steps or (5 if args.quick else 30))
+        chosen = (args.size, args.leaves, args.topc, args.dtype)
+        grid = ((4096,), (4,), (5,), ("float32",)) if args.quick else chosen
+        rows = measure_steps(*grid, args.steps or (5 if args.quick else 10))
         print_steps(rows)
     if args.output or not args.quick:
         path = args.output or results_file(machine)

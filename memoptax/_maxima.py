@@ -20,7 +20,7 @@ import jax.numpy as jnp
 Box = tuple[int, ...]
 
 _LANES = 8
-SMALL = 2**17  # entries; below this a temporary lives in the cache
+SMALL = 2**15  # entries; below this a temporary lives in the cache
 _LONG = 2**13  # entries of a row
 
 

@@ -67,8 +67,10 @@ def scale_by_sm3(
     scale per row of the last axis). Without momentum none of it is allocated.
 
     A leaf whose squared gradient is not finite anywhere changes neither accumulators
-    nor momentum on that step. Its update is not finite where the gradient is not, so
-    that :func:`optax.apply_if_finite` sees it.
+    nor momentum on that step; where every entry has an accumulator of its own (Adagrad:
+    vectors, scalars) only those entries do not, and the whole row of an int8 momentum.
+    Its update is not finite where the gradient is not, so that
+    :func:`optax.apply_if_finite` sees it.
 
     A gradient leaf may be row-sparse (`jax.experimental.sparse.BCOO` with one sparse
     dimension, see :func:`memoptax.row_value_and_grad`). Its parameter needs the cover

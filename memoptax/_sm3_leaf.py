@@ -27,11 +27,12 @@ def step(rule, count, path, boxes, gradient, numbers, memory):
     g = gradient.astype(dtype)
     families = _covers.Families(boxes, g.shape)
     nu, floors, raised = rule.precondition(g, numbers, families, beta, count)
-    finite = _is_finite(g, raised, count)
+    by_entry = len(raised) == 1 and raised[0].shape == g.shape
+    finite = _is_finite(g) if by_entry else _are_finite(raised)
     raised = _select(finite, raised, numbers)
-    if raised[0].shape == g.shape and len(raised) == 1:
+    if by_entry:
         # Adagrad. Told by the new sum alone, so that it can overwrite the old one.
-        nu, floors = functools.partial(_adagrad, finite, beta), raised
+        nu, floors = functools.partial(_adagrad, beta), raised
 
     def direction(g, *floors):
         return _divide(g, nu(g, *floors), eps)
@@ -49,6 +50,8 @@ def step(rule, count, path, boxes, gradient, numbers, memory):
 
     operands = (g, *memory, *floors)
     new = _storage.encode_computed(blend, entries, operands, memory, count)
+    if by_entry and new.scale is not None:  # int8 has a scale for the whole row
+        finite = jnp.isfinite(new.scale)
     memory = _select(finite, new, memory)
     # Told by the stored momentum alone, for the same reason.
     m = jnp.where(jnp.isfinite(g), _storage.decode(memory, dtype), g)
@@ -93,9 +96,9 @@ def sm3_i(g, numbers, families, beta, count):
     return nu, families.floors(raised), raised
 
 
-def _adagrad(finite, beta, g, total):
+def _adagrad(beta, g, total):
     """nu from the total, which contains g^2 unless that is not finite."""
-    return jnp.where(finite, total, _accumulate(total, g * g, beta))
+    return jnp.where(_is_finite(g), total, _accumulate(total, g * g, beta))
 
 
 def _least(floors):
@@ -110,16 +113,19 @@ def _accumulate(old, new, decay):
 def _divide(g, nu, eps):
     """g / sqrt(nu + eps), and 0 / 0 = 0; finite derivatives too."""
     square = nu + eps
-    return g / jnp.sqrt(jnp.where(square > 0, square, 1))
+    if not (isinstance(eps, int | float) and eps >= jnp.finfo(square.dtype).tiny):
+        square = jnp.where(square > 0, square, 1)
+    return g / jnp.sqrt(square)
 
 
-def _is_finite(g, raised, count):
+def _is_finite(g):
+    """Which squares are finite. Told entry by entry, where no other entry cares."""
+    return jnp.isfinite(g * g)
+
+
+def _are_finite(raised):
     """Whether all squares are finite, from the smallest of the new accumulators."""
-    least = min(raised, key=jnp.size)
-    if least.size == g.size:
-        whole = _covers.Families((g.shape,), g.shape)
-        (least,) = whole.maxima(jnp.square, count, g)
-    return jnp.all(jnp.isfinite(least))
+    return jnp.all(jnp.isfinite(min(raised, key=jnp.size)))
 
 
 def _select(condition, yes, no):
