@@ -57,11 +57,12 @@ def main(argv=None):
     rows = []
     with tqdm(total=len(args.leaves) * len(cases), unit="case") as bar:
         for leaves in args.leaves:
+            after = seconds(optax.adam(0.1), leaves)
             for name, c, make in cases:
                 bar.set_description(f"{name}, C = {c}, {leaves} leaves")
-                before = seconds(optax.adam(0.1), leaves)
                 taken = seconds(make(), leaves)
-                adam = (before + seconds(optax.adam(0.1), leaves)) / 2
+                before, after = after, seconds(optax.adam(0.1), leaves)
+                adam = (before + after) / 2
                 rows.append(
                     {
                         "optimizer": name,

@@ -203,7 +203,7 @@ def record(optimizer, rates, state, losses, accuracies, test):
     }
 
 
-def time_steps(results, batch, rounds=40, steps=25):
+def time_steps(results, batch, rounds, steps=25):
     """Median seconds of one donated step of one seed, the optimizers taking turns."""
     step = jax.jit(train_step, donate_argnums=0)
     params = jax.jit(create_params)(0)
@@ -321,7 +321,8 @@ def main(argv=None):
     data = jax.tree.map(jnp.asarray, load_digits(args.seed))
     seeds = range(args.seed, args.seed + args.seeds)
     results = experiment(seeds, args.steps // CHUNK * CHUNK, data)
-    times = time_steps(results, jax.tree.map(lambda x: x[:BATCH], data[0]))
+    rounds = max(2, args.steps // 15)
+    times = time_steps(results, jax.tree.map(lambda x: x[:BATCH], data[0]), rounds)
     for name, r in results.items():
         r["step_over_adam"] = times[name] / times["adam"]
         r["state_bytes"] = state_bytes(r["optimizer"])
