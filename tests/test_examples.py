@@ -166,6 +166,17 @@ def test_other_benchmarks_run(name, tmp_path):
     assert ratios and all(ratio > 0 for ratio in ratios)
 
 
+def test_the_kernels_of_a_step_are_counted(tmp_path):
+    kernels = load("benchmarks/kernels.py")
+    arguments = ["--quick", "--output", str(tmp_path / "results.json")]
+    rows = kernels.main([*arguments, "optax.adam", "sgd_c"])
+    touched = {r["optimizer"]: r["touches"] for r in rows if r["kernel"] == "the step"}
+    # m and v from g, three each, and p from both: 4. A cleverer compiler needs 7.
+    assert 7 <= touched["optax.adam"] <= 10
+    # g for the norm, a slot written, the sum changed, p changed: 1 + 2 + 4 + 5.
+    assert 10 <= touched["sgd_c"] <= 12
+
+
 def test_a_missing_peer_is_reported_as_missing(tmp_path, monkeypatch):
     peers = load("benchmarks/peers.py")
     monkeypatch.setattr(peers, "PEERS", {"nothing": ("no_such_module", "No", {})})
