@@ -111,6 +111,13 @@ def test_buffers_are_found_resized_and_emptied_inside_an_nnx_optimizer():
     assert memoptax.buffer_stats(large.opt_state)["fill"] == 1
 
 
+def test_stats_copy_neither_slots_nor_sums():
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    state = jax.eval_shape(memoptax.adam_c(0.1).init, x)
+    compiled = jax.jit(memoptax.buffer_stats).lower(state, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 4 * x.size
+
+
 def test_stats_are_zero_while_empty_and_found_in_any_nesting():
     tx = optax.partition(
         {"a": memoptax.adam_c(0.1), "b": optax.apply_if_finite(memoptax.sgd_c(0.1), 2)},

@@ -545,6 +545,7 @@ def test_sharded_norm_is_the_norm(mesh):
     np.testing.assert_allclose(
         memoptax.sharded_norm("auto")(gradients), expected, rtol=1e-6
     )
+    assert memoptax.sharded_norm("auto")({"none": None}) == 0
 
 
 @pytest.mark.parametrize(
@@ -597,8 +598,11 @@ def test_slots_may_lie_in_the_memory_of_the_host(name, mesh):
 
 def test_memory_that_is_not_there_is_refused(mesh):
     tx, x = memoptax.sgd_c(0.1), jax.ShapeDtypeStruct((8,), jnp.float32)
-    with pytest.raises(ValueError, match="slots_memory_kind must be one of 'pinned_h"):
-        memoptax.state_shardings(tx, x, mesh, slots_memory_kind="disk")
+    # JAX itself takes 'unpinned_host' and leaves the slots where they are.
+    for kind in ("disk", "unpinned_host"):
+        message = f"slots_memory_kind must be one of 'pinned_host', .* is '{kind}'"
+        with pytest.raises(ValueError, match=message):
+            memoptax.state_shardings(tx, x, mesh, slots_memory_kind=kind)
 
     class Device:
         device_kind = "abacus"
