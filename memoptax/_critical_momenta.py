@@ -113,6 +113,7 @@ def critical_momenta(
 
     def update_fn(updates, state, params=None):
         del params
+        _options.check_rows(options, updates, state.mu_scales)
         finite = _buffer.all_finite(state.buffer, updates, options.across)
         m, stored, mu, mu_scales = _momentum(updates, state, b1, finite)
         joined, buffer = _options.remember(
@@ -221,6 +222,7 @@ def scale_by_adam_cm(
 
     def update_fn(updates, state, params=None):
         del params
+        _options.check_rows(options, updates, state.mu_scales)
         finite = _buffer.all_finite(state.buffer, updates, options.across)
         # Adam takes its first step, so a κ of 0 skips none.
         first = (state.count == 0) & (kappa != 0) if skip_first else False

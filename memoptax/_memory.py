@@ -127,10 +127,11 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
             )
         laid_out = jax.tree.leaves(tree)
     inside = {path for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    roots = _paths_of(type(params), state)
     fields, per_device = collections.Counter(), collections.Counter()
     for (path, leaf), sharding in zip(leaves, laid_out):
         # A field may hold a tree like the parameters, whose own names do not count.
-        like = (i for i in range(len(path) + 1) if path[i:] in inside)
+        like = (i for i in range(len(path)) if path[:i] in roots and path[i:] in inside)
         names = [key.name for key in path[: next(like, None)] if hasattr(key, "name")]
         name = names[-1] if names else "state"
         part = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
@@ -142,6 +143,19 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         per_device=None if shardings is None else dict(per_device),
     )
+
+
+def _paths_of(kind, tree):
+    """The paths of all nodes of exactly this type."""
+    paths = set()
+
+    def descend(path, node):
+        if type(node) is kind:
+            paths.add(path)
+        return False
+
+    jax.tree.leaves_with_path(tree, is_leaf=descend, is_leaf_takes_path=True)
+    return paths
 
 
 class LargestTopc(NamedTuple):

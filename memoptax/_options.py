@@ -27,7 +27,9 @@ synced: if True, all leaves are kept or dropped together, by one priority; else 
   leaf has its own.
 priority_fn: what makes a gradient critical, a function from the gradients (from one
   leaf if not ``synced``) to a scalar of at least 0. None means the sum of the leaves'
-  L2 norms, the authors' rule; ``optax.tree.norm`` is the global norm.
+  L2 norms, the authors' rule; ``optax.tree.norm`` is the global norm. Inside
+  ``jax.shard_map`` it sees the shards of one device, and each would decide for itself:
+  there take :func:`memoptax.sharded_norm`, with a rule of your own if you have one.
 buffer_dtype: dtype of the slots: None (the parameters'), float64, float32, bfloat16,
   float16, int8. Sum and priorities stay in float32 or better, and a leaf is refused
   if its norm is beyond the dtype's range (65504 in float16). bfloat16 is stored as
@@ -85,6 +87,13 @@ class Options(NamedTuple):
     def across(self) -> Callable | None:
         """What adds up squares over devices, if priorities are sharded_norm's."""
         return getattr(self.priority_fn, "across", None)
+
+    @property
+    def rule(self) -> Callable | None:
+        """The priority, or None for the default one; sharded_norm has one inside it."""
+        if self.across is None:
+            return self.priority_fn
+        return getattr(self.priority_fn, "rule", None)
 
 
 def options(
@@ -146,10 +155,9 @@ def remember(
     ``stored`` is, :func:`memoptax._buffer.push` says.
     """
     across = options.across
-    # With it the rule is the default one, of whole leaves.
-    priority_fn = options.priority_fn if across is None else None
+    check_rows(options, gradients, buffer.scales)
     priority = _buffer.priority(
-        buffer, gradients, priority_fn, synced=options.synced, across=across
+        buffer, gradients, options.rule, synced=options.synced, across=across
     )
     priority = jnp.where(finite, priority, jnp.nan)
     recall, buffer = _buffer.push(
@@ -163,6 +171,16 @@ def remember(
     )
     joined = _aggregation.aggregate(values, recall, options.kappa, options.aggr)
     return joined, buffer
+
+
+def check_rows(options: Options, gradients, scales) -> None:
+    """Refuse ``scales`` of rows that do not lie whole on a device, where it is known.
+
+    Those that it is known of are sharded_norm's specs.
+    """
+    check = getattr(options.priority_fn, "check_rows", None)
+    if check is not None and scales is not None:
+        check(jax.tree.leaves(gradients))
 
 
 def among(arguments: dict) -> dict:

@@ -1,6 +1,8 @@
 """The norm of sharded gradients, for decisions that all devices must share."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ from jax.sharding import PartitionSpec
 Names = tuple[Any, ...]
 
 
-def sharded_norm(axes: Any = "auto"):
+def sharded_norm(axes: Any = "auto", rule: Callable | None = None):
     r"""The sum of the L2 norms of leaves of which each device sees a part.
 
     .. math::
@@ -30,14 +32,19 @@ def sharded_norm(axes: Any = "auto"):
         axes over which JAX says that a leaf varies. A leaf that JAX knows not to vary
         over an axis is not summed over it. Gradients must have been averaged over axes
         that the parameters are not sharded over.
+      rule: a priority of your own instead of the sum of norms, a function of the shards
+        of one device that sums over the devices itself (``jax.lax.psum``). What the
+        state keeps, and what is refused, is of whole leaves nevertheless; without
+        ``sharded_norm`` around it, it would be of shards.
 
     Returns:
       A function from gradients to a scalar.
 
     Raises:
-      ValueError: when it is called: if ``axes`` is ``'auto'`` under
-        ``check_vma=False``, where JAX cannot know, or a tree with another number of
-        leaves.
+      ValueError: if ``rule`` is no function; when it is called: if ``axes`` is
+        ``'auto'`` under ``check_vma=False``, where JAX cannot know, or a tree with
+        another number of leaves; in ``update``, if a ``PartitionSpec`` divides the last
+        axis of a leaf that is kept in int8, where a row has one scale.
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax
@@ -49,14 +56,19 @@ def sharded_norm(axes: Any = "auto"):
       >>> jax.shard_map(norm, mesh=mesh, in_specs=(specs,), out_specs=P())(gradients)
       Array(7., dtype=float32)
     """
-    return _ShardedNorm(axes)
+    if not (rule is None or callable(rule)):
+        raise ValueError(f"rule must be a function, but is {rule!r}.")
+    return _ShardedNorm(axes, rule)
 
 
 @dataclasses.dataclass(frozen=True)
 class _ShardedNorm:
     axes: Any
+    rule: Callable | None
 
     def __call__(self, gradients):
+        if self.rule is not None:
+            return self.rule(gradients)
         leaves = jax.tree.leaves(gradients)
         squares = [jnp.sum(jnp.square(x.astype(_wide(x)))) for x in leaves]
         return sum(map(jnp.sqrt, self.across(squares)), jnp.zeros(()))
@@ -82,20 +94,41 @@ class _ShardedNorm:
                     "which it does not know under check_vma=False: name the axes."
                 )
             return [tuple(sorted(names)) for names in varying]
-        entries = jax.tree.leaves(self.axes, is_leaf=_is_entry)
-        if len(entries) > len(squares):  # a None may stand for None, which is no leaf
-            entries = [entry for entry in entries if entry is not None]
-        every = [_flat(entry) for entry in entries]
-        if _is_entry(self.axes):
-            every *= len(squares)
-        if len(every) != len(squares):
-            raise ValueError(
-                f"sharded_norm was given axes for {len(every)} leaves, but the "
-                f"gradients have {len(squares)}: {self.axes!r}."
-            )
+        every = [_flat(entry) for entry in self._entries(len(squares))]
         if not known:
             return every
         return [tuple(n for n in a if n in b) for a, b in zip(every, varying)]
+
+    def check_rows(self, leaves):
+        """Refuse specs that divide the rows of leaves which int8 gives one scale.
+
+        Each device would take it from its own shard, and all would pass it for one.
+        """
+        if isinstance(self.axes, str) and self.axes == "auto":
+            return
+        for leaf, entry in zip(leaves, self._entries(len(leaves))):
+            if isinstance(entry, PartitionSpec) and 0 < leaf.ndim == len(entry):
+                parts = math.prod(jax.lax.psum(1, name) for name in _flat(entry[-1]))
+                if parts > 1:
+                    raise ValueError(
+                        f"sharded_norm was given {entry} for a leaf in int8, which "
+                        f"divides its last axis over {parts} devices: a row of it has "
+                        "one scale. Leave that axis whole, or choose another dtype."
+                    )
+
+    def _entries(self, count) -> list[Any]:
+        """What the axes say of each of so many leaves."""
+        entries = jax.tree.leaves(self.axes, is_leaf=_is_entry)
+        if len(entries) > count:  # a None may stand for None, which is no leaf
+            entries = [entry for entry in entries if entry is not None]
+        if _is_entry(self.axes):
+            entries *= count
+        if len(entries) != count:
+            raise ValueError(
+                f"sharded_norm was given axes for {len(entries)} leaves, but the "
+                f"gradients have {count}: {self.axes!r}."
+            )
+        return entries
 
 
 def _wide(x):

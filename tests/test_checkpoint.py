@@ -196,8 +196,8 @@ def test_a_linen_train_state_comes_back(tmp_path):
     assert_bitwise(steps(found, range(8, 12)), steps(state, range(8, 12)))
 
 
-# Six steps, a checkpoint after each, and none after an event of Python that is about
-# such a path: there it is killed, as by a scheduler or for want of memory.
+# Six steps on eight devices, a checkpoint after each, and none after an event of Python
+# about such a path: there it is killed, as by a scheduler or for want of memory.
 TRAINING = """
 import os, pathlib, signal, sys
 import language_model
@@ -212,7 +212,7 @@ sys.addaudithook(kill)
 settings = language_model.Settings(16, layers=0, context=16, batch=4, steps=6)
 text = language_model.read_text()
 text = text._replace(validation=text.validation[:500])
-mesh = language_model.create_mesh((1, 1))
+mesh = language_model.create_mesh((4, 2))
 name = "adam_c:topc=2,fifo_probability=0.5"
 language_model.train(name, settings, text, mesh, pathlib.Path(folder), every=1)
 """
@@ -252,6 +252,7 @@ def test_a_run_killed_while_it_saves_takes_the_same_steps(tmp_path):
                 checkpointer.restore(run / step / "state") for run in (whole, resumed)
             )
         assert_bitwise(found, expected)
+        assert {len(x.sharding.device_set) for x in jax.tree.leaves(found)} == {8}
         records = [
             json.loads((run / step / "record" / "metadata").read_text())
             for run in (whole, resumed)

@@ -312,6 +312,27 @@ def test_weak_types_never_enter_the_state(opt):
         assert signature(state) == signature(tx.init(jnp.float32(2)))
 
 
+@pytest.mark.parametrize(
+    ("tx", "field", "expected"),
+    [
+        (CG(decay=0.999), "keys", 0.999 * 2),
+        (memoptax.critical_momenta(b1=0.999, decay=0.5), "mu", 0.001),
+        (ADAM(0.1, b2=0.999), "nu", 0.001),
+        (ADAM(0.1, b2=0.999, amsgrad=True), "nu", 0.001),
+        (RMS(0.1, alpha=0.999), "nu", 0.001),
+        (memoptax.adam_cm(0.1, b2=0.999), "nu", 0.001 * 0.1**2),
+        (memoptax.scale_by_sm3(beta=0.999), "accumulators", 0.001),
+    ],
+    ids=["decay", "critical_momenta", "adam", "amsgrad", "rmsprop", "adam_cm", "sm3"],
+)
+def test_a_decay_near_one_stays_below_one(tx, field, expected):
+    """In bfloat16 .999 would be 1, and nothing would ever fade, or come in."""
+    params = jnp.ones(4, jnp.bfloat16)
+    _, state = jax.jit(tx.update)(params, tx.init(params), params)
+    (memory,) = jax.tree.leaves(optax.tree.get(state, field))
+    assert float(memory.ravel()[0]) == pytest.approx(expected, rel=1e-4)
+
+
 @each_factory
 def test_half_precision_follows_full_precision(opt):
     half = trained(opt.build(), params_like(SHAPES, jnp.bfloat16))[0]
@@ -421,6 +442,62 @@ def test_schedules_and_traced_hyperparameters(opt, inject):
     close(trajectory, want)
 
 
+def test_the_annotation_of_a_rate_is_the_type_of_optax():
+    """Optax's own tests look at it, and skip what has another, or a string."""
+    for factory in {opt.factory for opt in OPTIMIZERS if opt.rated}:
+        rate = inspect.signature(factory).parameters["learning_rate"]
+        assert rate.annotation is optax.ScalarOrSchedule, factory
+
+
+OPTIONAL = ("fifo", "sgd_c nesterov", "rmsprop_c centered", "adam_c L2")
+
+
+@pytest.mark.parametrize(
+    "opt", [opt for opt in OPTIMIZERS if opt.name in OPTIONAL], ids=repr
+)
+def test_numbers_that_may_be_none_may_be_traced(opt):
+    """Of these the type of the default does not tell that they are numbers."""
+    numbers = {k for k, value in opt.options.items() if isinstance(value, float)}
+    static = opt.options.keys() - numbers
+    tx = opt.build(lambda f: optax.inject_hyperparams(f, static_args=static))
+    state = jax.eval_shape(tx.init, params_like(SHAPES))
+    assert numbers and numbers <= state.hyperparams.keys()
+    close(trained(tx)[0], expected(opt)[0])
+
+
+@each_factory
+def test_hyperparameters_in_half_precision_are_not_kept_in_it(opt):
+    """Injected numbers have the dtype of the parameters; the state has not."""
+    params, tx = params_like(SHAPES, jnp.bfloat16), opt.build(optax.inject_hyperparams)
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+    assert signature(after) == signature(state)
+    assert signature(updates) == signature(params)
+    kept = jax.tree.leaves(optax.tree.get(state.inner_state, opt.memory))
+    slots = optax.tree.get(state.inner_state, "slots", default={})
+    names = [str(x.dtype) for x in kept]
+    assert names.count("uint16") == len(jax.tree.leaves(slots))
+    assert "bfloat16" not in names
+
+
+@each_factory
+def test_counters_stop_at_their_end(opt):
+    """And do not turn negative, as if there had been no step yet."""
+    runner, last = donating(opt), np.iinfo(np.int32).max
+
+    def counted(path, x):
+        counter = x.dtype == jnp.int32 and path[-1].name not in ("place", "spare")
+        return jnp.full_like(x, last) if counter else x
+
+    params = params_like(SHAPES)
+    state = jax.tree.map_with_path(counted, runner.tx.init(params))
+    params, state = runner.step(params, state, at(gradients(), 0))
+    counters = [x for x in jax.tree.leaves(state) if x.dtype == jnp.int32]
+    assert any(np.any(x == last) for x in counters)
+    assert all(np.all(np.asarray(x) >= 0) for x in counters)
+    assert all(np.isfinite(p).all() for p in params.values())
+
+
 @each_capacity
 def test_a_traced_capacity_is_refused_with_its_cure(opt):
     static = tuple(opt.options)
@@ -500,20 +577,26 @@ def test_apply_if_finite_skips_a_step_and_goes_on(opt):
     assert int(state.total_notfinite) == 1
 
 
+def is_masked(node):
+    return isinstance(node, optax.MaskedNode)
+
+
 @each_optimizer
-def test_map_params_tells_parameters_from_the_rest(opt):
-    tx, params = opt.build(), params_like(SHAPES)
+@pytest.mark.parametrize("wrap", [lambda tx: tx, masked], ids=["plain", "masked"])
+def test_map_params_tells_parameters_from_the_rest(opt, wrap):
+    tx, params = wrap(opt.build()), params_like(SHAPES)
     state = jax.eval_shape(tx.init, params)
     specs = optax.tree.map_params(
         tx,
-        lambda leaf, name: name,
+        lambda leaf, name: leaf if is_masked(leaf) else name,
         state,
         {name: name for name in SHAPES},
         transform_non_params=lambda leaf: None,
+        is_leaf=is_masked,
     )
 
     def check(name, leaf):
-        if name is not None:
+        if name is not None and not is_masked(name):
             rank = len(SHAPES[name])
             assert leaf.shape[leaf.ndim - rank :] == SHAPES[name]
 

@@ -12,6 +12,7 @@ import pytest
 import sklearn.datasets
 import sklearn.model_selection
 import sklearn.preprocessing
+from flax import nnx
 
 import memoptax
 
@@ -226,6 +227,13 @@ def test_the_language_model_learns_on_a_mesh_and_is_drawn(tmp_path, capsys):
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
     # Everything has stayed where it lay: else the second step would compile anew.
     assert found["model"].norm.scale[...].sharding.is_fully_replicated
+    tx, mesh = memoptax.adam_c(0.1, topc=2), kernel.sharding.mesh
+    optimizer = model.create_optimizer(tx, found["model"], mesh)
+    params = nnx.state(found["model"], nnx.Param)
+    wanted = jax.tree.leaves(memoptax.state_shardings(tx, params))
+    for x, sharding in zip(jax.tree.leaves(optimizer.opt_state), wanted, strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    assert optimizer.step[...].sharding.mesh == mesh
     # Resumed when there is nothing left to do: the record, and not a step more.
     (again,) = model.main(arguments).values()
     assert again["losses"] == found["losses"] and again["speed"] is None

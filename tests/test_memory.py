@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,32 @@ def test_a_report_is_plain_data(mesh):
         report = memoptax.memory_report(ADAM_C(topc=3), PARAMS, shardings)
         data = json.loads(json.dumps(dataclasses.asdict(report)))
         assert memoptax.MemoryReport(**data) == report
+
+
+class Named(NamedTuple):
+    """Parameters called like fields of states."""
+
+    count: Any
+    mu: Any
+
+
+NAMED = Named(*(jax.ShapeDtypeStruct((n,), jnp.float32) for n in (2, 3)))
+
+
+@pytest.mark.parametrize("params", [NAMED, {"layer": NAMED}, [NAMED, NAMED]])
+def test_names_of_parameters_are_no_names_of_fields(params):
+    numbers = sum(x.size for x in jax.tree.leaves(params))
+    labels = jax.tree.map(lambda x: x.size, params)
+    for tx in (
+        ADAM_C(topc=1),
+        optax.MultiSteps(ADAM_C(topc=1), 2),
+        optax.partition({n: ADAM_C(topc=1) for n in (2, 3)}, labels),
+    ):
+        fields = memoptax.memory_report(tx, params).fields
+        assert "state" not in fields
+        assert fields["slots"] == 2 * 4 * numbers
+        assert fields["mu"] == fields["nu"] == 4 * numbers
+        assert fields["count"] % 4 == 0 < fields["count"] <= 8
 
 
 def test_shardings_unlike_the_state_are_refused(mesh):

@@ -348,15 +348,18 @@ def momentum(**options):
 PLAIN = momentum()
 
 
-def on_eight(make, axes, mesh, stream, check_vma=True, specs=SPECS):
+def on_eight(
+    make, axes, mesh, stream, check_vma=True, specs=SPECS, rule=None, of_state=None
+):
     """Trajectory and state of a run inside shard_map."""
-    tx, params = make(priority_fn=memoptax.sharded_norm(axes)), few(values())
+    tx, params = make(priority_fn=memoptax.sharded_norm(axes, rule)), few(values())
+    of_state = of_state or memoptax.state_partition_specs
     along = {name: P(None, *spec) for name, spec in specs.items()}
     sharded = jax.shard_map(
         functools.partial(train, tx),
         mesh=mesh,
         in_specs=(specs, along),
-        out_specs=(along, memoptax.state_partition_specs(tx, params, specs)),
+        out_specs=(along, of_state(tx, params, specs)),
         check_vma=check_vma,
     )
     return jax.jit(sharded)(params, stream)
@@ -372,11 +375,18 @@ def plain_on_one():
 
 
 def assert_equal_everywhere(single, sharded):
+    """The same numbers, and on all devices that hold a copy of them."""
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4),
         single,
         sharded,
     )
+    for path, array in jax.tree.leaves_with_path(sharded):
+        copies = {}
+        for shard in array.addressable_shards:
+            data = np.asarray(shard.data)
+            first = copies.setdefault(str(shard.index), data)
+            np.testing.assert_array_equal(first, data, jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize(
@@ -422,13 +432,7 @@ def test_what_is_not_finite_on_one_device_is_refused_on_all(factory, mesh):
     sharded = on_eight(guarded, SPECS, mesh, stream)
     assert_equal_everywhere(on_one(guarded, stream), sharded)
     assert memoptax.buffer_stats(sharded[1])["fill"] == 2
-    state = sharded[1][0]
-    assert state.buffer.offered == 6
-    for counter in jax.tree.leaves((state.buffer.keys, state.buffer.offered)):
-        copies = [np.asarray(shard.data) for shard in counter.addressable_shards]
-        assert len(copies) == 8
-        for copy in copies:
-            np.testing.assert_array_equal(copy, copies[0])
+    assert sharded[1][0].buffer.offered == 6
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
@@ -452,6 +456,80 @@ def test_what_overflows_in_storage_on_one_device_is_refused_on_all(mesh):
     assert all(np.isfinite(x).all() for x in state.buffer.total.values())
 
 
+def largest_entry(gradients):
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in gradients.values()]))
+
+
+def test_a_rule_of_ones_own_decides_alike_if_it_asks_all_devices(mesh):
+    stream, make = few(values(8)), momentum(priority_fn=largest_entry)
+    single = on_one(make, stream)
+
+    def asks_all(gradients):
+        return jax.lax.pmax(largest_entry(gradients), BOTH)
+
+    for check_vma in (True, False):
+        sharded = on_eight(PLAIN, SPECS, mesh, stream, check_vma, rule=asks_all)
+        assert_equal_everywhere(single, sharded)
+    # One that does not ask lets each device keep what it likes.
+    sharded = on_eight(PLAIN, SPECS, mesh, stream, False, rule=largest_entry)
+    with pytest.raises(AssertionError):
+        assert_equal_everywhere(single, sharded)
+
+
+# Rows of int8 that a device sees a part of:
+
+SPLIT = {
+    "buffer_dtype": momentum(buffer_dtype="int8"),
+    "mu_dtype": functools.partial(memoptax.adam_cm, 0.1, mu_dtype="int8", **BUFFER),
+    "mu_dtype of sgd": functools.partial(memoptax.sgd_cm, 0.1, mu_dtype="int8"),
+}
+
+
+@pytest.mark.parametrize("make", SPLIT.values(), ids=SPLIT)
+@pytest.mark.parametrize(
+    ("axes", "check_vma", "message"),
+    [
+        (SPECS, True, r"P.*for a leaf in int8, which divides its last axis over 2"),
+        (SPECS, False, r"P.*for a leaf in int8, which divides its last axis over 2"),
+        ("auto", True, r"scales\[0\] is P.* could not infer replication"),  # by JAX
+    ],
+)
+def test_the_parts_of_a_row_in_int8_are_not_passed_for_it(
+    make, axes, check_vma, message, mesh
+):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        on_eight(make, axes, mesh, few(values(8)), check_vma)
+
+
+def test_parts_of_a_row_in_int8_may_be_kept_as_what_they_are(mesh):
+    """With scales of every device, in a state that says so."""
+    names = {"matrix": BOTH, "vector": "model", "scalar": None}
+    make, stream = SPLIT["buffer_dtype"], few(values(8))
+
+    def of_state(*arguments):
+        state, *rest = memoptax.state_partition_specs(*arguments)
+        scales = (P(None, "data", "model"), P(), P(None, "model"))
+        return state._replace(buffer=state.buffer._replace(scales=scales)), *rest
+
+    trajectory, (state, _) = on_eight(
+        make, names, mesh, stream, check_vma=False, of_state=of_state
+    )
+    assert [s.shape for s in state.buffer.scales] == [(3, 16, 2), (3,), (3, 2)]
+    rows = np.asarray(state.buffer.slots["matrix"]).reshape(3, 16, 2, 16)
+    assert np.all(np.abs(rows).max(axis=-1) == 127)
+    exact, _ = plain_on_one()
+    for name in FEW:
+        np.testing.assert_allclose(trajectory[name], exact[name], atol=0.05)
+
+
+def test_an_axis_of_one_device_divides_no_row():
+    mesh = jax.make_mesh((8, 1), BOTH, axis_types=(AxisType.Auto,) * 2)
+    specs = {"matrix": P("data", "model"), "vector": P("model"), "scalar": P()}
+    make, stream = SPLIT["buffer_dtype"], few(values(8))
+    sharded = on_eight(make, specs, mesh, stream, specs=specs, check_vma=False)
+    assert_equal_everywhere(on_one(make, stream), sharded)
+
+
 def test_sharded_norm_is_the_norm(mesh):
     gradients = few(values())
     expected = sum(np.linalg.norm(g) for g in gradients.values())
@@ -467,6 +545,7 @@ def test_sharded_norm_is_the_norm(mesh):
     np.testing.assert_allclose(
         memoptax.sharded_norm("auto")(gradients), expected, rtol=1e-6
     )
+    assert memoptax.sharded_norm("auto")({"none": None}) == 0
 
 
 @pytest.mark.parametrize(
@@ -479,6 +558,8 @@ def test_sharded_norm_is_the_norm(mesh):
 def test_axes_that_cannot_be_right_are_refused(axes, message, mesh):
     with pytest.raises(ValueError, match=message):
         on_eight(PLAIN, axes, mesh, few(values(8)), check_vma=False)
+    with pytest.raises(ValueError, match="rule must be a function, but is 'max'"):
+        memoptax.sharded_norm(axes, "max")
 
 
 # --- slots in the host's memory -------------------------------------------------------
@@ -517,8 +598,11 @@ def test_slots_may_lie_in_the_memory_of_the_host(name, mesh):
 
 def test_memory_that_is_not_there_is_refused(mesh):
     tx, x = memoptax.sgd_c(0.1), jax.ShapeDtypeStruct((8,), jnp.float32)
-    with pytest.raises(ValueError, match="slots_memory_kind must be one of 'pinned_h"):
-        memoptax.state_shardings(tx, x, mesh, slots_memory_kind="disk")
+    # JAX itself takes 'unpinned_host' and leaves the slots where they are.
+    for kind in ("disk", "unpinned_host"):
+        message = f"slots_memory_kind must be one of 'pinned_host', .* is '{kind}'"
+        with pytest.raises(ValueError, match=message):
+            memoptax.state_shardings(tx, x, mesh, slots_memory_kind=kind)
 
     class Device:
         device_kind = "abacus"
