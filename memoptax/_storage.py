@@ -97,7 +97,9 @@ def encode(x, like: Stored) -> Stored:
     """
     dtype = like.values.dtype
     if like.scale is not None:
-        return _quantize(x, _row(jnp.max, jnp.abs(x), initial=0))
+        # Not one reduction of its magnitude, which on a mesh XLA would store.
+        high, low = _row(jnp.max, x, initial=0), _row(jnp.min, x, initial=0)
+        return _quantize(x, jnp.maximum(high, -low))
     return Stored(_bits(x) if dtype == _BITS else x.astype(dtype), None)
 
 
