@@ -97,9 +97,7 @@ def encode(x, like: Stored) -> Stored:
     """
     dtype = like.values.dtype
     if like.scale is not None:
-        # Not one reduction of its magnitude, which on a mesh XLA would store.
-        high, low = _row(jnp.max, x, initial=0), _row(jnp.min, x, initial=0)
-        return _quantize(x, jnp.maximum(high, -low))
+        return _quantize(x, _row(jnp.max, jnp.abs(x), initial=0))
     return Stored(_bits(x) if dtype == _BITS else x.astype(dtype), None)
 
 
@@ -118,7 +116,8 @@ def encode_computed(f, entries, operands, like: Stored, step) -> Stored:
         return _row(jnp.max, magnitude(*entries(*operands)), initial=0)
 
     shape = operands[0].shape
-    if math.prod(shape) < _maxima.SMALL:
+    # What the maxima of a small leaf store on a mesh is much beside its int8.
+    if math.prod(shape) < 4 * _maxima.SMALL:
         most = alone(largest, step, *operands)
     else:
         row = (1,) * (len(shape) - 1) + shape[-1:]
