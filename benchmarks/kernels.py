@@ -71,6 +71,8 @@ def profile(runner, arguments, rounds):
                     kind = kinds[event.name]
                     spent[kind] += event.duration_ns / 1e6 / rounds
                     names[kind].add(event.name)
+    if not spent:
+        raise SystemExit("The trace names no kernel of the compiled program.")
     return [
         {"kernel": kind[0], "touches": kind[1], "leaves": len(names[kind]), "ms": ms}
         for kind, ms in spent.most_common()

@@ -33,30 +33,32 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 
 
 def draw_times(axes, sections):
-    """Median time of an accepted step over adam's, by C."""
+    """Median time of an accepted step over adam's, by C; returns the lines."""
     rows = [row for row in sections["steps"]["rows"] if row["topc"]]
-    largest = max((row["size"], -row["leaves"]) for row in rows)
-    rows = [row for row in rows if (row["size"], -row["leaves"]) == largest]
-    chosen = ("sgd_c", "adam_c", "adam_cm", "rmsprop_c")
-    for colour, name in zip(COLOURS, chosen):
-        points = [
-            (row["topc"], row["accepted"]["ratio"])
-            for row in rows
-            if row["optimizer"] == name
-        ]
-        axes.plot(*zip(*points), "o-", color=colour, label=name)
+    largest = max((row["size"], row["leaves"]) for row in rows)
+    rows = [row for row in rows if (row["size"], row["leaves"]) == largest]
+    lines = {}
+    for row in rows:
+        line = lines.setdefault((row["optimizer"], row["slots"]), [])
+        line.append((row["topc"], row["accepted"]["ratio"]))
+    for colour, name in zip(COLOURS, ("sgd_c", "adam_c", "adam_cm", "rmsprop_c")):
+        for dtype, style in (("float32", "o-"), ("int8", "s:")):
+            if points := lines.get((name, dtype)):
+                label = name if dtype == "float32" else f"{name}, int8"
+                axes.plot(*zip(*points), style, color=colour, label=label)
     axes.axhline(1, color="black", lw=1, ls=":", label="optax.adam")
     axes.set(
         xscale="log",
-        ylim=(0, 1.35 * max(row["accepted"]["ratio"] for row in rows)),
+        ylim=(0, 1.4 * max(row["accepted"]["ratio"] for row in rows)),
         xlabel="C, slots (logarithmic)",
         ylabel="time of a step / optax.adam",
-        title=f"Time: {largest[0] >> 20} · 2²⁰ float32 in {-largest[1]} leaves",
+        title=f"Time: {largest[0] >> 20} · 2²⁰ float32 in {largest[1]} leaves",
     )
     axes.set_xticks(sorted({row["topc"] for row in rows}))
     axes.get_xaxis().set_major_formatter("{x:.0f}")
     axes.minorticks_off()
-    axes.legend(frameon=False, ncols=3, loc="upper center")
+    axes.legend(frameon=False, ncols=3, loc="upper center", fontsize=8)
+    return lines
 
 
 def draw_bytes(axes):

@@ -1,5 +1,8 @@
 """Time and memory of one step of every optimizer, as ratios to ``optax.adam``.
 
+    python benchmarks/steps.py [--quick] [--flat] [--size 1048576 16777216]
+        [--leaves 1 64] [--topc 1 5 20 80] [--dtype float32 bfloat16 int8] [--steps 10]
+
 One process; each optimizer takes turns with adam on the same parameters and gradients,
 so that whatever else the machine does falls on both. Timed is the donated, jitted
 update with ``apply_updates``, in two streams once the buffer is full: one in which

@@ -36,6 +36,10 @@ SGD_RATES = tuple(2e-3 * 2**k for k in range(8))
 OPTIMIZERS = {
     "adam": (optax.adam, ADAM_RATES),
     "adam_c": (memoptax.adam_c, ADAM_RATES),
+    "adam_c, int8 slots": (
+        functools.partial(memoptax.adam_c, buffer_dtype="int8"),
+        ADAM_RATES,
+    ),
     "adam_c, FIFO": (
         functools.partial(memoptax.adam_c, fifo_probability=1.0),
         ADAM_RATES,

@@ -13,7 +13,6 @@ import argparse
 import collections
 import functools
 import re
-import sys
 import time
 import zlib
 
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tqdm import tqdm
 
 import memoptax
 
@@ -117,7 +117,8 @@ def train(step, tx, ngrams, stream, steps, words, bar=False):
     tables = init_tables(words)
     state = tx.init(tables)
     losses, seconds, touched = [], [], []
-    for t in range(steps):
+    ticks = tqdm(range(steps), unit="step", disable=not bar)
+    for _ in ticks:
         center, context = next(stream)
         ids = {"ngrams": jnp.asarray(ngrams[center]), "contexts": jnp.asarray(context)}
         jax.block_until_ready(ids)
@@ -127,16 +128,7 @@ def train(step, tx, ngrams, stream, steps, words, bar=False):
         losses.append(float(value))
         rows = np.unique(ngrams[center])
         touched.append((rows < BUCKETS).sum() + len(np.unique(context)))
-        if bar and (t % 50 == 49 or t == steps - 1):
-            done = 30 * (t + 1) // steps
-            mean = np.mean(losses[-200:])
-            print(
-                f"\r[{'#' * done}{'.' * (30 - done)}] {t + 1}/{steps}  loss {mean:.3f}",
-                end="",
-                file=sys.stderr,
-            )
-    if bar:
-        print(file=sys.stderr)
+        ticks.set_postfix(loss=f"{np.mean(losses[-200:]):.3f}", refresh=False)
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     return tables, losses, 1e3 * np.median(seconds), np.mean(touched), size
 

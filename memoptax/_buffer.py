@@ -77,12 +77,12 @@ def priority(
     """How critical ``gradients`` are, (R,): the sum of the L2 norms of a row's leaves.
 
     ``priority_fn`` replaces the rule; without syncing it is given one leaf at a time.
-    Here and below ``across`` adds up what several devices know of the squares of every
-    leaf, so that all of them decide the same; None where one device sees whole leaves.
+    Here and below ``across`` is that of :func:`memoptax._norms.of`: with it all devices
+    decide alike.
     """
     dtype, leaves = buffer.keys.dtype, _leaves(gradients, buffer)
     if priority_fn is None:
-        norms = _norms.norms(leaves, dtype, across)
+        norms = _norms.of(leaves, dtype, across)
         return jnp.sum(norms, keepdims=True) if synced else norms
     parts = jax.lax.stop_gradient([gradients] if synced else leaves)
     return _norms.vector(
@@ -98,7 +98,7 @@ def fill(buffer: Buffer) -> jax.Array:
 def all_finite(buffer: Buffer, gradients, across=None) -> jax.Array:
     """Whether the norm of every leaf is a finite number, and so every gradient."""
     leaves, dtype = _leaves(gradients, buffer), buffer.keys.dtype
-    return jnp.all(jnp.isfinite(_norms.norms(leaves, dtype, across)))
+    return jnp.all(jnp.isfinite(_norms.of(leaves, dtype, across)))
 
 
 def push(
@@ -116,16 +116,18 @@ def push(
     of its keys, or if a FIFO draw says so. They replace the entry with that key (under
     FIFO the oldest), and then the keys of all filled entries decay, the new one's too.
     Values that are not finite, or whose priority is not, count as never offered. Where
-    the caller keeps them in storage himself, ``stored`` are the leaves there.
+    the caller keeps them in storage itself, ``stored`` are the leaves there.
     """
     leaves, treedef = jax.tree.flatten(values)
     stacks = _storage.unpack(treedef, buffer.slots, buffer.scales)
     totals = treedef.flatten_up_to(buffer.total)
     if stored is None:
-        stored, norms = _norms.stored(leaves, stacks, buffer.keys.dtype, across)
+        stored, norms = _norms.encode_and_bound(
+            leaves, stacks, buffer.keys.dtype, across
+        )
     else:
         dtypes, step = [x.dtype for x in leaves], jnp.min(buffer.offered, initial=0)
-        stored, norms = _norms.restored(
+        stored, norms = _norms.keep_and_bound(
             stored, stacks, dtypes, buffer.keys.dtype, step, across
         )
     after, rows, inexact = _decide(
@@ -219,7 +221,7 @@ def resize(buffer: Buffer, topc: int) -> Buffer:
     stacks = _storage.unpack(treedef, buffer.slots, buffer.scales)
     for leaf, slots in enumerate(jnp.broadcast_to(place, (leaves, kept))):
         stacks[leaf] = _storage.select(stacks[leaf], slots, topc + 1)
-    totals = _sums.take(totals, stacks, [topc])
+    totals = _sums.anew(totals, stacks, [topc])
     slots, scales = _storage.pack(treedef, stacks, buffer.scales)
     resized = buffer._replace(
         slots=slots,

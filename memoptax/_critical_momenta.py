@@ -113,7 +113,7 @@ def critical_momenta(
 
     def update_fn(updates, state, params=None):
         del params
-        _options.check_rows(options, updates, state.mu_scales)
+        _options.check_scales(options, updates, state.mu_scales)
         finite = _buffer.all_finite(state.buffer, updates, options.across)
         m, stored, mu, mu_scales = _momentum(updates, state, b1, finite)
         joined, buffer = _options.remember(
@@ -222,7 +222,7 @@ def scale_by_adam_cm(
 
     def update_fn(updates, state, params=None):
         del params
-        _options.check_rows(options, updates, state.mu_scales)
+        _options.check_scales(options, updates, state.mu_scales)
         finite = _buffer.all_finite(state.buffer, updates, options.across)
         # Adam takes its first step, so a κ of 0 skips none.
         first = (state.count == 0) & (kappa != 0) if skip_first else False
@@ -240,10 +240,7 @@ def scale_by_adam_cm(
         joined = _where(first, m, joined)
         # Adam's second moment is of the gradients, and a κ of 0 is Adam.
         squared = _where(jnp.asarray(kappa) == 0, updates, joined)
-        nu = optax.tree.update_moment_per_elem_norm(squared, state.nu, b2, 2)
-        nu = _where(finite, nu, state.nu)
-        nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu) if amsgrad else None
-        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
+        count, nu, nu_max = _second_moment(squared, state, b2, finite)
         scaled = _pytorch.normalize(
             joined,
             nu_max if amsgrad else nu,
@@ -253,8 +250,8 @@ def scale_by_adam_cm(
             eps,
             eps_root,
         )
-        scaled = _spoiled(scaled, updates)
-        return scaled, ScaleByAdamCmState(count, mu, mu_scales, nu, nu_max, buffer)
+        state = ScaleByAdamCmState(count, mu, mu_scales, nu, nu_max, buffer)
+        return _spoiled(scaled, updates), state
 
     return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
 
@@ -504,7 +501,7 @@ def _momentum(gradients, state, b1, taken):
     totals = treedef.flatten_up_to(state.buffer.total)
     before = _storage.unpack(treedef, state.mu, state.mu_scales)
     after = [
-        _moved(g.astype(total.dtype), old, b1, taken, jnp.min(state.buffer.offered))
+        _blended(g.astype(total.dtype), old, b1, taken, jnp.min(state.buffer.offered))
         for g, total, old in zip(leaves, totals, before)
     ]
     m = [_storage.decode(new, total.dtype) for new, total in zip(after, totals)]
@@ -512,7 +509,7 @@ def _momentum(gradients, state, b1, taken):
     return treedef.unflatten(m), after, mu, mu_scales
 
 
-def _moved(gradient, old, b1, taken, step):
+def _blended(gradient, old, b1, taken, step):
     def blend(gradient, values, scale):
         m = _storage.decode(_storage.Stored(values, scale), gradient.dtype)
         m = optax.tree.update_moment(gradient, m, b1, 1).astype(gradient.dtype)
@@ -522,6 +519,15 @@ def _moved(gradient, old, b1, taken, step):
         blend, lambda *numbers: numbers, (gradient, *old), old, step
     )
     return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
+
+
+def _second_moment(updates, state, b2, finite):
+    """Steps taken, v and its maximum (None if the state has none) after this one."""
+    nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+    nu = _where(finite, nu, state.nu)
+    amsgrad = state.nu_max is not None
+    nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu) if amsgrad else None
+    return jnp.where(finite, optax.safe_increment(state.count), state.count), nu, nu_max
 
 
 def _spoiled(updates, gradients):

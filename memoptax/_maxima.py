@@ -20,7 +20,7 @@ import jax.numpy as jnp
 Box = tuple[int, ...]
 
 _LANES = 8
-SMALL = 2**15  # entries; below this a temporary lives in the cache
+_SMALL = 2**15  # entries; below this a temporary lives in the cache
 _LONG = 2**13  # entries of a row
 
 
@@ -57,7 +57,7 @@ def maxima(
       f: an elementwise function of arrays that broadcast against each other.
       entries: makes the arguments of f from the operands. The first of them has the
         full shape, the others may have axes of size one.
-      operands: small arrays, but for the first, which has the full shape.
+      operands: arrays; the first has the full shape.
       box: the box shape.
       step: an integer scalar >= 0 that the compiler cannot know.
     """
@@ -79,7 +79,7 @@ def maxima(
 
     spanned = [i for i, (b, n) in enumerate(zip(box, shape)) if b >= n]
     axis = max(spanned, key=lambda i: shape[i], default=None)
-    if axis is None or math.prod(shape) < SMALL or _is_sharded(operands[0]):
+    if axis is None or math.prod(shape) < _SMALL or _is_sharded(operands[0]):
         return stored(step, *operands)
     return jax.lax.platform_dependent(step, *operands, cpu=folded, default=stored)
 

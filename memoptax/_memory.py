@@ -130,10 +130,7 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
     roots = _paths_of(type(params), state)
     fields, per_device = collections.Counter(), collections.Counter()
     for (path, leaf), sharding in zip(leaves, laid_out):
-        # A field may hold a tree like the parameters, whose own names do not count.
-        like = (i for i in range(len(path)) if path[:i] in roots and path[i:] in inside)
-        names = [key.name for key in path[: next(like, None)] if hasattr(key, "name")]
-        name = names[-1] if names else "state"
+        name = _field(path, roots, inside)
         part = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         fields[name] += math.prod(leaf.shape) * leaf.dtype.itemsize
         per_device[name] += math.prod(part) * leaf.dtype.itemsize
@@ -143,6 +140,16 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         per_device=None if shardings is None else dict(per_device),
     )
+
+
+def _field(path, roots, inside):
+    """The innermost named field of the state, above any tree like the parameters."""
+    for i in range(len(path)):
+        if path[:i] in roots and path[i:] in inside:  # the rest names a parameter
+            path = path[:i]
+            break
+    names = [key.name for key in path if hasattr(key, "name")]
+    return names[-1] if names else "state"
 
 
 def _paths_of(kind, tree):

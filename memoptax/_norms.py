@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from memoptax import _storage
 
 
-def norms(leaves, dtype, across=None):
+def of(leaves, dtype, across=None):
     """The L2 norm of every leaf, (L,).
 
     ``across`` adds up what several devices know of the squares of every leaf; None
@@ -15,15 +15,16 @@ def norms(leaves, dtype, across=None):
     return _roots(_squares(leaves, dtype), dtype, across)
 
 
-def stored(leaves, stacks, dtype, across=None):
+def encode_and_bound(leaves, stacks, dtype, across=None):
     """The leaves as the stacks store them, and bounds on their norms then, (L,)."""
-    return _encoded(leaves, stacks, norms(leaves, dtype, across), across)
+    return _encoded(leaves, stacks, of(leaves, dtype, across), across)
 
 
-def restored(values, stacks, dtypes, dtype, step, across=None):
-    """The same of ``values`` in storage, of ``dtypes``; theirs may be another storage.
+def keep_and_bound(values, stacks, dtypes, dtype, step, across=None):
+    """The same of ``values`` that are stored already, and were of ``dtypes``.
 
-    ``step`` is an integer scalar that the compiler cannot know, at least 0.
+    They are stored anew where the stacks store in another way. ``step`` is an integer
+    scalar that the compiler cannot know, at least 0.
     """
 
     def leaves(values):

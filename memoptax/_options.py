@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoptax import _aggregation, _buffer, _check, _storage
+from memoptax import _aggregation, _buffer, _check, _sharded_norm, _storage
 
 _ARGS = """\
 topc: the capacity C of the buffer, a static integer; None means 5. The papers' grid is
@@ -86,14 +86,14 @@ class Options(NamedTuple):
     @property
     def across(self) -> Callable | None:
         """What adds up squares over devices, if priorities are sharded_norm's."""
-        return getattr(self.priority_fn, "across", None)
+        norm = self.priority_fn
+        return norm.across if isinstance(norm, _sharded_norm.ShardedNorm) else None
 
     @property
     def rule(self) -> Callable | None:
         """The priority, or None for the default one; sharded_norm has one inside it."""
-        if self.across is None:
-            return self.priority_fn
-        return getattr(self.priority_fn, "rule", None)
+        norm = self.priority_fn
+        return norm.rule if isinstance(norm, _sharded_norm.ShardedNorm) else norm
 
 
 def options(
@@ -155,7 +155,7 @@ def remember(
     ``stored`` is, :func:`memoptax._buffer.push` says.
     """
     across = options.across
-    check_rows(options, gradients, buffer.scales)
+    check_scales(options, gradients, buffer.scales)
     priority = _buffer.priority(
         buffer, gradients, options.rule, synced=options.synced, across=across
     )
@@ -173,14 +173,14 @@ def remember(
     return joined, buffer
 
 
-def check_rows(options: Options, gradients, scales) -> None:
+def check_scales(options: Options, gradients, scales) -> None:
     """Refuse ``scales`` of rows that do not lie whole on a device, where it is known.
 
     Those that it is known of are sharded_norm's specs.
     """
-    check = getattr(options.priority_fn, "check_rows", None)
-    if check is not None and scales is not None:
-        check(jax.tree.leaves(gradients))
+    norm = options.priority_fn
+    if isinstance(norm, _sharded_norm.ShardedNorm) and scales is not None:
+        norm.check_scales(jax.tree.leaves(gradients))
 
 
 def among(arguments: dict) -> dict:

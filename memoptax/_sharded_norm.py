@@ -33,7 +33,8 @@ def sharded_norm(axes: Any = "auto", rule: Callable | None = None):
         over an axis is not summed over it. Gradients must have been averaged over axes
         that the parameters are not sharded over.
       rule: a priority of your own instead of the sum of norms, a function of the shards
-        of one device that sums over the devices itself (``jax.lax.psum``). What the
+        of one device (of one leaf if not ``synced``) that sums over the devices itself
+        (``jax.lax.psum``). What the
         state keeps, and what is refused, is of whole leaves nevertheless; without
         ``sharded_norm`` around it, it would be of shards.
 
@@ -58,11 +59,13 @@ def sharded_norm(axes: Any = "auto", rule: Callable | None = None):
     """
     if not (rule is None or callable(rule)):
         raise ValueError(f"rule must be a function, but is {rule!r}.")
-    return _ShardedNorm(axes, rule)
+    return ShardedNorm(axes, rule)
 
 
 @dataclasses.dataclass(frozen=True)
-class _ShardedNorm:
+class ShardedNorm:
+    """What :func:`sharded_norm` makes."""
+
     axes: Any
     rule: Callable | None
 
@@ -99,7 +102,7 @@ class _ShardedNorm:
             return every
         return [tuple(n for n in a if n in b) for a, b in zip(every, varying)]
 
-    def check_rows(self, leaves):
+    def check_scales(self, leaves):
         """Refuse specs that divide the rows of leaves which int8 gives one scale.
 
         Each device would take it from its own shard, and all would pass it for one.
@@ -108,7 +111,7 @@ class _ShardedNorm:
             return
         for leaf, entry in zip(leaves, self._entries(len(leaves))):
             if isinstance(entry, PartitionSpec) and 0 < leaf.ndim == len(entry):
-                parts = math.prod(jax.lax.psum(1, name) for name in _flat(entry[-1]))
+                parts = math.prod(map(_devices, _flat(entry[-1])))
                 if parts > 1:
                     raise ValueError(
                         f"sharded_norm was given {entry} for a leaf in int8, which "
@@ -129,6 +132,12 @@ class _ShardedNorm:
                 f"gradients have {count}: {self.axes!r}."
             )
         return entries
+
+
+def _devices(name) -> int:
+    """Of how many an axis is; 1 where shard_map leaves it to the compiler."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return jax.lax.axis_size(name) if name in manual else 1
 
 
 def _wide(x):

@@ -66,10 +66,10 @@ def scale_by_sm3(
     copy of the parameters in float32, half in bfloat16, a quarter in int8 (with one
     scale per row of the last axis). Without momentum none of it is allocated.
 
-    A leaf whose squared gradient is not finite anywhere changes neither accumulators
-    nor momentum on that step; where every entry has an accumulator of its own (Adagrad:
-    vectors, scalars) only those entries do not, and the whole row of an int8 momentum.
-    Its update is not finite where the gradient is not, so that
+    Where any squared gradient of a leaf is not finite, its accumulators and momentum
+    stay as they were; where every entry has an accumulator of its own (Adagrad:
+    vectors, scalars) only that entry's do, and in int8 the momentum of its row. The
+    update is not finite where the gradient is not, so that
     :func:`optax.apply_if_finite` sees it.
 
     A gradient leaf may be row-sparse (`jax.experimental.sparse.BCOO` with one sparse
@@ -122,7 +122,7 @@ def scale_by_sm3(
       3. `beta` is an average that can decrease (in PyTorch-SM3 it cannot).
       4. Rows that a row-sparse gradient does not touch keep their accumulators, and
          duplicate rows are summed before they are squared.
-      5. A gradient that is not finite leaves no trace in the state.
+      5. What of a gradient is not finite leaves no trace in the state.
     """
     _check(momentum, beta, eps, variant, cover, accumulator_dtype, momentum_dtype)
     if isinstance(momentum, int | float) and momentum == 0:

@@ -27,35 +27,42 @@ def step(rule, count, path, boxes, gradient, numbers, memory):
     g = gradient.astype(dtype)
     families = _covers.Families(boxes, g.shape)
     nu, floors, raised = rule.precondition(g, numbers, families, beta, count)
-    by_entry = len(raised) == 1 and raised[0].shape == g.shape
-    finite = _is_finite(g) if by_entry else _are_finite(raised)
-    raised = _select(finite, raised, numbers)
-    if by_entry:
-        # Adagrad. Told by the new sum alone, so that it can overwrite the old one.
+    if len(raised) == 1 and raised[0].shape == g.shape:
+        # Adagrad. Told entry by entry, for no other entry cares; and what is told by
+        # the new sum, by it alone, so that it can overwrite the old one.
+        finite = _is_finite(g)
+        raised = _select(jnp.isfinite(raised[0]), raised, numbers)
         nu, floors = functools.partial(_adagrad, beta), raised
-
-    def direction(g, *floors):
-        return _divide(g, nu(g, *floors), eps)
-
+    else:
+        finite = _are_finite(raised)
+        raised = _select(finite, raised, numbers)
+    direction = functools.partial(_direction, nu, eps)
     if memory is None:
         q = direction(g, *families.spread(floors))
-        return q.astype(gradient.dtype), raised, memory
+    else:
+        average = functools.partial(_average, direction, momentum, families)
+        q, memory = average(g, floors, memory, finite, count)
+    return q.astype(gradient.dtype), raised, memory
+
+
+def _average(direction, momentum, families, g, floors, memory, finite, count):
+    """The momentum, in the dtype of g and as it is stored."""
+    # An int8 row has one scale, which tells whether the row can be stored.
+    by_row = memory.scale is not None and finite.ndim > 0
 
     def blend(g, values, scale, *floors):
-        old = _storage.decode(_storage.Stored(values, scale), dtype)
-        return _accumulate(old, direction(g, *floors), momentum)
+        old = _storage.decode(_storage.Stored(values, scale), g.dtype)
+        new = _accumulate(old, direction(g, *floors), momentum)
+        return jnp.where(_is_finite(g), new, jnp.inf) if by_row else new
 
     def entries(g, values, scale, *floors):
         return g, values, scale, *families.spread(floors)
 
     operands = (g, *memory, *floors)
     new = _storage.encode_computed(blend, entries, operands, memory, count)
-    if by_entry and new.scale is not None:  # int8 has a scale for the whole row
-        finite = jnp.isfinite(new.scale)
-    memory = _select(finite, new, memory)
+    memory = _select(jnp.isfinite(new.scale) if by_row else finite, new, memory)
     # Told by the stored momentum alone, for the same reason.
-    m = jnp.where(jnp.isfinite(g), _storage.decode(memory, dtype), g)
-    return m.astype(gradient.dtype), raised, memory
+    return jnp.where(jnp.isfinite(g), _storage.decode(memory, g.dtype), g), memory
 
 
 def row_sparse_step(rule, count, path, boxes, gradient, numbers, memory):
@@ -110,16 +117,17 @@ def _accumulate(old, new, decay):
     return old + new if decay is None else decay * old + (1 - decay) * new
 
 
-def _divide(g, nu, eps):
+def _direction(nu, eps, g, *floors):
     """g / sqrt(nu + eps), and 0 / 0 = 0; finite derivatives too."""
-    square = nu + eps
+    square = nu(g, *floors) + eps
+    # A known eps cannot vanish. All who read this would compute the choice again.
     if not (isinstance(eps, int | float) and eps >= jnp.finfo(square.dtype).tiny):
         square = jnp.where(square > 0, square, 1)
     return g / jnp.sqrt(square)
 
 
 def _is_finite(g):
-    """Which squares are finite. Told entry by entry, where no other entry cares."""
+    """Which squares are finite."""
     return jnp.isfinite(g * g)
 
 
@@ -134,8 +142,8 @@ def _select(condition, yes, no):
 
 
 def _hyperparameter(x, dtype):
-    """A traced one may come in bfloat16 (inject_hyperparams): compute in `dtype`."""
-    return x if x is None or isinstance(x, int | float) else jnp.asarray(x, dtype)
+    """In `dtype`: inject_hyperparams gives it in bfloat16, NumPy in float64."""
+    return x if x is None or type(x) in (int, float) else jnp.asarray(x, dtype)
 
 
 def accumulator_dtype(leaf, dtype):

@@ -45,7 +45,7 @@ def fresh_error(norms, units):
 @jax.custom_jvp
 def rebuild(totals, stacks, spares, wanted):
     """The sums, taken anew if ``wanted``; their derivative stays what it was."""
-    return take(totals, stacks, spares, wanted)
+    return anew(totals, stacks, spares, wanted)
 
 
 @rebuild.defjvp
@@ -54,7 +54,7 @@ def _rebuild_jvp(primals, tangents):
     return rebuild(*primals), tangents[0]
 
 
-def take(totals, stacks, spares, wanted=True):
+def anew(totals, stacks, spares, wanted=True):
     """The sums; if ``wanted``, each is that of all slots but the spare one.
 
     ``spares`` has an item per leaf, or one for all of them. When one leaf needs it, all

@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
@@ -58,6 +59,7 @@ def test_digits_train_and_are_drawn(tmp_path, capsys):
     # C + 4 copies of float32 and a few numbers: adam_c at C = 5.
     assert results["adam"]["state_bytes"] == pytest.approx(8, abs=0.01)
     assert results["adam_c"]["state_bytes"] == pytest.approx(36, abs=0.1)
+    assert results["adam_c, int8 slots"]["state_bytes"] < 19
     assert results["sgd_c"]["state_bytes"] == pytest.approx(32, abs=0.1)
 
 
@@ -195,6 +197,11 @@ def test_the_results_are_drawn(tmp_path):
         copy = tmp_path / kept.name
         copy.write_text(kept.read_text())
         assert_picture(plots.draw(copy))
+        lines = plots.draw_times(plt.figure().subplots(), json.loads(copy.read_text()))
+        for points in lines.values():
+            capacities, _ = zip(*points)
+            assert sorted(set(capacities)) == list(capacities)
+        plt.close("all")
 
 
 def test_embeddings_learn_from_touched_rows(tmp_path):
@@ -203,6 +210,8 @@ def test_embeddings_learn_from_touched_rows(tmp_path):
     assert np.mean(found["losses"][-30:]) < 0.95 * np.mean(found["losses"][:30])
     assert found["bytes"] < 0.02 * found["adam_bytes"]
     assert_picture(tmp_path / "embeddings.png")
+    for word, others in found["neighbours"].items():
+        assert len(set(others)) == len(others) >= 3 and word not in others
 
 
 def test_the_language_model_learns_on_a_mesh_and_is_drawn(tmp_path, capsys):

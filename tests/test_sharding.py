@@ -530,6 +530,29 @@ def test_an_axis_of_one_device_divides_no_row():
     assert_equal_everywhere(on_one(make, stream), sharded)
 
 
+def test_an_axis_left_to_the_compiler_divides_no_row(mesh):
+    specs = {"w": P("data", "model")}
+    tx = memoptax.sgd_c(
+        0.1, buffer_dtype="int8", priority_fn=memoptax.sharded_norm(specs)
+    )
+    g = {"w": jnp.asarray(values()["matrix"], jnp.float32)}
+
+    def two_steps(g):
+        state = tx.init(g)
+        _, state = tx.update(g, state)
+        return tx.update(g, state)[0]
+
+    by_rows = {"w": P("data")}
+    sharded = jax.shard_map(
+        two_steps,
+        mesh=mesh,
+        in_specs=(by_rows,),
+        out_specs=by_rows,
+        axis_names={"data"},
+    )
+    np.testing.assert_allclose(jax.jit(sharded)(g)["w"], two_steps(g)["w"], rtol=1e-5)
+
+
 def test_sharded_norm_is_the_norm(mesh):
     gradients = few(values())
     expected = sum(np.linalg.norm(g) for g in gradients.values())
@@ -558,8 +581,11 @@ def test_sharded_norm_is_the_norm(mesh):
 def test_axes_that_cannot_be_right_are_refused(axes, message, mesh):
     with pytest.raises(ValueError, match=message):
         on_eight(PLAIN, axes, mesh, few(values(8)), check_vma=False)
+
+
+def test_a_rule_that_is_no_function_is_refused():
     with pytest.raises(ValueError, match="rule must be a function, but is 'max'"):
-        memoptax.sharded_norm(axes, "max")
+        memoptax.sharded_norm("auto", "max")
 
 
 # --- slots in the host's memory -------------------------------------------------------

@@ -297,58 +297,69 @@ def test_float16_gradients_above_300():
     np.testing.assert_allclose(state.accumulators[0][0], float(g[0, 0]) ** 2)
 
 
-@pytest.mark.parametrize("bad", [np.nan, -np.inf])
-@pytest.mark.parametrize(
-    "shape", [(), (4, 3), (400, 128), (1030, 130), (140_000,)], ids=named
-)
-@pytest.mark.parametrize("variant", ["I", "II"])
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
-def test_what_is_not_finite_leaves_no_trace(bad, shape, variant, dtype):
-    tx = memoptax.scale_by_sm3(0.9, variant=variant, momentum_dtype=dtype)
+def one_bad_step(shape, bad, momentum_dtype, variant):
+    """The update of a gradient with a bad entry among other leaves, and three states:
+    before it, after it, and had the gradient been good.
+    """
+    tx = memoptax.scale_by_sm3(0.9, variant=variant, momentum_dtype=momentum_dtype)
     update = jax.jit(tx.update)
     good = {"a": jnp.asarray(normal(0, shape), jnp.float32), "b": jnp.ones((2, 2))}
-    _, state = update(good, tx.init(good))
-    worse = dict(good, a=good["a"].at[(0,) * len(shape)].set(bad))
-    updates, after = update(worse, state)
-    assert not np.isfinite(np.asarray(updates["a"])).all()
+    _, before = update(good, tx.init(good))
+    updates, after = update(
+        dict(good, a=good["a"].at[(0,) * len(shape)].set(bad)), before
+    )
     assert np.isfinite(np.asarray(updates["b"])).all()
-    # Where every entry has its own accumulator, the others go on as ever; int8 has one
-    # scale for a row, and so keeps it whole.
-    _, healthy = update(good, state)
-    others = np.full(shape, len(shape) < 2)
-    others[(0,) * len(shape)] = False
-
-    def moved(tree, others):
-        return [
-            np.where(others if x.shape == shape else False, x, y)
-            for x, y in zip(
-                jax.tree.leaves(tree(healthy)), jax.tree.leaves(tree(state))
-            )
-        ]
-
-    for tree, who in (
-        (lambda s: s.accumulators[0], others),
-        (
-            lambda s: (s.momentum["a"], s.scales and s.scales[0]),
-            others & (dtype != "int8"),
-        ),
-    ):
-        for found, expected in zip(jax.tree.leaves(tree(after)), moved(tree, who)):
-            np.testing.assert_array_equal(found, expected)
     # The healthy leaf has moved on.
-    assert after.accumulators[1][0][0, 0] > state.accumulators[1][0][0, 0]
+    assert after.accumulators[1][0][0, 0] > before.accumulators[1][0][0, 0]
+    return updates["a"], before, after, update(good, before)[1]
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (1030, 130), (140_000,)], ids=named)
-def test_a_square_that_overflows_leaves_no_trace(shape):
-    tx = memoptax.scale_by_sm3()
-    g = jnp.ones(shape).at[(0,) * len(shape)].set(1e25)
-    updates, state = jax.jit(tx.update)(g, tx.init(g))
-    assert np.isfinite(np.asarray(updates)).all()
-    for a in state.accumulators[0]:
-        own = a.shape == g.shape  # a vector's entries have one each
-        np.testing.assert_array_equal(a.ravel()[0], 0.0)
-        np.testing.assert_array_equal(a.ravel()[1:], 1.0 if own else 0.0)
+def momentum_of_a(state):
+    return state.momentum["a"], state.scales and state.scales[0]
+
+
+each_storage = pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+# The square of the last is not finite.
+each_bad = pytest.mark.parametrize("bad", [np.nan, -np.inf, 1e25])
+
+
+@each_bad
+@pytest.mark.parametrize("shape", [(4, 3), (400, 128), (1030, 130)], ids=named)
+@pytest.mark.parametrize("variant", ["I", "II"])
+@each_storage
+def test_what_is_not_finite_leaves_no_trace(bad, shape, variant, dtype):
+    update, before, after, _ = one_bad_step(shape, bad, dtype, variant)
+    assert np.isfinite(np.asarray(update)).all() == np.isfinite(bad)
+    for of in (lambda s: s.accumulators[0], momentum_of_a):
+        jax.tree.map(np.testing.assert_array_equal, of(before), of(after))
+
+
+@each_bad
+@pytest.mark.parametrize("shape", [(), (300,), (140_000,)], ids=named)
+@pytest.mark.parametrize("variant", ["I", "II"])
+@each_storage
+def test_adagrad_refuses_entry_by_entry(bad, shape, variant, dtype):
+    update, *states = one_bad_step(shape, bad, dtype, variant)
+    assert np.isfinite(np.asarray(update)).all() == np.isfinite(bad)
+    there = (0,) * len(shape)
+    for of in (lambda s: s.accumulators[0][0], lambda s: s.momentum["a"]):
+        before, after, healthy = (np.array(of(s)) for s in states)
+        if before.dtype == np.int8:  # with one scale, the row rests whole
+            np.testing.assert_array_equal(after, before)
+            np.testing.assert_array_equal(states[1].scales[0], states[0].scales[0])
+            continue
+        assert not np.array_equal(before, healthy)
+        healthy[there] = before[there]
+        np.testing.assert_array_equal(after, healthy)
+
+
+def test_an_accumulator_does_not_overflow():
+    tx, g = memoptax.scale_by_sm3(), jnp.array([1.5e19, 1.0])
+    state = tx.init(g)
+    for _ in range(3):
+        updates, state = tx.update(g, state)
+    np.testing.assert_allclose(state.accumulators[0][0], [2.25e38, 3])
+    np.testing.assert_allclose(updates, [1, 3**-0.5], rtol=1e-6)
 
 
 def test_apply_if_finite_sees_what_is_not_finite():
