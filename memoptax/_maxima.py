@@ -68,7 +68,7 @@ def maxima(
 
     def folded(step, *operands):
         def taken(*operands):
-            return box_max(_fold(f, entries(*operands), axis), box)
+            return box_max(_fold(f, entries(*operands), shape, spanned), box)
 
         def refused(*operands):
             # Made of an operand: inside shard_map it varies over the same axes.
@@ -77,20 +77,37 @@ def maxima(
 
         return jax.lax.cond(step >= 0, taken, refused, *operands)
 
-    spanned = [i for i, (b, n) in enumerate(zip(box, shape)) if b >= n]
-    axis = max(spanned, key=lambda i: shape[i], default=None)
-    if axis is None or math.prod(shape) < _SMALL or _is_sharded(operands[0]):
+    spanned = [i for i, (b, n) in enumerate(zip(box, shape)) if b >= n > 1]
+    if not spanned or math.prod(shape) < _SMALL or _is_sharded(operands[0]):
         return stored(step, *operands)
     return jax.lax.platform_dependent(step, *operands, cpu=folded, default=stored)
 
 
-def _fold(f, arguments, axis):
-    lanes = zip(*(_lanes(x, axis) for x in arguments))
+def _fold(f, arguments, shape, spanned):
+    axis = max(spanned, key=lambda i: shape[i])
+    window = [i for i in spanned if i != axis]
+    if _LANES <= math.prod(shape[i] for i in window) <= 4 * _LANES:
+        # The window of a convolution: twice as quick as to split its channels.
+        lanes = zip(*(_places(x, window, shape) for x in arguments))
+    else:
+        lanes = zip(*(_lanes(x, axis) for x in arguments))
     x = functools.reduce(_larger, (_no_nan(f(*lane)) for lane in lanes))
     # What is left is an eighth, and XLA reduces it well unless its rows are long.
     while x.shape[axis] > 1 and math.prod(x.shape[axis + 1 :]) > _LONG:
         x = functools.reduce(_larger, _lanes(x, axis))
     return x
+
+
+def _places(x, axes, shape):
+    """The slices at all places of some axes."""
+    slices = [x]
+    for axis in axes:
+        slices = [
+            part if part.shape[axis] == 1 else jax.lax.index_in_dim(part, k, axis)
+            for part in slices
+            for k in range(shape[axis])
+        ]
+    return slices
 
 
 def _lanes(x, axis):

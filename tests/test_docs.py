@@ -1,11 +1,13 @@
 """What the README says is run, and what it counts is counted again."""
 
+import json
 import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+import tables
 
 import memoptax
 
@@ -61,3 +63,9 @@ def test_public_functions_document_themselves(name):
 def test_the_face_is_thin():
     lines = (ROOT / "memoptax" / "__init__.py").read_text().splitlines()
     assert len(lines) < 60
+
+
+def test_the_speed_in_the_readme_is_that_of_the_results():
+    sections = json.loads(tables.RESULTS.read_text())
+    assert all(f"<!-- speed: {name} -->" in README for name in tables.TABLES)
+    assert tables.fill(README, sections) == README

@@ -1,0 +1,166 @@
+"""Write the README's tables of speed anew, from the results that are kept.
+
+    python benchmarks/tables.py
+
+A table named x stands between the comments "<!-- speed: x -->" and "<!-- end -->".
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/amd-epyc-2-cores-jax0.10.2.json"
+
+
+def table(*rows):
+    """Rows of cells, of which the first is the head, in Markdown."""
+    head, *body = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def find(rows, **wanted):
+    (row,) = (r for r in rows if all(r[key] == x for key, x in wanted.items()))
+    return row
+
+
+def code(name):
+    """`sgd_c`, momentum for "sgd_c momentum"."""
+    first, _, rest = name.replace(",", "").partition(" ")
+    return f"`{first}`" + (f", {rest}" if rest else "")
+
+
+def flat(rows):
+    """Is a step as long whatever C is?"""
+    capacities = sorted({row["topc"] for row in rows})
+    lines = [("parameters", "C", *capacities)]
+    for leaves, name in ((4, "four 2048²"), (1, "one 4096²")):
+        for label, key, digits in (
+            ("mean, ms", "mean_ms", 1),
+            ("/ adam", "mean_ratio", 2),
+            ("slowest, ms", "slowest_ms", 0),
+        ):
+            cells = [find(rows, leaves=leaves, topc=c)[key] for c in capacities]
+            lines.append((name, label, *(f"{x:.{digits}f}" for x in cells)))
+    return table(*lines)
+
+
+def steps(rows):
+    """Every optimizer, at C = 5 and 80, in float32 and in fewer bits."""
+    rows = [r for r in rows if (r["size"], r["leaves"]) == (1 << 24, 64) and r["topc"]]
+    lines = [
+        ("/ adam", "C = 5, accepted", "rejected", "C = 80, accepted", "rejected")
+        + ("C = 5, bfloat16 slots", "int8 slots")
+    ]
+    for name in dict.fromkeys(row["optimizer"] for row in rows):
+        cells = [
+            find(rows, optimizer=name, topc=c, slots="float32")[label]
+            for c in (5, 80)
+            for label in ("accepted", "rejected")
+        ]
+        cells += [
+            find(rows, optimizer=name, topc=5, slots=dtype)["accepted"]
+            for dtype in ("bfloat16", "int8")
+        ]
+        lines.append((code(name), *(f"{cell['ratio']:.2f}" for cell in cells)))
+    return table(*lines)
+
+
+def sm3(rows):
+    lines = [
+        ("parameters", "`sm3` / `optax.adam`", "/ `optax.sm3`")
+        + ("with momentum / `optax.adam`", "in int8")
+    ]
+    for kind in dict.fromkeys(r["parameters"] for r in rows if "/ adam" in r):
+        plain, momentum, int8 = (
+            find(rows, parameters=kind, optimizer=name)
+            for name in ("sm3", "sm3, momentum", "sm3, momentum in int8")
+        )
+        cells = plain["/ adam"], plain["/ optax.sm3"], momentum["/ adam"]
+        cells += (int8["/ adam"],)
+        lines.append((kind, *(f"{x:.2f}" for x in cells)))
+    small, large = (
+        find(rows, parameters=f"rows of {n} x 64")["ms"] for n in (10_000, 1_000_000)
+    )
+    return table(*lines) + (
+        f"\n\nRow-sparse, 1,024 rows of a table of 10,000 x 64: {small:.2f} ms a step; "
+        f"of\n1,000,000 x 64: {large:.2f} ms."
+    )
+
+
+def kernels(rows):
+    """What a step touches, and how long that takes."""
+    lines = [("16 M parameters", "copies touched", "time in copies", "its kernels")]
+    for step in (row for row in rows if row["kernel"] == "the step"):
+        parts = [r for r in rows if r["optimizer"] == step["optimizer"]]
+        touched = [
+            p["touches"]
+            for p in parts
+            if p is not step
+            for _ in range(p["leaves"] // 4)
+        ]
+        cells = f"{step['touches']:.0f}", f"{step['copies']:.1f}"
+        lines.append((code(step["optimizer"]), *cells, " + ".join(map(str, touched))))
+    return table(*lines)
+
+
+def training(rows):
+    lines = [("training step of 10.8 M parameters", "/ adam")]
+    lines += [
+        (code(row["optimizer"]), f"{row['/ adam']:.2f}")
+        for row in rows
+        if not row["optimizer"].startswith("optax.adam")
+    ]
+    return table(*lines)
+
+
+def peers(rows):
+    lines = [("update of 16 M parameters", "ms")]
+    lines += [
+        (row["optimizer"].replace("torch.optim.", "torch "), f"{row['ms']:.1f}")
+        for row in rows
+    ]
+    return table(*lines)
+
+
+def compile_time(rows):
+    rows = [row for row in rows if row["leaves"] == 200]
+    names = dict.fromkeys(row["optimizer"] for row in rows if row["C"])
+    lines = [("200 leaves, / adam", "C = 5", "20", "80")]
+    for name in names:
+        cells = [find(rows, optimizer=name, C=c)["/ adam"] for c in (5, 20, 80)]
+        lines.append((code(name), *(f"{x:.1f}" for x in cells)))
+    plain = find(rows, optimizer="sm3")["/ adam"]
+    return table(*lines, ("`sm3`", *[f"{plain:.1f}"] * 3))
+
+
+TABLES = {
+    "flat": ("flat", flat),
+    "steps": ("steps", steps),
+    "sm3": ("sm3", sm3),
+    "kernels": ("kernels", kernels),
+    "training": ("training step", training),
+    "peers": ("peers", peers),
+    "compile": ("compile time", compile_time),
+}
+
+
+def fill(text, sections):
+    """The text with its tables as these results have them."""
+
+    def written(match):
+        section, write = TABLES[match["name"]]
+        return f"{match['begin']}\n{write(sections[section]['rows'])}\n<!-- end -->"
+
+    block = r"(?P<begin><!-- speed: (?P<name>\w+) -->).*?<!-- end -->"
+    return re.sub(block, written, text, flags=re.S)
+
+
+def main():
+    readme = ROOT / "README.md"
+    sections = json.loads(RESULTS.read_text())
+    readme.write_text(fill(readme.read_text(), sections))
+
+
+if __name__ == "__main__":
+    main()
