@@ -40,7 +40,7 @@ def draw_times(axes, sections):
     lines = {}
     for row in rows:
         line = lines.setdefault((row["optimizer"], row["slots"]), [])
-        line.append((row["topc"], row["accepted"]["ratio"]))
+        line.append((row["topc"], row["accepted / adam"]))
     for colour, name in zip(COLOURS, ("sgd_c", "adam_c", "adam_cm", "rmsprop_c")):
         for dtype, style in (("float32", "o-"), ("int8", "s:")):
             if points := lines.get((name, dtype)):
@@ -49,7 +49,7 @@ def draw_times(axes, sections):
     axes.axhline(1, color="black", lw=1, ls=":", label="optax.adam")
     axes.set(
         xscale="log",
-        ylim=(0, 1.4 * max(row["accepted"]["ratio"] for row in rows)),
+        ylim=(0, 1.4 * max(row["accepted / adam"] for row in rows)),
         xlabel="C, slots (logarithmic)",
         ylabel="time of a step / optax.adam",
         title=f"Time: {largest[0] >> 20} · 2²⁰ float32 in {largest[1]} leaves",

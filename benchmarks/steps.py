@@ -25,8 +25,7 @@ from measuring import (
     make_gradients,
     nbytes,
     optimizer_runner,
-    results_file,
-    save,
+    report,
 )
 from tqdm import tqdm
 
@@ -59,6 +58,15 @@ PLAIN = {
     "sm3": (memoptax.sm3, {}),
     "sm3 momentum": (memoptax.sm3, {"momentum": 0.9}),
 }
+COLUMNS = (
+    *("optimizer", "topc", "slots", "size", "leaves"),
+    *("accepted ms", "accepted / adam", "rejected ms", "rejected / adam"),
+    *("temporaries", "state B/param"),
+)
+FLAT_COLUMNS = (
+    *("optimizer", "topc", "size", "leaves", "accepted", "rebuilds"),
+    *("mean ms", "/ adam", "median ms", "slowest ms", "adam: slowest"),
+)
 # Keys that halve at every step are always beaten by a gradient about as large as all
 # others; keys that never decay are never beaten by a smaller one.
 ACCEPTING, REJECTING = 0.5, 1.0
@@ -112,8 +120,8 @@ def measure(name, topc, dtype, adam, gradients, steps):
         "slots": dtype,
         "size": size,
         "leaves": len(jax.tree.leaves(gradients[0])),
-        "state_bytes_per_parameter": nbytes(runner.carry[1]) / size,
-        "temporaries_per_parameter_byte": runner.temporaries / (4 * size),
+        "state B/param": nbytes(runner.carry[1]) / size,
+        "temporaries": runner.temporaries / (4 * size),
     }
     smaller = [jax.tree.map(lambda x: x / 2, gradients[0])]
     for label, decay, stream in (
@@ -128,11 +136,8 @@ def measure(name, topc, dtype, adam, gradients, steps):
         if topc:
             accepted = counts(runner)[0] - before
             assert accepted == (steps if label == "accepted" else 0), accepted
-        row[label] = {
-            "ms": 1e3 * statistics.median(seconds),
-            "adam_ms": 1e3 * statistics.median(of_adam),
-            "ratio": statistics.median(seconds) / statistics.median(of_adam),
-        }
+        taken, adam_taken = statistics.median(seconds), statistics.median(of_adam)
+        row |= {f"{label} ms": 1e3 * taken, f"{label} / adam": taken / adam_taken}
         if not topc:
             break
     return row
@@ -178,64 +183,15 @@ def measure_flat(size, topc, steps):
                     "leaves": leaves,
                     "accepted": accepted,
                     "rebuilds": rebuilds,
-                    "mean_ms": 1e3 * statistics.mean(seconds),
-                    "median_ms": 1e3 * statistics.median(seconds),
-                    "slowest_ms": 1e3 * max(seconds),
-                    "adam_mean_ms": 1e3 * statistics.mean(of_adam),
-                    "adam_median_ms": 1e3 * statistics.median(of_adam),
-                    "adam_slowest_ms": 1e3 * max(of_adam),
-                    "mean_ratio": statistics.mean(seconds) / statistics.mean(of_adam),
-                    "median_ratio": statistics.median(seconds)
-                    / statistics.median(of_adam),
+                    "mean ms": 1e3 * statistics.mean(seconds),
+                    "/ adam": statistics.mean(seconds) / statistics.mean(of_adam),
+                    "median ms": 1e3 * statistics.median(seconds),
+                    "slowest ms": 1e3 * max(seconds),
+                    "adam: slowest": 1e3 * max(of_adam),
                 }
             )
             del runner, adam, gradients
     return rows
-
-
-def print_steps(rows):
-    print(
-        f"{'optimizer':<20}{'C':>4}{'slots':>10}{'floats':>10}{'leaves':>8}"
-        f"{'accepted ms':>13}"
-        f"{'/ adam':>8}{'rejected ms':>13}{'/ adam':>8}{'temporaries':>13}"
-        f"{'state B/param':>15}"
-    )
-    for row in rows:
-        line = f"{row['optimizer']:<20}{row['topc'] or '-':>4}"
-        line += f"{row['slots'] or '-':>10}{row['size']:>10}"
-        line += f"{row['leaves']:>8}"
-        for label in ("accepted", "rejected"):
-            if label in row:
-                line += f"{row[label]['ms']:>13.2f}{row[label]['ratio']:>8.2f}"
-            else:
-                line += f"{'-':>13}{'-':>8}"
-        line += f"{row['temporaries_per_parameter_byte']:>11.3f} N"
-        print(line + f"{row['state_bytes_per_parameter']:>15.2f}")
-    print(
-        "Medians; temporaries in copies of the parameters (N). The row of adam shows "
-        "by how much such ratios err."
-    )
-
-
-def print_flat(rows):
-    print(
-        f"{'leaves':>6}{'C':>5}{'accepted':>10}{'rebuilds':>10}{'mean ms':>10}"
-        f"{'/ adam':>8}"
-        f"{'median ms':>11}{'/ adam':>8}{'slowest ms':>12}{'adam: mean':>12}"
-        f"{'median':>8}{'slowest':>9}"
-    )
-    for r in rows:
-        print(
-            f"{r['leaves']:>6}{r['topc']:>5}{r['accepted']:>10}{r['rebuilds']:>10}{r['mean_ms']:>10.2f}"
-            f"{r['mean_ratio']:>8.2f}{r['median_ms']:>11.2f}{r['median_ratio']:>8.2f}"
-            f"{r['slowest_ms']:>12.1f}{r['adam_mean_ms']:>12.2f}"
-            f"{r['adam_median_ms']:>8.2f}{r['adam_slowest_ms']:>9.1f}"
-        )
-    for leaves in FLAT_LEAVES:
-        means = [r["mean_ms"] for r in rows if r["leaves"] == leaves]
-        print(
-            f"{leaves} leaves: mean, largest over least {max(means) / min(means):.3f}"
-        )
 
 
 def main(argv=None):
@@ -252,20 +208,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     machine = describe_machine()
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
     if args.flat:
         size, topc = (4096, (1, 5)) if args.quick else (1 << 24, FLAT_TOPC)
         rows = measure_flat(size, topc, args.steps or 500)
-        print_flat(rows)
+        report(args, "flat", machine, rows, FLAT_COLUMNS)
+        for leaves in FLAT_LEAVES:
+            means = [r["mean ms"] for r in rows if r["leaves"] == leaves]
+            print(f"{leaves} leaves: largest over least {max(means) / min(means):.3f}")
     else:
         chosen = (args.size, args.leaves, args.topc, args.dtype)
         grid = ((4096,), (4,), (5,), ("float32",)) if args.quick else chosen
         rows = measure_steps(*grid, args.steps or (5 if args.quick else 10))
-        print_steps(rows)
-    if args.output or not args.quick:
-        path = args.output or results_file(machine)
-        save(path, "flat" if args.flat else "steps", machine, rows)
-        print(f"Written to {path}")
+        report(args, "steps", machine, rows, COLUMNS)
+        print("The row of adam shows by how much such ratios err.")
     return rows
 
 

@@ -36,9 +36,9 @@ def flat(rows):
     lines = [("parameters", "C", *capacities)]
     for leaves, name in ((4, "four 2048²"), (1, "one 4096²")):
         for label, key, digits in (
-            ("mean, ms", "mean_ms", 1),
-            ("/ adam", "mean_ratio", 2),
-            ("slowest, ms", "slowest_ms", 0),
+            ("mean, ms", "mean ms", 1),
+            ("/ adam", "/ adam", 2),
+            ("slowest, ms", "slowest ms", 0),
         ):
             cells = [find(rows, leaves=leaves, topc=c)[key] for c in capacities]
             lines.append((name, label, *(f"{x:.{digits}f}" for x in cells)))
@@ -56,13 +56,13 @@ def steps(rows):
         cells = [
             find(rows, optimizer=name, topc=c, slots="float32")[label]
             for c in (5, 80)
-            for label in ("accepted", "rejected")
+            for label in ("accepted / adam", "rejected / adam")
         ]
         cells += [
-            find(rows, optimizer=name, topc=5, slots=dtype)["accepted"]
+            find(rows, optimizer=name, topc=5, slots=dtype)["accepted / adam"]
             for dtype in ("bfloat16", "int8")
         ]
-        lines.append((code(name), *(f"{cell['ratio']:.2f}" for cell in cells)))
+        lines.append((code(name), *(f"{x:.2f}" for x in cells)))
     return table(*lines)
 
 

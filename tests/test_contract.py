@@ -81,6 +81,13 @@ OPTIMIZERS = [
     Optimizer("adamw_cm", memoptax.adamw_cm, needs_params=True),
     Optimizer("scale_by_sm3", memoptax.scale_by_sm3, rate=0.1, memory="accumulators"),
     Optimizer("sm3", memoptax.sm3, rate=0.1, memory="accumulators"),
+    Optimizer(
+        "sm3 momentum",
+        memoptax.sm3,
+        {"momentum": 0.9, "momentum_dtype": "int8", "beta": 0.95, "variant": "I"},
+        rate=0.1,
+        memory="accumulators",
+    ),
     Optimizer("unsynced", CG, {"topc": 2, "synced": False, "aggr": "mid"}),
     Optimizer("fifo", CG, FIFO),
     Optimizer("bf16 slots", CG, BF16),
