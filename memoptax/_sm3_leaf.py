@@ -61,7 +61,7 @@ def _average(direction, momentum, families, g, floors, memory, finite, count):
     operands = (g, *memory, *floors)
     new = _storage.encode_computed(blend, entries, operands, memory, count)
     memory = _select(jnp.isfinite(new.scale) if by_row else finite, new, memory)
-    # Told by the stored momentum alone, for the same reason.
+    # Told by the stored momentum alone, so that it can overwrite the old one.
     return jnp.where(jnp.isfinite(g), _storage.decode(memory, g.dtype), g), memory
 
 
