@@ -255,7 +255,7 @@ SGD_LINES = (
 )
 
 
-def draw(results):
+def draw(results, starts=100):
     """The escape ratios as a figure of three panels."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), sharey=True)
     panels = (
@@ -290,7 +290,7 @@ def draw(results):
             fontsize=9,
             frameon=False,
         )
-    figure.suptitle("Escape from a sharp minimum, 100 starts each")
+    figure.suptitle(f"Escape from a sharp minimum, {starts} starts each")
     figure.tight_layout()
     return figure
 
@@ -307,7 +307,7 @@ def main(argv=None) -> dict:
     arguments = parser.parse_args(argv)
     results = measure(arguments.steps, arguments.starts)
     print_table(results)
-    figure = draw(results)
+    figure = draw(results, arguments.starts)
     figure.savefig(arguments.output, dpi=120, bbox_inches="tight")
     plt.close(figure)
     print(f"\nThe figure is in {arguments.output}")
