@@ -332,7 +332,8 @@ def test_a_resized_sum_has_the_derivative_of_what_was_kept(topc, x64):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONTEXTS)
-@pytest.mark.parametrize(("leaves", "topc"), [("one", 1), ("one", 40), ("many", 5)])
+@pytest.mark.parametrize("leaves", PARAMS)
+@pytest.mark.parametrize("topc", [1, 5, 40])
 @pytest.mark.parametrize("dtype", [None, "int8"])
 def test_no_step_copies_the_buffer(dtype, topc, leaves, name, mesh):
     if dtype and topc == 1:

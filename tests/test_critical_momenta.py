@@ -449,7 +449,7 @@ def test_a_guarded_run_forgets_a_faulty_step(make):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONTEXTS)
-@pytest.mark.parametrize("topc", [5, 40])
+@pytest.mark.parametrize("topc", [1, 5, 40])
 def test_no_step_copies_the_buffer(topc, name, mesh):
     params = {k: jnp.zeros(shape) for k, shape in PARAMS["one"].items()}
     tx = memoptax.adam_cm(0.1, topc=topc)

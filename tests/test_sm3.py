@@ -318,16 +318,14 @@ def momentum_of_a(state):
     return state.momentum["a"], state.scales and state.scales[0]
 
 
-each_storage = pytest.mark.parametrize(
-    ("variant", "dtype"),
-    [("I", None), ("II", None), ("II", "bfloat16"), ("II", "int8")],
-)
+each_storage = pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
 # The square of the last is not finite.
 each_bad = pytest.mark.parametrize("bad", [np.nan, -np.inf, 1e25])
 
 
 @each_bad
 @pytest.mark.parametrize("shape", [(4, 3), (400, 128), (1030, 130)], ids=named)
+@pytest.mark.parametrize("variant", ["I", "II"])
 @each_storage
 def test_what_is_not_finite_leaves_no_trace(bad, shape, variant, dtype):
     update, before, after, _ = one_bad_step(shape, bad, dtype, variant)
@@ -338,6 +336,7 @@ def test_what_is_not_finite_leaves_no_trace(bad, shape, variant, dtype):
 
 @each_bad
 @pytest.mark.parametrize("shape", [(), (300,), (140_000,)], ids=named)
+@pytest.mark.parametrize("variant", ["I", "II"])
 @each_storage
 def test_adagrad_refuses_entry_by_entry(bad, shape, variant, dtype):
     update, *states = one_bad_step(shape, bad, dtype, variant)
@@ -388,7 +387,7 @@ def test_derivatives_are_finite_where_the_gradient_is_zero():
     assert np.isfinite(np.asarray(jax.grad(after_two_steps)(g))).all()
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (260, 130)], ids=named)
+@pytest.mark.parametrize("shape", [(3, 4), (1030, 130)], ids=named)
 def test_derivatives_follow_finite_differences(shape):
     with jax.enable_x64(True):
         tx = memoptax.scale_by_sm3()
