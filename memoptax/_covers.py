@@ -266,7 +266,7 @@ class Families:
             for common, members in self.sweeps
         ]
 
-    def maxima(self, f, step, g, floors=()) -> tuple[jax.Array, ...]:
+    def maxima(self, f, g, floors=()) -> tuple[jax.Array, ...]:
         """For each family, the maximum over its boxes of `f(g, *numbers >= 0)`.
 
         f works entry by entry; `numbers` are those of the boxes an entry lies in, one
@@ -278,7 +278,7 @@ class Families:
 
         out = {}
         for common, members in self.sweeps:
-            top = _maxima.maxima(f, entries, (g, *floors), common, step)
+            top = _maxima.maxima(f, entries, (g, *floors), common)
             for i in members:
                 out[i] = _maxima.box_max(top, coarsen(self.boxes[i], common))
         return tuple(out[i] for i in range(len(self.boxes)))

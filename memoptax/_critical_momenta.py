@@ -501,7 +501,7 @@ def _momentum(gradients, state, b1, taken):
     totals = treedef.flatten_up_to(state.buffer.total)
     before = _storage.unpack(treedef, state.mu, state.mu_scales)
     after = [
-        _blended(g.astype(total.dtype), old, b1, taken, jnp.min(state.buffer.offered))
+        _blended(g.astype(total.dtype), old, b1, taken)
         for g, total, old in zip(leaves, totals, before)
     ]
     m = [_storage.decode(new, total.dtype) for new, total in zip(after, totals)]
@@ -509,15 +509,14 @@ def _momentum(gradients, state, b1, taken):
     return treedef.unflatten(m), after, mu, mu_scales
 
 
-def _blended(gradient, old, b1, taken, step):
+def _blended(gradient, old, b1, taken):
     def blend(gradient, values, scale):
         m = _storage.decode(_storage.Stored(values, scale), gradient.dtype)
         m = optax.tree.update_moment(gradient, m, b1, 1).astype(gradient.dtype)
         return _storage.saturate(m, old)
 
-    new = _storage.encode_computed(
-        blend, lambda *numbers: numbers, (gradient, *old), old, step
-    )
+    operands = (gradient, *old)
+    new = _storage.encode_computed(blend, lambda *numbers: numbers, operands, old)
     return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
 
 

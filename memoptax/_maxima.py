@@ -3,25 +3,30 @@
 The preconditioner of SM3 has three consumers: two families of maxima and the update.
 XLA does not fuse a producer with several consumers into a reduction: on CPU it would
 store the preconditioner, and a temporary of the size of a parameter costs as much as a
-whole Adam step. Two things make the reductions read the gradient and nothing else. An
-always-true conditional around each of them keeps the compiler from merging the copies
-of the preconditioner. And since XLA's CPU reductions of a computed operand are slow
-(they run operation by operation, and collapse on wide matrices), an elementwise maximum
-over eight interleaved slices comes first, in one vector loop.
+whole Adam step. So there every maximum computes what it compares from slices of the
+gradient of its own, which nothing else has in common with it, and reads each entry
+once, at the speed of memory.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Box = tuple[int, ...]
 
-_LANES = 8
 _SMALL = 2**15  # entries; below this a temporary lives in the cache
 _LONG = 2**13  # entries of a row
+
+# Slices, their width, whether they lie apart, and how often they repeat at most. Along
+# a row four slices of eight neighbours are compared. Across rows it is two that lie
+# apart, eight times: sixteen rows are as many as XLA unrolls, and what it does not
+# unroll walks down the columns one by one.
+_ROWS = (4, 8, False, 32)
+_COLUMNS = (2, 1, True, 8)
 
 
 def counts(shape: Box, box: Box) -> Box:
@@ -47,7 +52,6 @@ def maxima(
     entries: Callable[..., Sequence[jax.Array]],
     operands: Sequence[jax.Array],
     box: Box,
-    step: jax.Array,
 ) -> jax.Array:
     """The maximum over every box of `f(*entries(*operands)) >= 0`, not storing it.
 
@@ -59,68 +63,128 @@ def maxima(
         full shape, the others may have axes of size one.
       operands: arrays; the first has the full shape.
       box: the box shape.
-      step: an integer scalar >= 0 that the compiler cannot know.
     """
     shape = operands[0].shape
 
-    def stored(step, *operands):
+    def stored(*operands):
         return box_max(_no_nan(f(*entries(*operands))), box)
 
-    def folded(step, *operands):
-        def taken(*operands):
-            return box_max(_fold(f, entries(*operands), shape, spanned), box)
-
-        def refused(*operands):
-            # Made of an operand: inside shard_map it varies over the same axes.
-            corner = jax.lax.slice(operands[0], (0,) * len(shape), (1,) * len(shape))
-            return jnp.zeros_like(jnp.broadcast_to(corner, counts(shape, box)))
-
-        return jax.lax.cond(step >= 0, taken, refused, *operands)
+    def folded(*operands):
+        return box_max(_fold(f, entries(*operands), shape, spanned), box)
 
     spanned = [i for i, (b, n) in enumerate(zip(box, shape)) if b >= n > 1]
     if not spanned or math.prod(shape) < _SMALL or _is_sharded(operands[0]):
-        return stored(step, *operands)
-    return jax.lax.platform_dependent(step, *operands, cpu=folded, default=stored)
+        return stored(*operands)
+    return jax.lax.platform_dependent(*operands, cpu=folded, default=stored)
 
 
 def _fold(f, arguments, shape, spanned):
+    """The maxima over sections of one of the spanned axes."""
     axis = max(spanned, key=lambda i: shape[i])
-    window = [i for i in spanned if i != axis]
-    if _LANES <= math.prod(shape[i] for i in window) <= 4 * _LANES:
-        # The window of a convolution: twice as quick as to split its channels.
-        lanes = zip(*(_places(x, window, shape) for x in arguments))
-    else:
-        lanes = zip(*(_lanes(x, axis) for x in arguments))
-    x = functools.reduce(_larger, (_no_nan(f(*lane)) for lane in lanes))
-    # What is left is an eighth, and XLA reduces it well unless its rows are long.
+    last = len(shape) - 1
+    if last in spanned and shape[last] >= math.prod(_ROWS[:2]):
+        axis = last
+    cut = _cut(shape[axis], _ROWS if axis == last else _COLUMNS)
+
+    def top(section):
+        slices = zip(*(_slices(x, axis, cut, section) for x in arguments))
+        x = functools.reduce(_larger, (_no_nan(f(*each)) for each in slices))
+        return _maximum(x, (axis + 1, axis + 2))
+
+    tops = [top(section) for section in cut.sections]
+    if len(tops) > 1:
+        tops = [jnp.max(x, axis, keepdims=True) for x in tops]
+    x = functools.reduce(_larger, tops)
+    # XLA's maximum of what is left is slow where its rows are long.
     while x.shape[axis] > 1 and math.prod(x.shape[axis + 1 :]) > _LONG:
-        x = functools.reduce(_larger, _lanes(x, axis))
+        x = functools.reduce(_larger, _parts(x, axis))
     return x
 
 
-def _places(x, axes, shape):
-    """The slices at all places of some axes."""
-    slices = [x]
-    for axis in axes:
-        slices = [
-            part if part.shape[axis] == 1 else jax.lax.index_in_dim(part, k, axis)
-            for part in slices
-            for k in range(shape[axis])
-        ]
-    return slices
+class _Cut(NamedTuple):
+    """How an axis is cut: sections, of slices, of neighbours, over and over."""
+
+    slices: int
+    width: int
+    apart: bool  # whether a slice's repeats lie side by side, or the slices do
+    sections: list[tuple[int, int, int]]  # start, stop, repeats
 
 
-def _lanes(x, axis):
-    """Eight slices along an axis. They may overlap: a maximum does not mind."""
-    n = x.shape[axis]
+def _cut(n, like):
+    slices, width, apart, most = like
+    devices = jax.device_count()
+    if devices > 1 and n % 2 == 0:
+        # The axis may be divided between devices, which its type need not say. Then
+        # what lies far apart would have to be sent; the two of a pair are at one place,
+        # and so are repeats that divide a device's share.
+        share = n // 2 // math.gcd(n // 2, devices)
+        return _Cut(2, 1, False, [(0, n, _divisor(share, most))])
+    slices = min(slices, n)
+    width = min(width, n // slices)
+    return _Cut(slices, width, apart, _sections(n, slices * width, most))
+
+
+def _sections(n, size, most):
+    """One or two sections, each of at most `most` times `size` entries, over and over.
+
+    The second may overlap the first: a maximum does not mind.
+    """
+    times = n // size
+    repeats = min(most, times)
+    if n % size == 0 and 2 * _divisor(times, most) >= repeats:
+        repeats = _divisor(times, most)
+    rest = n % (repeats * size)
+    sections = [(0, n - rest, repeats)]
+    if rest:
+        repeats = -(-rest // size)
+        sections.append((n - repeats * size, n, repeats))
+    return sections
+
+
+def _divisor(n, most):
+    """The largest divisor of n that is not above `most`."""
+    return max(k for k in range(1, most + 1) if n % k == 0)
+
+
+def _slices(x, axis, cut, section):
+    """The slices of a section, with its repeats and the width as axes of their own."""
+    slices, width, apart, _ = cut
+    start, stop, repeats = section
+    head, n, tail = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     if n == 1:
-        return [x] * _LANES
-    if n % _LANES == 0:  # interleaved, so that a sharded axis stays where it is
-        x = x.reshape(x.shape[:axis] + (n // _LANES, _LANES) + x.shape[axis + 1 :])
-        return [jax.lax.index_in_dim(x, k, axis + 1, False) for k in range(_LANES)]
-    width = -(-n // _LANES)
-    starts = (min(k * width, n - width) for k in range(_LANES))
+        return [x.reshape(*head, 1, 1, 1, *tail)] * slices
+    x = jax.lax.slice_in_dim(x, start, stop, axis=axis)
+    inner = (slices, repeats) if apart else (repeats, slices)
+    x = x.reshape(*head, -1, *inner, width, *tail)
+    place = axis + (1 if apart else 2)
+    return [jax.lax.index_in_dim(x, k, place, False) for k in range(slices)]
+
+
+def _parts(x, axis):
+    """Up to eight slices that make up an axis, and may overlap."""
+    n = x.shape[axis]
+    count = min(8, n)
+    width = -(-n // count)
+    starts = (min(k * width, n - width) for k in range(count))
     return [jax.lax.slice_in_dim(x, s, s + width, axis=axis) for s in starts]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _maximum(x, axes):
+    """The maximum over some axes of numbers that are neither negative nor NaN.
+
+    Their bits are ordered as they are. XLA's CPU backend joins a maximum of integers to
+    what computes them, and hands one of floats over to a library, which reads them from
+    memory.
+    """
+    integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    bits = jax.lax.bitcast_convert_type(x, integer)
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axes), x.dtype)
+
+
+@_maximum.defjvp
+def _maximum_jvp(axes, primals, tangents):
+    return jax.jvp(lambda x: jnp.max(x, axes), primals, tangents)
 
 
 def _larger(x, y):

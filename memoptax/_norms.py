@@ -33,7 +33,7 @@ def keep_and_bound(values, stacks, dtypes, dtype, step, across=None):
     def squares(values):
         return _squares(leaves(values), dtype)
 
-    exact = _roots(_storage.alone(squares, step, values), dtype, across)
+    exact = _roots(_alone(squares, step, values), dtype, across)
     if all(_storage.alike(x, stack) for x, stack in zip(values, stacks)):
         return values, exact
     return _encoded(leaves(values), stacks, exact, across)
@@ -42,6 +42,24 @@ def keep_and_bound(values, stacks, dtypes, dtype, step, across=None):
 def vector(scalars, dtype):
     """An array of ``scalars``, of which there may be none."""
     return jnp.stack(scalars) if scalars else jnp.zeros((0,), dtype)
+
+
+def _alone(function, step, *operands):
+    """``function(*operands)``, on CPU in a branch that is always taken.
+
+    Else XLA would store what is computed from the operands and then reduced, because
+    others compute the same. ``step`` is an integer that it cannot know, at least 0.
+    """
+
+    def guarded(step, *operands):
+        def zeros(*operands):
+            return function(*jax.tree.map(jnp.zeros_like, operands))
+
+        return jax.lax.cond(step >= 0, function, zeros, *operands)
+
+    return jax.lax.platform_dependent(
+        step, *operands, cpu=guarded, default=lambda step, *rest: function(*rest)
+    )
 
 
 def _encoded(leaves, stacks, exact, across):

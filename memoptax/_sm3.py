@@ -177,7 +177,7 @@ def scale_by_sm3(
             boxes = _covers.resolve(cover, path, g)
             _covers.check_shapes(boxes, path, g, numbers)
             step = _STEPS[_sparse.is_row_sparse(g)]
-            steps.append(step(rule, state.count, path, boxes, g, numbers, memory))
+            steps.append(step(rule, path, boxes, g, numbers, memory))
         directions, accumulators, memories = zip(*steps)
         state = _save(state, treedef, memories)._replace(
             count=count, accumulators=accumulators

@@ -17,7 +17,7 @@ class Rule(NamedTuple):
     precondition: Callable  # sm3_i or sm3_ii
 
 
-def step(rule, count, path, boxes, gradient, numbers, memory):
+def step(rule, path, boxes, gradient, numbers, memory):
     """One leaf: its update, its new accumulators and its new momentum."""
     del path
     if gradient.size == 0:
@@ -26,7 +26,7 @@ def step(rule, count, path, boxes, gradient, numbers, memory):
     momentum, beta, eps = (_hyperparameter(x, dtype) for x in rule[:3])
     g = gradient.astype(dtype)
     families = _covers.Families(boxes, g.shape)
-    nu, floors, raised = rule.precondition(g, numbers, families, beta, count)
+    nu, floors, raised = rule.precondition(g, numbers, families, beta)
     if len(raised) == 1 and raised[0].shape == g.shape:
         # Adagrad. Told entry by entry, for no other entry cares; and what is told by
         # the new sum, by it alone, so that it can overwrite the old one.
@@ -41,11 +41,11 @@ def step(rule, count, path, boxes, gradient, numbers, memory):
         q = direction(g, *families.spread(floors))
     else:
         average = functools.partial(_average, direction, momentum, families)
-        q, memory = average(g, floors, memory, finite, count)
+        q, memory = average(g, floors, memory, finite)
     return q.astype(gradient.dtype), raised, memory
 
 
-def _average(direction, momentum, families, g, floors, memory, finite, count):
+def _average(direction, momentum, families, g, floors, memory, finite):
     """The momentum, in the dtype of g and as it is stored."""
     # An int8 row has one scale, which tells whether the row can be stored.
     by_row = memory.scale is not None and finite.ndim > 0
@@ -59,20 +59,20 @@ def _average(direction, momentum, families, g, floors, memory, finite, count):
         return g, values, scale, *families.spread(floors)
 
     operands = (g, *memory, *floors)
-    new = _storage.encode_computed(blend, entries, operands, memory, count)
+    new = _storage.encode_computed(blend, entries, operands, memory)
     memory = _select(jnp.isfinite(new.scale) if by_row else finite, new, memory)
     # Told by the stored momentum alone, so that it can overwrite the old one.
     return jnp.where(jnp.isfinite(g), _storage.decode(memory, g.dtype), g), memory
 
 
-def row_sparse_step(rule, count, path, boxes, gradient, numbers, memory):
+def row_sparse_step(rule, path, boxes, gradient, numbers, memory):
     """The same for the rows touched, as if they were the whole table."""
     _sparse.check_rows(gradient, boxes, _covers.name(path))
     gradient = _sparse.merged(gradient, _covers.name(path))
     (table,) = numbers
     rows, data = _sparse.gather(table, gradient), gradient.data
     boxes = _covers.rows(path, data)
-    q, (raised,), _ = step(rule, count, path, boxes, data, (rows,), None)
+    q, (raised,), _ = step(rule, path, boxes, data, (rows,), None)
     table = _sparse.scatter(table, gradient, raised)
     return _sparse.with_values(gradient, q), (table,), memory
 
@@ -82,23 +82,23 @@ def row_sparse_step(rule, count, path, boxes, gradient, numbers, memory):
 # family), so that it can be computed again by whoever needs it.
 
 
-def sm3_ii(g, numbers, families, beta, count):
+def sm3_ii(g, numbers, families, beta):
     """nu = min A + g^2, then A = max nu."""
 
     def nu(g, *floors):
         return _accumulate(_least(floors), g * g, beta)
 
     floors = families.floors(numbers)
-    return nu, floors, families.maxima(nu, count, g, floors)
+    return nu, floors, families.maxima(nu, g, floors)
 
 
-def sm3_i(g, numbers, families, beta, count):
+def sm3_i(g, numbers, families, beta):
     """A = A + max g^2, then nu = min A."""
 
     def nu(g, *floors):
         return _least(floors)
 
-    tops = families.maxima(jnp.square, count, g)
+    tops = families.maxima(jnp.square, g)
     raised = tuple(_accumulate(a, top, beta) for a, top in zip(numbers, tops))
     return nu, families.floors(raised), raised
 

@@ -23,11 +23,6 @@ DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
 # flows through bits.
 _BITS = jnp.uint16
 
-
-# Entries. Of smaller leaves XLA would store what maxima fold, on a mesh a whole copy;
-# of these it stores an eighth.
-_FOLDED = 2**17
-
 # A step of int8, where the largest magnitude of the row is 1.
 _STEP = (1 - 2**-16) / 127
 
@@ -105,7 +100,7 @@ def encode(x, like: Stored) -> Stored:
     return Stored(_bits(x) if dtype == _BITS else x.astype(dtype), None)
 
 
-def encode_computed(f, entries, operands, like: Stored, step) -> Stored:
+def encode_computed(f, entries, operands, like: Stored) -> Stored:
     """``f(*entries(*operands))`` as ``like`` stores it, not stored on the way.
 
     The arguments are those of :func:`memoptax._maxima.maxima`.
@@ -116,34 +111,10 @@ def encode_computed(f, entries, operands, like: Stored, step) -> Stored:
     def magnitude(*numbers):
         return jnp.abs(f(*numbers))
 
-    def largest(*operands):
-        return _row(jnp.max, magnitude(*entries(*operands)), initial=0)
-
     shape = operands[0].shape
-    if math.prod(shape) < _FOLDED:
-        most = alone(largest, step, *operands)
-    else:
-        row = (1,) * (len(shape) - 1) + shape[-1:]
-        most = _maxima.maxima(magnitude, entries, operands, row, step)
+    row = (1,) * (len(shape) - 1) + shape[-1:]
+    most = _maxima.maxima(magnitude, entries, operands, row)
     return _quantize(f(*entries(*operands)), most)
-
-
-def alone(function, step, *operands):
-    """``function(*operands)``, on CPU in a branch that is always taken.
-
-    Else XLA would store what is computed from the operands and then reduced, because
-    others compute the same. ``step`` is an integer that it cannot know, at least 0.
-    """
-
-    def guarded(step, *operands):
-        def zeros(*operands):
-            return function(*jax.tree.map(jnp.zeros_like, operands))
-
-        return jax.lax.cond(step >= 0, function, zeros, *operands)
-
-    return jax.lax.platform_dependent(
-        step, *operands, cpu=guarded, default=lambda step, *rest: function(*rest)
-    )
 
 
 def _quantize(x, largest):
