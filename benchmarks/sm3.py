@@ -3,7 +3,8 @@
     python benchmarks/sm3.py [--quick] [--rounds 31] [shape ...]
 
 The optimizers take turns in one process, step by step, so that a busy machine slows all
-of them down; the table shows ratios of medians. A step is `tx.update` and
+of them down, and each time in another order, so that none always finds the caches as
+the same one left them; the table shows ratios of medians. A step is `tx.update` and
 `optax.apply_updates` on given gradients, with parameters and state donated.
 """
 
@@ -65,9 +66,10 @@ def measure(shapes, rounds):
         name: optimizer_runner(lambda tx=tx: tx, gradients)
         for name, tx in OPTIMIZERS.items()
     }
+    order = np.random.default_rng(0)
     for _ in range(rounds + 2):
-        for runner in runners.values():
-            runner.run(gradients)
+        for name in order.permutation(list(runners)):
+            runners[name].run(gradients)
     medians = {n: statistics.median(r.seconds[2:]) for n, r in runners.items()}
     return {
         name: {
