@@ -1,6 +1,6 @@
 """Time of a donated training step of SM3, relative to optax.adam and optax.sm3.
 
-    python benchmarks/sm3.py [--quick] [--rounds 31] [shape ...]
+    python benchmarks/sm3.py [--quick] [--rounds 31] [--dtype bfloat16] [shape ...]
 
 The optimizers take turns in one process, step by step, so that a busy machine slows all
 of them down, and each time in another order, so that none always finds the caches as
@@ -58,9 +58,9 @@ COLUMNS = (
 )
 
 
-def measure(shapes, rounds):
+def measure(shapes, rounds, dtype):
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    gradients = [jax.random.normal(k, s) for k, s in zip(keys, shapes)]
+    gradients = [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes)]
     size = nbytes(gradients)
     runners = {
         name: optimizer_runner(lambda tx=tx: tx, gradients)
@@ -114,19 +114,21 @@ def main(argv=None):
     )
     parser.add_argument("shape", nargs="*", help="names that a shape contains")
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--dtype", default="float32", help="of the parameters")
     add_arguments(parser)
     args = parser.parse_args(argv)
     machine, rounds = describe_machine(), 3 if args.quick else args.rounds
     rows = []
     for kind, leaves in (QUICK if args.quick else SHAPES).items():
         if not args.shape or any(text in kind for text in args.shape):
-            for name, row in measure(leaves, rounds).items():
+            for name, row in measure(leaves, rounds, args.dtype).items():
                 rows.append({"optimizer": name, "parameters": kind, **row})
     for size, ms in measure_rows(rounds).items():
         rows.append(
             {"optimizer": "sm3", "parameters": f"rows of {size} x 64", "ms": ms}
         )
-    report(args, "sm3", machine, rows, COLUMNS)
+    section = "sm3" if args.dtype == "float32" else f"sm3 {args.dtype}"
+    report(args, section, machine, rows, COLUMNS)
     print("temporaries and state in copies of the parameters")
     return rows
 
