@@ -89,16 +89,16 @@ def _fold(f, arguments, shape, spanned):
     def top(section):
         slices = zip(*(_slices(x, axis, cut, section) for x in arguments))
         x = functools.reduce(_larger, (_no_nan(f(*each)) for each in slices))
-        return _maximum(x, (axis + 1, axis + 2))
+        x = _maximum(x, (axis + 1, axis + 2))
+        # XLA's maximum of what is left is slow where its rows are long.
+        while x.shape[axis] > 1 and math.prod(x.shape[axis + 1 :]) > _LONG:
+            x = functools.reduce(_larger, _parts(x, axis))
+        return x
 
     tops = [top(section) for section in cut.sections]
     if len(tops) > 1:
         tops = [jnp.max(x, axis, keepdims=True) for x in tops]
-    x = functools.reduce(_larger, tops)
-    # XLA's maximum of what is left is slow where its rows are long.
-    while x.shape[axis] > 1 and math.prod(x.shape[axis + 1 :]) > _LONG:
-        x = functools.reduce(_larger, _parts(x, axis))
-    return x
+    return functools.reduce(_larger, tops)
 
 
 class _Cut(NamedTuple):
@@ -115,8 +115,8 @@ def _cut(n, like):
     devices = jax.device_count()
     if devices > 1 and n % 2 == 0:
         # The axis may be divided between devices, which its type need not say. Then
-        # what lies far apart would have to be sent; the two of a pair are at one place,
-        # and so are repeats that divide a device's share.
+        # what lies far apart would have to be sent; the two of a pair are at one place
+        # where a device has an even share, and so are repeats that divide it.
         share = n // 2 // math.gcd(n // 2, devices)
         return _Cut(2, 1, False, [(0, n, _divisor(share, most))])
     slices = min(slices, n)

@@ -105,7 +105,7 @@ def encode_computed(f, entries, operands, like: Stored) -> Stored:
 
     The arguments are those of :func:`memoptax._maxima.maxima`.
     """
-    if like.scale is None:
+    if like.scale is None or operands[0].size == 0:
         return encode(f(*entries(*operands)), like)
 
     def magnitude(*numbers):

@@ -370,6 +370,15 @@ def test_a_momentum_beyond_its_dtype_stops_at_its_end():
     assert np.isfinite(state.mu).all()
 
 
+def test_an_empty_row_has_a_scale_in_int8():
+    tx = memoptax.critical_momenta(mu_dtype="int8", topc=2)
+    params = {"empty": jnp.zeros((3, 0)), "w": jnp.ones((4, 4)), "none": jnp.zeros(0)}
+    before = tx.init(params)
+    _, after = tx.update(params, before)
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_no_step_copies_what_is_in_int8(name, mesh):

@@ -17,10 +17,8 @@ LENGTHS = st.one_of(st.integers(1, 9), st.sampled_from([15, 33, 63, 64, 65, 130,
 
 @st.composite
 def problems(draw):
-    """Shapes that are folded, the axes that a box spans, and a seed."""
+    """Shapes, the axes that a box spans, and a seed."""
     shape = draw(st.lists(LENGTHS, min_size=1, max_size=4))
-    while np.prod(shape) < _maxima._SMALL:
-        shape[draw(st.integers(0, len(shape) - 1))] *= 8
     hypothesis.assume(np.prod(shape) < 2**19)
     spanned = draw(st.sets(st.integers(0, len(shape) - 1), min_size=1))
     return tuple(shape), spanned, draw(st.integers(0, 99))
@@ -30,6 +28,13 @@ def problems(draw):
 def devices(request, monkeypatch):
     """How many there are: of an axis that may be divided only pairs are compared."""
     monkeypatch.setattr(jax, "device_count", lambda: request.param)
+    # However small: and what is not folded is not tested here.
+    monkeypatch.setattr(_maxima, "_SMALL", 1)
+    folds = []
+    fold = _maxima._fold
+    monkeypatch.setattr(_maxima, "_fold", lambda *a: folds.append(a) or fold(*a))
+    yield
+    assert folds
 
 
 def least_plus_square(g, *floors):
