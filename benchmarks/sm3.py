@@ -123,11 +123,11 @@ def main(argv=None):
         if not args.shape or any(text in kind for text in args.shape):
             for name, row in measure(leaves, rounds, args.dtype).items():
                 rows.append({"optimizer": name, "parameters": kind, **row})
-    for size, ms in measure_rows(rounds).items():
+    section = "sm3" if args.dtype == "float32" else f"sm3 {args.dtype}"
+    for size, ms in measure_rows(rounds).items() if section == "sm3" else ():
         rows.append(
             {"optimizer": "sm3", "parameters": f"rows of {size} x 64", "ms": ms}
         )
-    section = "sm3" if args.dtype == "float32" else f"sm3 {args.dtype}"
     report(args, section, machine, rows, COLUMNS)
     print("temporaries and state in copies of the parameters")
     return rows

@@ -305,7 +305,7 @@ def test_float16_gradients_above_300():
 
 
 @functools.cache
-def compiled(momentum_dtype, variant):
+def shared(momentum_dtype, variant):
     """One transformation for all bad entries: jit compiles it once for a shape."""
     tx = memoptax.scale_by_sm3(0.9, variant=variant, momentum_dtype=momentum_dtype)
     return tx.init, jax.jit(tx.update)
@@ -315,7 +315,7 @@ def one_bad_step(shape, bad, momentum_dtype, variant):
     """The update of a gradient with a bad entry among other leaves, and three states:
     before it, after it, and had the gradient been good.
     """
-    init, update = compiled(momentum_dtype, variant)
+    init, update = shared(momentum_dtype, variant)
     good = {"a": jnp.asarray(normal(0, shape), jnp.float32), "b": jnp.ones((2, 2))}
     _, before = update(good, init(good))
     updates, after = update(
