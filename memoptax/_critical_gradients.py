@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import optax
 
-from memoptax import _boxes, _buffer, _check, _options, _precision, _pytorch
+from memoptax import _check, _flax_metadata
+from memoptax._bases import precision, pytorch
+from memoptax._buffer import algorithm
+from memoptax._buffer import options as _options
 
 _REFERENCES = """\
 References:
@@ -18,7 +21,7 @@ References:
 class CriticalGradientsState(NamedTuple):
     """State of critical_gradients."""
 
-    buffer: _buffer.Buffer  # of gradients; Buffer says what shapes and dtypes it has
+    buffer: algorithm.Buffer  # of gradients; Buffer says what shapes and dtypes it has
 
 
 @_options.documented(_REFERENCES)
@@ -105,7 +108,7 @@ def critical_gradients(
         updates, buffer = _options.remember(options, state.buffer, updates, updates)
         return updates, CriticalGradientsState(buffer)
 
-    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
+    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)
@@ -178,10 +181,10 @@ def sgd_c(
     _check.learning_rate(learning_rate)
     return optax.chain(
         critical_gradients(**_options.among(locals())),
-        _precision.in_float32(
+        precision.in_float32(
             optax.chain(
-                _pytorch.weight_decay(weight_decay),
-                _pytorch.trace(momentum, dampening, nesterov, accumulator_dtype),
+                pytorch.weight_decay(weight_decay),
+                pytorch.trace(momentum, dampening, nesterov, accumulator_dtype),
                 optax.scale_by_learning_rate(learning_rate),
             )
         ),
@@ -262,12 +265,12 @@ def rmsprop_c(
     _check.learning_rate(learning_rate)
     return optax.chain(
         critical_gradients(**_options.among(locals())),
-        _precision.in_float32(
+        precision.in_float32(
             optax.chain(
-                _pytorch.weight_decay(weight_decay),
-                _pytorch.scale_by_rms(alpha, eps, initial_scale, centered),
+                pytorch.weight_decay(weight_decay),
+                pytorch.scale_by_rms(alpha, eps, initial_scale, centered),
                 optax.scale_by_learning_rate(learning_rate),
-                _pytorch.trace(momentum, 0.0, nesterov),
+                pytorch.trace(momentum, 0.0, nesterov),
             )
         ),
     )
@@ -349,10 +352,10 @@ def adam_c(
     _check.learning_rate(learning_rate)
     return optax.chain(
         critical_gradients(**_options.among(locals())),
-        _precision.in_float32(
+        precision.in_float32(
             optax.chain(
-                _pytorch.weight_decay(weight_decay),
-                _pytorch.scale_by_adam(
+                pytorch.weight_decay(weight_decay),
+                pytorch.scale_by_adam(
                     b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad
                 ),
                 optax.scale_by_learning_rate(learning_rate),
@@ -437,12 +440,12 @@ def adamw_c(
     _check.learning_rate(learning_rate)
     return optax.chain(
         critical_gradients(**_options.among(locals())),
-        _precision.in_float32(
+        precision.in_float32(
             optax.chain(
-                _pytorch.scale_by_adam(
+                pytorch.scale_by_adam(
                     b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad
                 ),
-                _pytorch.weight_decay(weight_decay, mask),
+                pytorch.weight_decay(weight_decay, mask),
                 optax.scale_by_learning_rate(learning_rate),
             )
         ),

@@ -10,7 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _boxes, _buffer, _check, _options, _precision, _pytorch, _storage
+from memoptax import _check, _flax_metadata
+from memoptax._bases import precision, pytorch
+from memoptax._buffer import algorithm
+from memoptax._buffer import options as _options
+from memoptax._tensors import storage
 
 _REFERENCES = """\
 References:
@@ -23,7 +27,7 @@ class CriticalMomentaState(NamedTuple):
 
     mu: Any  # like the params, in mu_dtype: the momentum m
     mu_scales: Any  # int8: per leaf (*shape[:-1], 1), float32; else None
-    buffer: _buffer.Buffer  # of momenta; Buffer says what shapes and dtypes it has
+    buffer: algorithm.Buffer  # of momenta; Buffer says what shapes and dtypes it has
 
 
 class ScaleByAdamCmState(NamedTuple):
@@ -34,7 +38,7 @@ class ScaleByAdamCmState(NamedTuple):
     mu_scales: Any  # int8: per leaf (*shape[:-1], 1), float32; else None
     nu: Any  # like the params, float32 or better: second moment of the aggregate M
     nu_max: Any  # like nu: its maximum so far; None without AMSGrad
-    buffer: _buffer.Buffer  # of momenta; Buffer says what shapes and dtypes it has
+    buffer: algorithm.Buffer  # of momenta; Buffer says what shapes and dtypes it has
 
 
 @_options.documented(_REFERENCES)
@@ -105,7 +109,7 @@ def critical_momenta(
     options = _options.options(**_options.among(locals()))
     if options.keeps_nothing:
         average = optax.ema(b1, debias=False)
-        return _precision.in_float32(_precision.stored_moment(average, "ema", mu_dtype))
+        return precision.in_float32(precision.stored_moment(average, "ema", mu_dtype))
 
     def init_fn(params):
         mu, mu_scales = _zero_momentum(params, mu_dtype)
@@ -114,7 +118,7 @@ def critical_momenta(
     def update_fn(updates, state, params=None):
         del params
         _options.check_scales(options, updates, state.mu_scales)
-        finite = _buffer.all_finite(state.buffer, updates, options.across)
+        finite = algorithm.all_finite(state.buffer, updates, options.across)
         m, stored, mu, mu_scales = _momentum(updates, state, b1, finite)
         joined, buffer = _options.remember(
             options, state.buffer, m, updates, finite, stored if mu_dtype else None
@@ -122,7 +126,7 @@ def critical_momenta(
         state = CriticalMomentaState(mu, mu_scales, buffer)
         return _spoiled(joined, updates), state
 
-    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
+    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)
@@ -197,18 +201,18 @@ def scale_by_adam_cm(
       2. A κ of 0 is Adam; theirs raises a KeyError.
       3. Weight decay is not part of it: :func:`adamw_cm` decouples it, as theirs does.
     """
-    _pytorch.check_adam(b1, b2, eps, eps_root)
+    pytorch.check_adam(b1, b2, eps, eps_root)
     _check.flag("amsgrad", amsgrad)
     _check.flag("skip_first", skip_first)
     mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
     options = _options.options(**_options.among(locals()))
     if options.keeps_nothing:
-        adam = _pytorch.scale_by_adam(b1, b2, eps, eps_root, amsgrad=amsgrad)
-        return _precision.in_float32(_precision.stored_moment(adam, "mu", mu_dtype))
+        adam = pytorch.scale_by_adam(b1, b2, eps, eps_root, amsgrad=amsgrad)
+        return precision.in_float32(precision.stored_moment(adam, "mu", mu_dtype))
 
     def init_fn(params):
         def zeros():
-            return jax.tree.map(_storage.zero_sum, params)
+            return jax.tree.map(storage.zero_sum, params)
 
         mu, mu_scales = _zero_momentum(params, mu_dtype)
         return ScaleByAdamCmState(
@@ -223,7 +227,7 @@ def scale_by_adam_cm(
     def update_fn(updates, state, params=None):
         del params
         _options.check_scales(options, updates, state.mu_scales)
-        finite = _buffer.all_finite(state.buffer, updates, options.across)
+        finite = algorithm.all_finite(state.buffer, updates, options.across)
         # Adam takes its first step, so a κ of 0 skips none.
         first = (state.count == 0) & (kappa != 0) if skip_first else False
         taken = finite & ~jnp.asarray(first)
@@ -241,7 +245,7 @@ def scale_by_adam_cm(
         # Adam's second moment is of the gradients, and a κ of 0 is Adam.
         squared = _where(jnp.asarray(kappa) == 0, updates, joined)
         count, nu, nu_max = _second_moment(squared, state, b2, finite)
-        scaled = _pytorch.normalize(
+        scaled = pytorch.normalize(
             joined,
             nu_max if amsgrad else nu,
             jnp.maximum(count, 1),
@@ -253,7 +257,7 @@ def scale_by_adam_cm(
         state = ScaleByAdamCmState(count, mu, mu_scales, nu, nu_max, buffer)
         return _spoiled(scaled, updates), state
 
-    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
+    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)
@@ -473,9 +477,9 @@ def adamw_cm(
             mu_dtype=mu_dtype,
             **_options.among(locals()),
         ),
-        _precision.in_float32(
+        precision.in_float32(
             optax.chain(
-                _pytorch.weight_decay(weight_decay, mask),
+                pytorch.weight_decay(weight_decay, mask),
                 optax.scale_by_learning_rate(learning_rate),
             )
         ),
@@ -485,9 +489,9 @@ def adamw_cm(
 def _zero_momentum(params, dtype):
     """The two fields of a momentum of zero."""
     if dtype is None:
-        return jax.tree.map(_storage.zero_sum, params), None
-    zeros = jax.tree.map(lambda p: _storage.zeros(p, None, dtype), params)
-    return zeros, _storage.zero_scales(params, None, dtype)
+        return jax.tree.map(storage.zero_sum, params), None
+    zeros = jax.tree.map(lambda p: storage.zeros(p, None, dtype), params)
+    return zeros, storage.zero_scales(params, None, dtype)
 
 
 def _momentum(gradients, state, b1, taken):
@@ -499,24 +503,24 @@ def _momentum(gradients, state, b1, taken):
     """
     leaves, treedef = jax.tree.flatten(gradients)
     totals = treedef.flatten_up_to(state.buffer.total)
-    before = _storage.unpack(treedef, state.mu, state.mu_scales)
+    before = storage.unpack(treedef, state.mu, state.mu_scales)
     after = [
         _blended(g.astype(total.dtype), old, b1, taken)
         for g, total, old in zip(leaves, totals, before)
     ]
-    m = [_storage.decode(new, total.dtype) for new, total in zip(after, totals)]
-    mu, mu_scales = _storage.pack(treedef, after, state.mu_scales)
+    m = [storage.decode(new, total.dtype) for new, total in zip(after, totals)]
+    mu, mu_scales = storage.pack(treedef, after, state.mu_scales)
     return treedef.unflatten(m), after, mu, mu_scales
 
 
 def _blended(gradient, old, b1, taken):
     def blend(gradient, values, scale):
-        m = _storage.decode(_storage.Stored(values, scale), gradient.dtype)
+        m = storage.decode(storage.Stored(values, scale), gradient.dtype)
         m = optax.tree.update_moment(gradient, m, b1, 1).astype(gradient.dtype)
-        return _storage.saturate(m, old)
+        return storage.saturate(m, old)
 
     operands = (gradient, *old)
-    new = _storage.encode_computed(blend, lambda *numbers: numbers, operands, old)
+    new = storage.encode_computed(blend, lambda *numbers: numbers, operands, old)
     return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
 
 

@@ -19,7 +19,8 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from memoptax import _buffer, _check
+from memoptax import _check
+from memoptax._buffer import algorithm
 
 
 def state_partition_specs(tx, params, specs):
@@ -156,7 +157,7 @@ def _check_memory(kind, device):
 
 
 def _is_buffer(node):
-    return isinstance(node, _buffer.Buffer)
+    return isinstance(node, algorithm.Buffer)
 
 
 def _with_slots_in(kind, node):

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _boxes, _covers, _sm3_leaf, _sparse, _storage
+from memoptax import _flax_metadata, _sm3_rules, covers, sparse
 from memoptax._check import dtype_name
+from memoptax._tensors import storage
 
-_VARIANTS = {"I": _sm3_leaf.sm3_i, "II": _sm3_leaf.sm3_ii}
-_STEPS = {False: _sm3_leaf.step, True: _sm3_leaf.row_sparse_step}
+_VARIANTS = {"I": _sm3_rules.sm3_i, "II": _sm3_rules.sm3_ii}
+_STEPS = {False: _sm3_rules.step, True: _sm3_rules.row_sparse_step}
 
 
 class ScaleBySM3State(NamedTuple):
@@ -127,24 +128,24 @@ def scale_by_sm3(
     _check(momentum, beta, eps, variant, cover, accumulator_dtype, momentum_dtype)
     if isinstance(momentum, int | float) and momentum == 0:
         momentum = None
-    cover = _covers.axes if cover is None else cover
-    rule = _sm3_leaf.Rule(momentum, beta, eps, _VARIANTS[variant])
+    cover = covers.axes if cover is None else cover
+    rule = _sm3_rules.Rule(momentum, beta, eps, _VARIANTS[variant])
 
     def init_fn(params):
-        leaves = _boxes.leaves_with_path(params)
+        leaves = _flax_metadata.leaves_with_path(params)
 
         def accumulators(path, box, leaf):
-            _sm3_leaf.check_real(path, leaf)
-            dtype = _sm3_leaf.accumulator_dtype(leaf, accumulator_dtype)
-            boxes = _covers.resolve(cover, path, leaf)
-            numbers = tuple(_covers.zeros(leaf, size, dtype) for size in boxes)
-            return _boxes.fit(box, numbers)
+            _sm3_rules.check_real(path, leaf)
+            dtype = _sm3_rules.accumulator_dtype(leaf, accumulator_dtype)
+            boxes = covers.resolve(cover, path, leaf)
+            numbers = tuple(covers.zeros(leaf, size, dtype) for size in boxes)
+            return _flax_metadata.fit(box, numbers)
 
         def moments(leaf):
-            dtype = momentum_dtype or _sm3_leaf.accumulator_dtype(
+            dtype = momentum_dtype or _sm3_rules.accumulator_dtype(
                 leaf, accumulator_dtype
             )
-            return _storage.zeros(leaf, None, dtype)
+            return storage.zeros(leaf, None, dtype)
 
         # optax.tree.map_params finds the parameters in a state by a tree without
         # leaves, and needs a leaf wherever else there is something.
@@ -155,12 +156,12 @@ def scale_by_sm3(
             momentum=None if momentum is None else jax.tree.map(moments, params),
             scales=None
             if momentum is None
-            else _storage.zero_scales(params, None, momentum_dtype),
+            else storage.zero_scales(params, None, momentum_dtype),
         )
 
     def update_fn(updates, state, params=None):
         del params
-        leaves, treedef = jax.tree.flatten_with_path(updates, _sparse.is_row_sparse)
+        leaves, treedef = jax.tree.flatten_with_path(updates, sparse.is_row_sparse)
         count = optax.safe_increment(state.count)
         if not leaves:
             return updates, state._replace(count=count)
@@ -173,10 +174,10 @@ def scale_by_sm3(
         for (path, g), numbers, memory in zip(
             leaves, state.accumulators, _load(state, treedef)
         ):
-            _sm3_leaf.check_real(path, g)
-            boxes = _covers.resolve(cover, path, g)
-            _covers.check_shapes(boxes, path, g, numbers)
-            step = _STEPS[_sparse.is_row_sparse(g)]
+            _sm3_rules.check_real(path, g)
+            boxes = covers.resolve(cover, path, g)
+            covers.check_shapes(boxes, path, g, numbers)
+            step = _STEPS[sparse.is_row_sparse(g)]
             steps.append(step(rule, path, boxes, g, numbers, memory))
         directions, accumulators, memories = zip(*steps)
         state = _save(state, treedef, memories)._replace(
@@ -184,21 +185,21 @@ def scale_by_sm3(
         )
         return jax.tree.unflatten(treedef, directions), state
 
-    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
+    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 def _load(state, treedef):
     """The stored momentum of every leaf, or None for each."""
     if state.momentum is None:
         return [None] * len(state.accumulators)
-    return _storage.unpack(treedef, state.momentum, state.scales)
+    return storage.unpack(treedef, state.momentum, state.scales)
 
 
 def _save(state, treedef, memories):
     """The state with the stored momentum of every leaf."""
     if state.momentum is None:
         return state
-    momentum, scales = _storage.pack(treedef, memories, state.scales)
+    momentum, scales = storage.pack(treedef, memories, state.scales)
     return state._replace(momentum=momentum, scales=scales)
 
 
@@ -222,7 +223,7 @@ def _check(momentum, beta, eps, variant, cover, accumulator_dtype, momentum_dtyp
     wide = ("float32", "float64")
     for name, dtype, allowed in (
         ("accumulator_dtype", accumulator_dtype, wide),
-        ("momentum_dtype", momentum_dtype, _storage.DTYPES),
+        ("momentum_dtype", momentum_dtype, storage.DTYPES),
     ):
         if dtype is not None and dtype_name(dtype) not in allowed:
             raise ValueError(
@@ -281,7 +282,7 @@ def sm3(
       1.10E+01
       9.31E+00
     """
-    decay = _sparse.add_decayed_weights(weight_decay)
+    decay = sparse.add_decayed_weights(weight_decay)
     if isinstance(weight_decay, int | float):
         if not weight_decay >= 0:
             raise ValueError(
@@ -300,5 +301,5 @@ def sm3(
             momentum_dtype=momentum_dtype,
         ),
         decay if mask is None else optax.masked(decay, mask),
-        _sparse.on_values(optax.scale_by_learning_rate(learning_rate)),
+        sparse.on_values(optax.scale_by_learning_rate(learning_rate)),
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _buffer
+from memoptax._buffer import algorithm
 
 _INSTRUCTION = re.compile(
     r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.-]+) = "
@@ -108,7 +108,7 @@ def assert_slots_stay_in_place(name, tx, params, mesh, limit=None):
 
 
 def _is_buffer(node):
-    return isinstance(node, _buffer.Buffer)
+    return isinstance(node, algorithm.Buffer)
 
 
 def whole_buffer_operations(compiled, sizes):

@@ -7,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from memoptax import _buffer, _storage
+from memoptax._buffer import algorithm
 from memoptax._critical_gradients import critical_gradients
+from memoptax._tensors import storage
 
 import goldens
 import oracle
@@ -28,10 +29,10 @@ def offer(buffer, values, key=None, decay=1.0):
     values = jax.tree.map(jnp.asarray, values)
     if key is None:
         synced = buffer.spare.shape[0] == 1
-        key = _buffer.priority(buffer, values, synced=synced)
+        key = algorithm.priority(buffer, values, synced=synced)
     else:
         key = jnp.broadcast_to(jnp.asarray(key, buffer.keys.dtype), buffer.spare.shape)
-    return _buffer.push(buffer, values, key, decay)
+    return algorithm.push(buffer, values, key, decay)
 
 
 jitted = jax.jit(offer)  # one compilation for every shape of buffer, whatever the decay
@@ -40,8 +41,8 @@ jitted = jax.jit(offer)  # one compilation for every shape of buffer, whatever t
 def entries(buffer, row=0, leaf=0):
     """The stored values of a leaf in logical order, as float64."""
     treedef = jax.tree.structure(buffer.total)
-    stack = _storage.unpack(treedef, buffer.slots, buffer.scales)[leaf]
-    stack = np.asarray(_storage.decode(stack, buffer.keys.dtype), np.float64)
+    stack = storage.unpack(treedef, buffer.slots, buffer.scales)[leaf]
+    stack = np.asarray(storage.decode(stack, buffer.keys.dtype), np.float64)
     filled = np.asarray(buffer.keys[row]) > -np.inf
     return stack[np.asarray(buffer.place[row])[filled]]
 
@@ -59,7 +60,7 @@ def exact_sums(buffer):
 
 
 def test_fills_in_order_then_replaces_the_least_strictly():
-    buffer = _buffer.empty(jnp.float32(0), 3)
+    buffer = algorithm.empty(jnp.float32(0), 3)
     for value in (3.0, 1.0, 2.0):
         _, buffer = offer(buffer, value)
     np.testing.assert_array_equal(entries(buffer), [3, 1, 2])
@@ -72,7 +73,7 @@ def test_fills_in_order_then_replaces_the_least_strictly():
 
 
 def test_among_equal_keys_the_lowest_entry_leaves():
-    buffer = _buffer.empty(jnp.float32(0), 3)
+    buffer = algorithm.empty(jnp.float32(0), 3)
     for value in (1.0, -1.0, 1.0, 2.0, 3.0):
         _, buffer = offer(buffer, value)
     # 2 took the place of the first entry and 3 of the second, though both lie in
@@ -81,7 +82,7 @@ def test_among_equal_keys_the_lowest_entry_leaves():
 
 
 def test_keys_decay_after_insertion_the_new_one_too():
-    buffer = _buffer.empty(jnp.float32(0), 2)
+    buffer = algorithm.empty(jnp.float32(0), 2)
     for value in (4.0, 1.0):
         _, buffer = offer(buffer, value, decay=0.5)
     np.testing.assert_array_equal(buffer.keys, [[1.0, 0.5]])
@@ -89,13 +90,13 @@ def test_keys_decay_after_insertion_the_new_one_too():
 
 
 def test_decay_zero_keeps_empty_slots_empty():
-    buffer = _buffer.empty(jnp.float32(0), 3)
+    buffer = algorithm.empty(jnp.float32(0), 3)
     _, buffer = offer(buffer, 4.0, decay=0.0)
     np.testing.assert_array_equal(buffer.keys, [[0.0, -np.inf, -np.inf]])
 
 
 def test_recalls_the_sum_and_the_fill_before_the_push():
-    buffer = _buffer.empty(jnp.float32(0), 2)
+    buffer = algorithm.empty(jnp.float32(0), 2)
     seen = []
     for value in (1.0, 2.0, 4.0, 0.5):
         recall, buffer = offer(buffer, value)
@@ -105,7 +106,7 @@ def test_recalls_the_sum_and_the_fill_before_the_push():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_was_never_offered(bad):
-    buffer = _buffer.empty({"a": jnp.zeros(2), "b": jnp.zeros(())}, 2)
+    buffer = algorithm.empty({"a": jnp.zeros(2), "b": jnp.zeros(())}, 2)
     good = {"a": jnp.array([1.0, 2.0]), "b": jnp.float32(1)}
     _, buffer = offer(buffer, good, decay=0.5)
     _, after = offer(buffer, {**good, "a": jnp.array([bad, 0.0])}, decay=0.5)
@@ -118,7 +119,7 @@ def test_what_is_not_finite_was_never_offered(bad):
 
 
 def test_rows_of_their_own_decide_for_themselves():
-    buffer = _buffer.empty({"a": jnp.zeros(()), "b": jnp.zeros(())}, 1, synced=False)
+    buffer = algorithm.empty({"a": jnp.zeros(()), "b": jnp.zeros(())}, 1, synced=False)
     for a, b in ((1.0, 5.0), (2.0, 4.0), (np.nan, 6.0)):
         _, buffer = offer(buffer, {"a": a, "b": b})
     np.testing.assert_array_equal(entries(buffer, row=0, leaf=0), [2])
@@ -133,7 +134,7 @@ def test_rows_of_their_own_decide_for_themselves():
 def test_agrees_with_the_oracle_on_streams_full_of_ties(topc, decay, synced, x64):
     random = np.random.default_rng(topc)
     shapes = {"a": (), "b": (3,), "c": (2, 2)}
-    buffer = _buffer.empty(
+    buffer = algorithm.empty(
         {k: jnp.zeros(s) for k, s in shapes.items()}, topc, synced=synced
     )
     names = [("a", "b", "c")] if synced else [("a",), ("b",), ("c",)]
@@ -235,7 +236,7 @@ def test_the_sum_stays_within_its_bound(topc, synced, dtype):
     buffer = None
     for grads in outliers(random, 400):
         if buffer is None:
-            buffer = _buffer.empty(
+            buffer = algorithm.empty(
                 jax.tree.map(jnp.zeros_like, grads), topc, synced=synced, dtype=dtype
             )
         _, buffer = jitted(buffer, grads, decay=0.7)
@@ -254,7 +255,7 @@ def test_the_mean_used_is_exact_to_the_bound_and_the_arriving_outlier():
     eps = float(jnp.finfo(jnp.float32).eps)
     for grads in outliers(random, 300):
         if buffer is None:
-            buffer = _buffer.empty(jax.tree.map(jnp.zeros_like, grads), 5)
+            buffer = algorithm.empty(jax.tree.map(jnp.zeros_like, grads), 5)
         exact, norms = exact_sums(buffer), np.asarray(buffer.norms, np.float64)
         recall, buffer = jitted(buffer, grads, decay=0.7)
         leaves = zip(jax.tree.leaves(recall.total), jax.tree.leaves(grads))
@@ -268,7 +269,7 @@ def test_the_mean_used_is_exact_to_the_bound_and_the_arriving_outlier():
 def test_without_outliers_rebuilds_are_rare(topc):
     random = np.random.default_rng(0)
     stream = np.float32(random.normal(size=(1500, 50)))
-    buffer = _buffer.empty(jnp.zeros(50), topc)
+    buffer = algorithm.empty(jnp.zeros(50), topc)
 
     @jax.jit
     def run(buffer, stream):
@@ -284,7 +285,7 @@ def test_without_outliers_rebuilds_are_rare(topc):
 
 
 def test_an_outlier_that_leaves_is_rebuilt_at_once():
-    buffer = _buffer.empty(jnp.zeros(3), 2)
+    buffer = algorithm.empty(jnp.zeros(3), 2)
     for value in (1e4, 1e-4, 1e-4):
         _, buffer = offer(buffer, jnp.full(3, value), key=1.0, decay=0.5)
     assert int(buffer.rebuilds) == 1
@@ -315,10 +316,10 @@ def test_the_rebuild_stays_a_loop_of_its_own_under_vmap_and_in_apply_if_finite()
 @pytest.mark.parametrize("topc", [1, 2, 4])
 def test_a_resized_sum_has_the_derivative_of_what_was_kept(topc, x64):
     def total(stream):
-        buffer = _buffer.empty(stream[0], 3)
+        buffer = algorithm.empty(stream[0], 3)
         for x in stream:
             _, buffer = offer(buffer, x, key=jnp.linalg.norm(x))
-        return jnp.sum(_buffer.resize(buffer, topc).total * jnp.array([1.0, 2.0]))
+        return jnp.sum(algorithm.resize(buffer, topc).total * jnp.array([1.0, 2.0]))
 
     stream = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     kept = jnp.arange(3)[:, None] >= 3 - topc

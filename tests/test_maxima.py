@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memoptax import _maxima
+from memoptax._tensors import tiles
 
 # Around the lengths at which sections, repeats and slices change.
 LENGTHS = st.one_of(st.integers(1, 9), st.sampled_from([15, 33, 63, 64, 65, 130, 513]))
@@ -29,10 +29,10 @@ def devices(request, monkeypatch):
     """How many there are: of an axis that may be divided only pairs are compared."""
     monkeypatch.setattr(jax, "device_count", lambda: request.param)
     # However small: and what is not folded is not tested here.
-    monkeypatch.setattr(_maxima, "_SMALL", 1)
+    monkeypatch.setattr(tiles, "_SMALL", 1)
     folds = []
-    fold = _maxima._fold
-    monkeypatch.setattr(_maxima, "_fold", lambda *a: folds.append(a) or fold(*a))
+    fold = tiles._fold
+    monkeypatch.setattr(tiles, "_fold", lambda *a: folds.append(a) or fold(*a))
     yield
     assert folds
 
@@ -44,7 +44,7 @@ def least_plus_square(g, *floors):
 def computed(shape, spanned, numbers):
     """The maxima of min(rows, columns) + g²; the operands broadcast."""
     box = tuple(n if i in spanned else 1 for i, n in enumerate(shape))
-    return _maxima.maxima(least_plus_square, lambda *x: x, numbers, box)
+    return tiles.maxima(least_plus_square, lambda *x: x, numbers, box)
 
 
 def operands(shape, seed):

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from memoptax import _storage
+from memoptax._tensors import storage
 
 SHAPES = [(), (1,), (7,), (5, 3), (2, 3, 4), (0,), (3, 0), (0, 3)]
 LARGEST = float(np.finfo(np.float32).max)
@@ -16,24 +16,24 @@ LARGEST = float(np.finfo(np.float32).max)
 
 def like(x, dtype):
     """An empty array in storage, for ``x``."""
-    (scale,) = _storage.zero_scales([x], None, dtype) or (None,)
-    return _storage.Stored(_storage.zeros(x, None, dtype), scale)
+    (scale,) = storage.zero_scales([x], None, dtype) or (None,)
+    return storage.Stored(storage.zeros(x, None, dtype), scale)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def round_trip(x, dtype):
-    return _storage.decode(_storage.encode(x, like(x, dtype)), jnp.float32)
+    return storage.decode(storage.encode(x, like(x, dtype)), jnp.float32)
 
 
 def normal(shape, seed=0):
     return np.float32(np.random.default_rng(seed).normal(size=shape))
 
 
-@pytest.mark.parametrize("dtype", _storage.DTYPES[1:])
+@pytest.mark.parametrize("dtype", storage.DTYPES[1:])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_is_stored_has_its_shape_and_dtype(shape, dtype):
     x = jnp.asarray(normal(shape))
-    stored, empty = _storage.encode(x, like(x, dtype)), like(x, dtype)
+    stored, empty = storage.encode(x, like(x, dtype)), like(x, dtype)
     assert stored.values.dtype == empty.values.dtype
     assert stored.values.dtype.itemsize == jnp.dtype(dtype).itemsize
     assert stored.values.shape == empty.values.shape == shape
@@ -87,44 +87,44 @@ def test_bits_are_those_of_the_nearest_bfloat16(of):
     with np.errstate(over="ignore"):
         x = np.asarray(x.astype(of))
     want = x.astype(ml_dtypes.bfloat16).view(np.uint16)
-    got = np.asarray(_storage.encode(jnp.asarray(x), like(x, "bfloat16")).values)
+    got = np.asarray(storage.encode(jnp.asarray(x), like(x, "bfloat16")).values)
     # XLA's CPU backend may take subnormal numbers for 0.
     subnormal = np.abs(x.astype(np.float32)) < np.finfo(np.float32).tiny
     np.testing.assert_array_equal(got[~subnormal], want[~subnormal])
     assert np.isnan(round_trip(jnp.float32(np.nan), "bfloat16"))
 
 
-@pytest.mark.parametrize("dtype", _storage.DTYPES[1:])
+@pytest.mark.parametrize("dtype", storage.DTYPES[1:])
 @pytest.mark.parametrize("scale", [1e-9, 3e-8, 1e-6, 1.0, 1e3])
 @pytest.mark.parametrize("shape", [(), (300,), (5, 40)], ids=str)
 def test_no_stored_value_is_longer_than_its_bound(shape, scale, dtype):
     x = jnp.asarray(normal(shape) * np.float32(scale))
     x = x * (jnp.abs(x) > scale / 2) if shape else x  # rounding must not cancel out
-    stored = _storage.encode(x, like(x, dtype))
+    stored = storage.encode(x, like(x, dtype))
     norms = jnp.sqrt(jnp.sum(x * x))[None]
-    bound = float(_storage.norm_bounds(norms, [x], [stored])[0])
-    values = np.asarray(_storage.decode(stored, jnp.float32), np.float64)
+    bound = float(storage.norm_bounds(norms, [x], [stored])[0])
+    values = np.asarray(storage.decode(stored, jnp.float32), np.float64)
     assert np.linalg.norm(values) <= bound * (1 + 1e-6)
     assert bound <= 1.1 * np.linalg.norm(x) + 3e-8 * np.sqrt(x.size)
 
 
-@pytest.mark.parametrize("dtype", _storage.DTYPES[1:])
+@pytest.mark.parametrize("dtype", storage.DTYPES[1:])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e6])
 @pytest.mark.parametrize("at", [0, 3, 63])
 def test_what_does_not_fit_has_no_finite_bound(at, bad, dtype):
     x = jnp.ones((2, 64)).at[1, at].set(bad)
-    stored = _storage.encode(x, like(x, dtype))
+    stored = storage.encode(x, like(x, dtype))
     norms = jnp.sqrt(jnp.sum(x * x))[None]
-    (bound,) = _storage.norm_bounds(norms, [x], [stored])
+    (bound,) = storage.norm_bounds(norms, [x], [stored])
     assert bool(jnp.isfinite(bound)) == (bad == 1e6 and dtype != "float16")
 
 
 def test_saturated_values_are_stored_as_finite_ones(x64):
     x = jnp.asarray([1e300, -1e39, 7e4, 1.0])
-    for dtype in _storage.DTYPES[1:]:
+    for dtype in storage.DTYPES[1:]:
         to = like(x, dtype)
-        stored = _storage.encode(_storage.saturate(x, to), to)
-        values = np.asarray(_storage.decode(stored, jnp.float64))
+        stored = storage.encode(storage.saturate(x, to), to)
+        values = np.asarray(storage.decode(stored, jnp.float64))
         assert np.isfinite(values).all() and values[0] > 6e4
 
 
@@ -141,8 +141,8 @@ def test_scales_are_sharded_like_the_rows(explicit):
     sharding = jax.NamedSharding(mesh, jax.P("data", "model"))
     x = jax.device_put(jnp.ones((8, 6)), sharding)
     with jax.set_mesh(mesh):
-        values = _storage.zeros(x, 3, "int8")
-        (scale,) = _storage.zero_scales([x], 3, "int8")
+        values = storage.zeros(x, 3, "int8")
+        (scale,) = storage.zero_scales([x], 3, "int8")
     assert values.sharding.is_equivalent_to(
         jax.NamedSharding(mesh, jax.P(None, "data", "model")), 3
     )

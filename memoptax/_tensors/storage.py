@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memoptax import _boxes, _maxima
+from memoptax import _flax_metadata
+from memoptax._tensors import tiles
 
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
 
@@ -58,8 +59,8 @@ def zero_scales(params, copies: int | None = None, dtype=None):
 
     # optax.tree.map_params finds the parameters in a state by a tree without leaves,
     # and needs a leaf wherever else there is something.
-    leaves = _boxes.leaves_with_path(params)
-    scales = tuple(_boxes.fit(box, scale(leaf)) for _, box, leaf in leaves)
+    leaves = _flax_metadata.leaves_with_path(params)
+    scales = tuple(_flax_metadata.fit(box, scale(leaf)) for _, box, leaf in leaves)
     return scales or jnp.zeros(())
 
 
@@ -103,7 +104,7 @@ def encode(x, like: Stored) -> Stored:
 def encode_computed(f, entries, operands, like: Stored) -> Stored:
     """``f(*entries(*operands))`` as ``like`` stores it, not stored on the way.
 
-    The arguments are those of :func:`memoptax._maxima.maxima`.
+    The arguments are those of :func:`memoptax._tensors.tiles.maxima`.
     """
     if like.scale is None or operands[0].size == 0:
         return encode(f(*entries(*operands)), like)
@@ -113,7 +114,7 @@ def encode_computed(f, entries, operands, like: Stored) -> Stored:
 
     shape = operands[0].shape
     row = (1,) * (len(shape) - 1) + shape[-1:]
-    most = _maxima.maxima(magnitude, entries, operands, row)
+    most = tiles.maxima(magnitude, entries, operands, row)
     return _quantize(f(*entries(*operands)), most)
 
 

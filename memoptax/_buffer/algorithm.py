@@ -16,7 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _boxes, _norms, _storage, _sums
+from memoptax import _flax_metadata
+from memoptax._buffer import running_sum
+from memoptax._tensors import norms as _norms
+from memoptax._tensors import storage
 
 
 class Buffer(NamedTuple):
@@ -55,9 +58,9 @@ def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> 
     rows = 1 if synced else len(leaves)
     key_dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
     return Buffer(
-        slots=_boxes.make(lambda p: _storage.zeros(p, topc + 1, dtype), params),
-        scales=_storage.zero_scales(params, topc + 1, dtype),
-        total=jax.tree.map(_storage.zero_sum, params),
+        slots=_flax_metadata.make(lambda p: storage.zeros(p, topc + 1, dtype), params),
+        scales=storage.zero_scales(params, topc + 1, dtype),
+        total=jax.tree.map(storage.zero_sum, params),
         keys=jnp.full((rows, topc), -jnp.inf, key_dtype),
         ages=jnp.zeros((rows, topc), jnp.int32),
         place=_in_order(rows, topc),
@@ -77,8 +80,8 @@ def priority(
     """How critical ``gradients`` are, (R,): the sum of the L2 norms of a row's leaves.
 
     ``priority_fn`` replaces the rule; without syncing it is given one leaf at a time.
-    Here and below ``across`` is that of :func:`memoptax._norms.of`: with it all devices
-    decide alike.
+    Here and below ``across`` is that of :func:`memoptax._tensors.norms.of`: with it all
+    devices decide alike.
     """
     dtype, leaves = buffer.keys.dtype, _leaves(gradients, buffer)
     if priority_fn is None:
@@ -119,7 +122,7 @@ def push(
     the caller keeps them in storage itself, ``stored`` are the leaves there.
     """
     leaves, treedef = jax.tree.flatten(values)
-    stacks = _storage.unpack(treedef, buffer.slots, buffer.scales)
+    stacks = storage.unpack(treedef, buffer.slots, buffer.scales)
     totals = treedef.flatten_up_to(buffer.total)
     if stored is None:
         stored, norms = _norms.encode_and_bound(
@@ -136,17 +139,19 @@ def push(
     each, changes = _per_leaf(rows, leaves), []
     for leaf, (new, here) in enumerate(zip(stored, each)):
         dtype = totals[leaf].dtype
-        kept = _storage.keep(here.finite, new)
-        stacks[leaf] = _storage.write(stacks[leaf], kept, here.spare)
-        old = _storage.decode(_storage.read(stacks[leaf], here.evicted), dtype)
-        changes.append(jnp.where(here.accept, _storage.decode(new, dtype) - old, 0))
+        kept = storage.keep(here.finite, new)
+        stacks[leaf] = storage.write(stacks[leaf], kept, here.spare)
+        old = storage.decode(storage.read(stacks[leaf], here.evicted), dtype)
+        changes.append(jnp.where(here.accept, storage.decode(new, dtype) - old, 0))
         totals[leaf] = totals[leaf] + changes[leaf]
-    totals = _sums.rebuild(totals, stacks, [row.spare_after for row in rows], inexact)
+    totals = running_sum.rebuild(
+        totals, stacks, [row.spare_after for row in rows], inexact
+    )
     # The sum before is taken back from the sum after: to read it in both places would
     # cost a copy of it.
     before = [total - change for total, change in zip(totals, changes)]
     filled = [here.fill for here in each]
-    slots, scales = _storage.pack(treedef, stacks, buffer.scales)
+    slots, scales = storage.pack(treedef, stacks, buffer.scales)
     return (
         Recall(treedef.unflatten(before), treedef.unflatten(filled)),
         after._replace(slots=slots, scales=scales, total=treedef.unflatten(totals)),
@@ -174,7 +179,7 @@ def _decide(buffer, priority, norms, totals, decay, fifo_probability):
     """
     buffer = buffer._replace(slots=None, scales=None, total=None)
     finite = jnp.isfinite(priority) & _in_rows(jnp.isfinite(norms), buffer)
-    units = _sums.units(totals, norms.dtype)
+    units = running_sum.units(totals, norms.dtype)
 
     def offered(buffer, finite, priority, norms, decay, fifo_probability):
         fifo, draws = _draw(buffer.draws, fifo_probability, finite)
@@ -218,11 +223,11 @@ def resize(buffer: Buffer, topc: int) -> Buffer:
         return jnp.pad(taken, more, constant_values=empty)
 
     totals, treedef = jax.tree.flatten(buffer.total)
-    stacks = _storage.unpack(treedef, buffer.slots, buffer.scales)
+    stacks = storage.unpack(treedef, buffer.slots, buffer.scales)
     for leaf, slots in enumerate(jnp.broadcast_to(place, (leaves, kept))):
-        stacks[leaf] = _storage.select(stacks[leaf], slots, topc + 1)
-    totals = _sums.anew(totals, stacks, [topc])
-    slots, scales = _storage.pack(treedef, stacks, buffer.scales)
+        stacks[leaf] = storage.select(stacks[leaf], slots, topc + 1)
+    totals = running_sum.anew(totals, stacks, [topc])
+    slots, scales = storage.pack(treedef, stacks, buffer.scales)
     resized = buffer._replace(
         slots=slots,
         scales=scales,
@@ -233,13 +238,13 @@ def resize(buffer: Buffer, topc: int) -> Buffer:
         spare=jnp.full((rows,), topc, jnp.int32),
         norms=take(buffer.norms, entries_of_leaf, 0),
     )
-    units = _sums.units(totals, buffer.norms.dtype)
-    return resized._replace(error=_sums.fresh_error(resized.norms, units))
+    units = running_sum.units(totals, buffer.norms.dtype)
+    return resized._replace(error=running_sum.fresh_error(resized.norms, units))
 
 
 def reset(buffer: Buffer) -> Buffer:
     """The buffer, holding none; the key of its draws stays."""
-    zeros = jax.tree.map(_storage.emptied, buffer)
+    zeros = jax.tree.map(storage.emptied, buffer)
     rows, topc = buffer.keys.shape
     return zeros._replace(
         keys=jnp.full_like(buffer.keys, -jnp.inf),
@@ -286,7 +291,9 @@ def _insert(buffer, entry, accept, finite, evicted, priority, decay):
 def _bound_error(buffer, entry, accept, norms, units):
     """The buffer with its norms and error bounds, and whether to take the sums anew."""
     new = _here(buffer.norms.shape, entry, accept)
-    norms, error, inexact = _sums.bound(buffer.norms, buffer.error, units, new, norms)
+    norms, error, inexact = running_sum.bound(
+        buffer.norms, buffer.error, units, new, norms
+    )
     rebuilds = _count(buffer.rebuilds, inexact)
     return buffer._replace(norms=norms, error=error, rebuilds=rebuilds), inexact
 

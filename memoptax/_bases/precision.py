@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _boxes, _storage
+from memoptax import _flax_metadata
+from memoptax._tensors import storage
 
 
 def in_float32(inner: optax.GradientTransformation):
@@ -56,27 +57,27 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
         state: Any = inner.init(params)
         return StoredMomentState(
             inner=state._replace(**{field: None}),
-            moment=jax.tree.map(lambda p: _storage.zeros(p, None, dtype), params),
-            scales=_storage.zero_scales(params, None, dtype),
+            moment=jax.tree.map(lambda p: storage.zeros(p, None, dtype), params),
+            scales=storage.zero_scales(params, None, dtype),
         )
 
     def update_fn(updates, state, params=None):
         leaves, treedef = jax.tree.flatten(updates)
-        stored = _storage.unpack(treedef, state.moment, state.scales)
-        wide = [_storage.decode(s, u.dtype) for s, u in zip(stored, leaves)]
+        stored = storage.unpack(treedef, state.moment, state.scales)
+        wide = [storage.decode(s, u.dtype) for s, u in zip(stored, leaves)]
         old = state.inner._replace(**{field: treedef.unflatten(wide)})
         new: Any
         updates, new = inner.update(updates, old, params)
         moment = treedef.flatten_up_to(getattr(new, field))
         stored = [
-            _storage.encode(_storage.saturate(m, s), s) for m, s in zip(moment, stored)
+            storage.encode(storage.saturate(m, s), s) for m, s in zip(moment, stored)
         ]
         return updates, StoredMomentState(
             new._replace(**{field: None}),
-            *_storage.pack(treedef, stored, state.scales),
+            *storage.pack(treedef, stored, state.scales),
         )
 
-    return optax.GradientTransformation(init_fn, _boxes.on_arrays(update_fn))
+    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 def _widen(leaf):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from memoptax import _storage
+from memoptax._tensors import storage
 
 
 def of(leaves, dtype, across=None):
@@ -28,13 +28,13 @@ def keep_and_bound(values, stacks, dtypes, dtype, step, across=None):
     """
 
     def leaves(values):
-        return list(map(_storage.decode, values, dtypes))
+        return list(map(storage.decode, values, dtypes))
 
     def squares(values):
         return _squares(leaves(values), dtype)
 
     exact = _roots(_alone(squares, step, values), dtype, across)
-    if all(_storage.alike(x, stack) for x, stack in zip(values, stacks)):
+    if all(storage.alike(x, stack) for x, stack in zip(values, stacks)):
         return values, exact
     return _encoded(leaves(values), stacks, exact, across)
 
@@ -66,8 +66,8 @@ def _encoded(leaves, stacks, exact, across):
     """Bounds, and not the norms of the rounded values: to round every value once more
     for those would cost a copy of the parameters and a fifth of the step.
     """
-    values = [_storage.encode(x, stack) for x, stack in zip(leaves, stacks)]
-    return values, _storage.norm_bounds(exact, leaves, values, across)
+    values = [storage.encode(x, stack) for x, stack in zip(leaves, stacks)]
+    return values, storage.norm_bounds(exact, leaves, values, across)
 
 
 def _squares(leaves, dtype):

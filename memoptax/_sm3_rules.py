@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memoptax import _covers, _maxima, _sparse, _storage
+from memoptax import covers, sparse
+from memoptax._tensors import storage, tiles
 
 
 class Rule(NamedTuple):
@@ -25,7 +26,7 @@ def step(rule, path, boxes, gradient, numbers, memory):
     dtype = numbers[0].dtype
     momentum, beta, eps = (_hyperparameter(x, dtype) for x in rule[:3])
     g = gradient.astype(dtype)
-    families = _covers.Families(boxes, g.shape)
+    families = covers.Families(boxes, g.shape)
     nu, floors, raised = rule.precondition(g, numbers, families, beta)
     if len(raised) == 1 and raised[0].shape == g.shape:
         # Adagrad. Told entry by entry, for no other entry cares; and what is told by
@@ -51,7 +52,7 @@ def _average(direction, momentum, families, g, floors, memory, finite):
     by_row = memory.scale is not None and finite.ndim > 0
 
     def blend(g, values, scale, *floors):
-        old = _storage.decode(_storage.Stored(values, scale), g.dtype)
+        old = storage.decode(storage.Stored(values, scale), g.dtype)
         new = _accumulate(old, direction(g, *floors), momentum)
         return jnp.where(_is_finite(g), new, jnp.inf) if by_row else new
 
@@ -59,22 +60,22 @@ def _average(direction, momentum, families, g, floors, memory, finite):
         return g, values, scale, *families.spread(floors)
 
     operands = (g, *memory, *floors)
-    new = _storage.encode_computed(blend, entries, operands, memory)
+    new = storage.encode_computed(blend, entries, operands, memory)
     memory = _select(jnp.isfinite(new.scale) if by_row else finite, new, memory)
     # Told by the stored momentum alone, so that it can overwrite the old one.
-    return jnp.where(jnp.isfinite(g), _storage.decode(memory, g.dtype), g), memory
+    return jnp.where(jnp.isfinite(g), storage.decode(memory, g.dtype), g), memory
 
 
 def row_sparse_step(rule, path, boxes, gradient, numbers, memory):
     """The same for the rows touched, as if they were the whole table."""
-    _sparse.check_rows(gradient, boxes, _covers.name(path))
-    gradient = _sparse.merged(gradient, _covers.name(path))
+    sparse.check_rows(gradient, boxes, covers.name(path))
+    gradient = sparse.merged(gradient, covers.name(path))
     (table,) = numbers
-    rows, data = _sparse.gather(table, gradient), gradient.data
-    boxes = _covers.rows(path, data)
+    rows, data = sparse.gather(table, gradient), gradient.data
+    boxes = covers.rows(path, data)
     q, (raised,), _ = step(rule, path, boxes, data, (rows,), None)
-    table = _sparse.scatter(table, gradient, raised)
-    return _sparse.with_values(gradient, q), (table,), memory
+    table = sparse.scatter(table, gradient, raised)
+    return sparse.with_values(gradient, q), (table,), memory
 
 
 # The two variants, and Adagrad which both of them are at singleton boxes. nu is
@@ -109,7 +110,7 @@ def _adagrad(beta, g, total):
 
 
 def _least(floors):
-    return functools.reduce(_maxima.smaller, floors)
+    return functools.reduce(tiles.smaller, floors)
 
 
 def _accumulate(old, new, decay):
@@ -156,7 +157,7 @@ def check_real(path, leaf):
     """Refuses integers and complex numbers."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
-            f"sm3 takes real floating-point tensors, and {_covers.name(path)} has "
+            f"sm3 takes real floating-point tensors, and {covers.name(path)} has "
             f"dtype {leaf.dtype}. Leave it to another optimizer with optax.partition; "
             "for complex parameters see optax.contrib.split_real_and_imaginary."
         )

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from memoptax import _boxes, _buffer, _options
+from memoptax import _flax_metadata
+from memoptax._buffer import algorithm
+from memoptax._buffer import options as _options
 
 
 def buffer_stats(state, updates=None) -> dict[str, jax.Array]:
@@ -53,7 +55,7 @@ def buffer_stats(state, updates=None) -> dict[str, jax.Array]:
       >>> f"{stats['fill']:.0f} of 2, {stats['acceptance']:.0%} taken"
       '2 of 2, 67% taken'
     """
-    buffers, updates = _buffers(state, "buffer_stats"), _boxes.bare(updates)
+    buffers, updates = _buffers(state, "buffer_stats"), _flax_metadata.bare(updates)
     if len(buffers) == 1:
         return _stats(buffers[0], updates)
     return {
@@ -90,7 +92,7 @@ def resize_buffer(state, topc: int):
     topc = _options.capacity(topc)
     if topc == 0:
         raise ValueError("topc must be at least 1 to resize a buffer, but is 0.")
-    return _map_buffers(lambda b: _buffer.resize(b, topc), state, "resize_buffer")
+    return _map_buffers(lambda b: algorithm.resize(b, topc), state, "resize_buffer")
 
 
 def reset_buffer(state):
@@ -112,7 +114,7 @@ def reset_buffer(state):
       >>> int(memoptax.buffer_stats(memoptax.reset_buffer(state))["fill"])
       0
     """
-    return _map_buffers(_buffer.reset, state, "reset_buffer")
+    return _map_buffers(algorithm.reset, state, "reset_buffer")
 
 
 def _stats(buffer, updates):
@@ -120,7 +122,7 @@ def _stats(buffer, updates):
     filled = buffer.keys > -jnp.inf
     entries = jnp.maximum(jnp.sum(filled), 1)
     empty = ~jnp.any(filled)
-    fill = _buffer.fill(buffer)
+    fill = algorithm.fill(buffer)
     per_leaf = jnp.maximum(jnp.broadcast_to(fill, buffer.error.shape), 1)
     means = [
         total / count.astype(total.dtype)
@@ -175,11 +177,11 @@ def _leaves_like(buffer, updates):
 
 
 def _is_buffer(node):
-    return isinstance(node, _buffer.Buffer)
+    return isinstance(node, algorithm.Buffer)
 
 
 def _buffers(state, caller):
-    nodes = jax.tree.leaves(_boxes.bare(state), is_leaf=_is_buffer)
+    nodes = jax.tree.leaves(_flax_metadata.bare(state), is_leaf=_is_buffer)
     buffers = [node for node in nodes if _is_buffer(node)]
     if not buffers:
         raise ValueError(
@@ -193,7 +195,7 @@ def _map_buffers(function, state, caller):
     _buffers(state, caller)
     mapped = jax.tree.map(
         lambda node: function(node) if _is_buffer(node) else node,
-        _boxes.bare(state),
+        _flax_metadata.bare(state),
         is_leaf=_is_buffer,
     )
-    return _boxes.like(state, mapped)
+    return _flax_metadata.like(state, mapped)

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from memoptax import _storage
+from memoptax._tensors import storage
 
 # A running sum is rebuilt when its error may exceed this share of the summed norms of
 # its leaf's slots, in unit roundoffs: 1e-5 in float32, 1.9e-14 in float64.
@@ -62,14 +62,13 @@ def anew(totals, stacks, spares, wanted=True):
     reached at about the same time, and a loop per leaf would take long to compile. Only
     sums leave the loop, so that no stack is copied, and without need it takes no turn.
     """
-    topc = max((_storage.copies(stack) for stack in stacks), default=1) - 1
+    topc = max((storage.copies(stack) for stack in stacks), default=1) - 1
     block = _block(topc)
 
     def add_block(turn, totals):
         def add(total, stack, slots):
             terms = [
-                _storage.decode(_storage.read(stack, slot), total.dtype)
-                for slot in slots
+                storage.decode(storage.read(stack, slot), total.dtype) for slot in slots
             ]
             return jnp.where(turn == 0, 0, total) + _pairwise(terms)
 

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoptax import _aggregation, _buffer, _check, _sharded_norm, _storage
+from memoptax import _check
+from memoptax._buffer import aggregation, algorithm, sharded_norm
+from memoptax._tensors import storage
 
 _ARGS = """\
 topc: the capacity C of the buffer, a static integer; None means 5. The papers' grid is
@@ -87,13 +89,13 @@ class Options(NamedTuple):
     def across(self) -> Callable | None:
         """What adds up squares over devices, if priorities are sharded_norm's."""
         norm = self.priority_fn
-        return norm.across if isinstance(norm, _sharded_norm.ShardedNorm) else None
+        return norm.across if isinstance(norm, sharded_norm.ShardedNorm) else None
 
     @property
     def rule(self) -> Callable | None:
         """The priority, or None for the default one; sharded_norm has one inside it."""
         norm = self.priority_fn
-        return norm.rule if isinstance(norm, _sharded_norm.ShardedNorm) else norm
+        return norm.rule if isinstance(norm, sharded_norm.ShardedNorm) else norm
 
 
 def options(
@@ -104,7 +106,7 @@ def options(
     _check.number("decay", decay, 0, 1)
     _check.number("kappa", kappa)
     if not callable(aggr):
-        _check.choice("aggr", aggr, _aggregation.WEIGHTS)
+        _check.choice("aggr", aggr, aggregation.WEIGHTS)
     _check.flag("synced", synced)
     if not (priority_fn is None or callable(priority_fn)):
         raise ValueError(f"priority_fn must be a function, but is {priority_fn!r}.")
@@ -126,12 +128,12 @@ def options(
     )
 
 
-def empty(options: Options, params) -> _buffer.Buffer:
+def empty(options: Options, params) -> algorithm.Buffer:
     """The buffer that ``options`` ask for, holding nothing."""
     draws = None
     if options.fifo_probability is not None:
         draws = jax.random.key_data(jax.random.key(options.seed))
-    return _buffer.empty(
+    return algorithm.empty(
         params,
         options.topc,
         synced=options.synced,
@@ -142,7 +144,7 @@ def empty(options: Options, params) -> _buffer.Buffer:
 
 def remember(
     options: Options,
-    buffer: _buffer.Buffer,
+    buffer: algorithm.Buffer,
     values,
     gradients,
     finite: Any = True,
@@ -152,15 +154,15 @@ def remember(
 
     Read before write, as in the papers: a value is never averaged with itself. Its
     priority is that of the ``gradients``; if not ``finite``, nothing is offered. What
-    ``stored`` is, :func:`memoptax._buffer.push` says.
+    ``stored`` is, :func:`memoptax._buffer.algorithm.push` says.
     """
     across = options.across
     check_scales(options, gradients, buffer.scales)
-    priority = _buffer.priority(
+    priority = algorithm.priority(
         buffer, gradients, options.rule, synced=options.synced, across=across
     )
     priority = jnp.where(finite, priority, jnp.nan)
-    recall, buffer = _buffer.push(
+    recall, buffer = algorithm.push(
         buffer,
         values,
         priority,
@@ -169,7 +171,7 @@ def remember(
         stored,
         across,
     )
-    joined = _aggregation.aggregate(values, recall, options.kappa, options.aggr)
+    joined = aggregation.aggregate(values, recall, options.kappa, options.aggr)
     return joined, buffer
 
 
@@ -179,7 +181,7 @@ def check_scales(options: Options, gradients, scales) -> None:
     Those that it is known of are sharded_norm's specs.
     """
     norm = options.priority_fn
-    if isinstance(norm, _sharded_norm.ShardedNorm) and scales is not None:
+    if isinstance(norm, sharded_norm.ShardedNorm) and scales is not None:
         norm.check_scales(jax.tree.leaves(gradients))
 
 
@@ -231,5 +233,5 @@ def storage_dtype(name: str, dtype):
     if dtype is None:
         return None
     known = _check.dtype_name(dtype)
-    _check.choice(name, known, _storage.DTYPES)
+    _check.choice(name, known, storage.DTYPES)
     return jnp.dtype(known)

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memoptax import _maxima
+from memoptax._tensors import tiles
 
-Box = _maxima.Box
+Box = tiles.Box
 Cover = Callable[[Any, Any], Sequence[Box]]
 
 
@@ -168,7 +168,7 @@ def resolve(cover: Any, path: Any, leaf: Any) -> tuple[Box, ...]:
 
 def check_shapes(boxes: Sequence[Box], path: Any, leaf: Any, numbers) -> None:
     """Refuses a cover that is not the one the accumulators were made for."""
-    want = [_maxima.counts(tuple(leaf.shape), box) for box in boxes]
+    want = [tiles.counts(tuple(leaf.shape), box) for box in boxes]
     have = [tuple(x.shape) for x in numbers]
     if want != have:
         raise ValueError(
@@ -180,10 +180,10 @@ def check_shapes(boxes: Sequence[Box], path: Any, leaf: Any, numbers) -> None:
 def zeros(leaf: Any, box: Box, dtype) -> jax.Array:
     """A family's accumulator, sharded like the axes of the leaf that it follows."""
     if 0 in leaf.shape:
-        return jnp.zeros(_maxima.counts(leaf.shape, box), dtype)
+        return jnp.zeros(tiles.counts(leaf.shape, box), dtype)
     # The result of a reduction is sharded like the axes that remain, as jnp.zeros would
     # not be. Its value is not used, so a compiled init does not compute it.
-    return jnp.zeros_like(_maxima.box_max(jnp.zeros_like(leaf, dtype=bool), box), dtype)
+    return jnp.zeros_like(tiles.box_max(jnp.zeros_like(leaf, dtype=bool), box), dtype)
 
 
 def spread(x: jax.Array, box: Box, shape: Box) -> jax.Array:
@@ -223,7 +223,7 @@ def sweeps(boxes: Sequence[Box], shape: Box) -> list[tuple[Box, list[int]]]:
     ]
 
     def numbers(plan):
-        return sum(math.prod(_maxima.counts(shape, common)) for common, _ in plan)
+        return sum(math.prod(tiles.counts(shape, common)) for common, _ in plan)
 
     best = min(plans, key=numbers, default=alone)
     return best if len(boxes) > 2 and 8 * numbers(best) <= math.prod(shape) else alone
@@ -253,12 +253,12 @@ class Families:
         """For each sweep, the least of its families' numbers, box by common box."""
         return [
             functools.reduce(
-                _maxima.smaller,
+                tiles.smaller,
                 (
                     spread(
                         accumulators[i],
                         coarsen(self.boxes[i], common),
-                        _maxima.counts(self.shape, common),
+                        tiles.counts(self.shape, common),
                     )
                     for i in members
                 ),
@@ -278,9 +278,9 @@ class Families:
 
         out = {}
         for common, members in self.sweeps:
-            top = _maxima.maxima(f, entries, (g, *floors), common)
+            top = tiles.maxima(f, entries, (g, *floors), common)
             for i in members:
-                out[i] = _maxima.box_max(top, coarsen(self.boxes[i], common))
+                out[i] = tiles.box_max(top, coarsen(self.boxes[i], common))
         return tuple(out[i] for i in range(len(self.boxes)))
 
     def spread(self, floors: Sequence[jax.Array]) -> list[jax.Array]:
