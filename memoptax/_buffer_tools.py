@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from memoptax import _flax_metadata
-from memoptax._buffer import algorithm
+from memoptax._buffer import algorithm, eviction, holding
 from memoptax._buffer import options as _options
 
 
@@ -92,7 +92,7 @@ def resize_buffer(state, topc: int):
     topc = _options.capacity(topc)
     if topc == 0:
         raise ValueError("topc must be at least 1 to resize a buffer, but is 0.")
-    return _map_buffers(lambda b: algorithm.resize(b, topc), state, "resize_buffer")
+    return _map_buffers(lambda b: holding.resize(b, topc), state, "resize_buffer")
 
 
 def reset_buffer(state):
@@ -114,7 +114,7 @@ def reset_buffer(state):
       >>> int(memoptax.buffer_stats(memoptax.reset_buffer(state))["fill"])
       0
     """
-    return _map_buffers(algorithm.reset, state, "reset_buffer")
+    return _map_buffers(holding.reset, state, "reset_buffer")
 
 
 def _stats(buffer, updates):
@@ -122,7 +122,7 @@ def _stats(buffer, updates):
     filled = buffer.keys > -jnp.inf
     entries = jnp.maximum(jnp.sum(filled), 1)
     empty = ~jnp.any(filled)
-    fill = algorithm.fill(buffer)
+    fill = eviction.fill(buffer)
     per_leaf = jnp.maximum(jnp.broadcast_to(fill, buffer.error.shape), 1)
     means = [
         total / count.astype(total.dtype)

@@ -101,11 +101,11 @@ def critical_gradients(
         return optax.identity()
 
     def init_fn(params):
-        return CriticalGradientsState(_options.empty(options, params))
+        return CriticalGradientsState(algorithm.start(options, params))
 
     def update_fn(updates, state, params=None):
         del params
-        updates, buffer = _options.remember(options, state.buffer, updates, updates)
+        updates, buffer = algorithm.remember(options, state.buffer, updates, updates)
         return updates, CriticalGradientsState(buffer)
 
     return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))

@@ -113,14 +113,14 @@ def critical_momenta(
 
     def init_fn(params):
         mu, mu_scales = _zero_momentum(params, mu_dtype)
-        return CriticalMomentaState(mu, mu_scales, _options.empty(options, params))
+        return CriticalMomentaState(mu, mu_scales, algorithm.start(options, params))
 
     def update_fn(updates, state, params=None):
         del params
         _options.check_scales(options, updates, state.mu_scales)
         finite = algorithm.all_finite(state.buffer, updates, options.across)
         m, stored, mu, mu_scales = _momentum(updates, state, b1, finite)
-        joined, buffer = _options.remember(
+        joined, buffer = algorithm.remember(
             options, state.buffer, m, updates, finite, stored if mu_dtype else None
         )
         state = CriticalMomentaState(mu, mu_scales, buffer)
@@ -221,7 +221,7 @@ def scale_by_adam_cm(
             mu_scales=mu_scales,
             nu=zeros(),
             nu_max=zeros() if amsgrad else None,
-            buffer=_options.empty(options, params),
+            buffer=algorithm.start(options, params),
         )
 
     def update_fn(updates, state, params=None):
@@ -233,7 +233,7 @@ def scale_by_adam_cm(
         taken = finite & ~jnp.asarray(first)
         m, stored, mu, mu_scales = _momentum(updates, state, b1, taken)
         offered = _where(first, updates, m)
-        joined, buffer = _options.remember(
+        joined, buffer = algorithm.remember(
             options,
             state.buffer,
             offered,

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from memoptax._buffer import algorithm
+from memoptax._buffer import algorithm, holding
 from memoptax._critical_gradients import critical_gradients
 from memoptax._tensors import storage
 
@@ -319,7 +319,7 @@ def test_a_resized_sum_has_the_derivative_of_what_was_kept(topc, x64):
         buffer = algorithm.empty(stream[0], 3)
         for x in stream:
             _, buffer = offer(buffer, x, key=jnp.linalg.norm(x))
-        return jnp.sum(algorithm.resize(buffer, topc).total * jnp.array([1.0, 2.0]))
+        return jnp.sum(holding.resize(buffer, topc).total * jnp.array([1.0, 2.0]))
 
     stream = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     kept = jnp.arange(3)[:, None] >= 3 - topc

@@ -1,23 +1,18 @@
-"""The buffer: the C most critical values seen so far, their sum, and who leaves next.
+"""Algorithm 1 of both papers: read the buffer, join, and offer the value to it.
 
-Every leaf of the tree has C + 1 slots, one of them always spare. A step writes the new
-value into the spare slot, whether or not it will be kept; if it is, the evicted slot
-becomes the spare. Every read of the slots therefore follows the write *by data*, which
-is what lets XLA update them in place: a step touches two slots, whatever C is.
-
-Entries have a logical index (keys, norms, ages; what ties are broken by) and a physical
-one (where the value lies); ``place`` maps the first to the second. A slot that was
-never filled holds zeros, so that sums may run over it.
+The buffer has the C most critical values seen so far, their sum, and the keys that say
+who leaves next. Entries have a logical index (keys, norms, ages; what ties are broken
+by) and a physical one (where the value is).
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from memoptax import _flax_metadata
-from memoptax._buffer import running_sum
+from memoptax._buffer import aggregation, eviction, holding, running_sum
+from memoptax._buffer.options import Options, check_scales
 from memoptax._tensors import norms as _norms
 from memoptax._tensors import storage
 
@@ -51,6 +46,20 @@ class Recall(NamedTuple):
     fill: Any  # like the params, leaves (): how many slots were filled
 
 
+def start(options: Options, params) -> Buffer:
+    """The buffer that ``options`` ask for, holding nothing."""
+    draws = None
+    if options.fifo_probability is not None:
+        draws = jax.random.key_data(jax.random.key(options.seed))
+    return empty(
+        params,
+        options.topc,
+        synced=options.synced,
+        dtype=options.buffer_dtype,
+        draws=draws,
+    )
+
+
 def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> Buffer:
     """A buffer for ``topc`` values like ``params``, holding none."""
     jax.tree_util.tree_map_with_path(_check_floating, params)
@@ -63,7 +72,7 @@ def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> 
         total=jax.tree.map(storage.zero_sum, params),
         keys=jnp.full((rows, topc), -jnp.inf, key_dtype),
         ages=jnp.zeros((rows, topc), jnp.int32),
-        place=_in_order(rows, topc),
+        place=holding.in_order(rows, topc),
         spare=jnp.full((rows,), topc, jnp.int32),
         norms=jnp.zeros((len(leaves), topc), key_dtype),
         error=jnp.zeros((len(leaves),), key_dtype),
@@ -74,34 +83,37 @@ def empty(params, topc: int, *, synced: bool = True, dtype=None, draws=None) -> 
     )
 
 
-def priority(
-    buffer: Buffer, gradients, priority_fn=None, *, synced: bool = True, across=None
-) -> jax.Array:
-    """How critical ``gradients`` are, (R,): the sum of the L2 norms of a row's leaves.
+def remember(
+    options: Options,
+    buffer: Buffer,
+    values,
+    gradients,
+    finite: Any = True,
+    stored=None,
+):
+    """``values`` joined with the buffer, and the buffer once they were offered to it.
 
-    ``priority_fn`` replaces the rule; without syncing it is given one leaf at a time.
-    Here and below ``across`` is that of :func:`memoptax._tensors.norms.of`: with it all
-    devices decide alike.
+    Read before write, as in the papers: a value is never averaged with itself. Its
+    priority is that of the ``gradients``; if not ``finite``, nothing is offered. What
+    ``stored`` is, :func:`push` says.
     """
-    dtype, leaves = buffer.keys.dtype, _leaves(gradients, buffer)
-    if priority_fn is None:
-        norms = _norms.of(leaves, dtype, across)
-        return jnp.sum(norms, keepdims=True) if synced else norms
-    parts = jax.lax.stop_gradient([gradients] if synced else leaves)
-    return _norms.vector(
-        [jnp.asarray(priority_fn(part), dtype) for part in parts], dtype
+    across = options.across
+    check_scales(options, gradients, buffer.scales)
+    key = priority(
+        buffer, gradients, options.rule, synced=options.synced, across=across
     )
-
-
-def fill(buffer: Buffer) -> jax.Array:
-    """How many entries there are, (R,), in the dtype of the keys."""
-    return jnp.sum(buffer.keys > -jnp.inf, axis=1, dtype=buffer.keys.dtype)
-
-
-def all_finite(buffer: Buffer, gradients, across=None) -> jax.Array:
-    """Whether the norm of every leaf is a finite number, and so every gradient."""
-    leaves, dtype = _leaves(gradients, buffer), buffer.keys.dtype
-    return jnp.all(jnp.isfinite(_norms.of(leaves, dtype, across)))
+    key = jnp.where(finite, key, jnp.nan)
+    recall, buffer = push(
+        buffer,
+        values,
+        key,
+        options.decay,
+        options.fifo_probability,
+        stored,
+        across,
+    )
+    joined = aggregation.aggregate(values, recall, options.kappa, options.aggr)
+    return joined, buffer
 
 
 def push(
@@ -136,26 +148,41 @@ def push(
     after, rows, inexact = _decide(
         buffer, priority, norms, totals, decay, fifo_probability
     )
-    each, changes = _per_leaf(rows, leaves), []
-    for leaf, (new, here) in enumerate(zip(stored, each)):
-        dtype = totals[leaf].dtype
-        kept = storage.keep(here.finite, new)
-        stacks[leaf] = storage.write(stacks[leaf], kept, here.spare)
-        old = storage.decode(storage.read(stacks[leaf], here.evicted), dtype)
-        changes.append(jnp.where(here.accept, storage.decode(new, dtype) - old, 0))
-        totals[leaf] = totals[leaf] + changes[leaf]
-    totals = running_sum.rebuild(
-        totals, stacks, [row.spare_after for row in rows], inexact
+    each = _per_leaf(rows, leaves)
+    before, totals, stacks = holding.exchange(
+        totals, stacks, stored, each, [row.spare_after for row in rows], inexact
     )
-    # The sum before is taken back from the sum after: to read it in both places would
-    # cost a copy of it.
-    before = [total - change for total, change in zip(totals, changes)]
     filled = [here.fill for here in each]
     slots, scales = storage.pack(treedef, stacks, buffer.scales)
     return (
         Recall(treedef.unflatten(before), treedef.unflatten(filled)),
         after._replace(slots=slots, scales=scales, total=treedef.unflatten(totals)),
     )
+
+
+def priority(
+    buffer: Buffer, gradients, priority_fn=None, *, synced: bool = True, across=None
+) -> jax.Array:
+    """How critical ``gradients`` are, (R,): the sum of the L2 norms of a row's leaves.
+
+    ``priority_fn`` replaces the rule; without syncing it is given one leaf at a time.
+    Here and below ``across`` is that of :func:`memoptax._tensors.norms.of`: with it all
+    devices decide alike.
+    """
+    dtype, leaves = buffer.keys.dtype, _leaves(gradients, buffer)
+    if priority_fn is None:
+        norms = _norms.of(leaves, dtype, across)
+        return jnp.sum(norms, keepdims=True) if synced else norms
+    parts = jax.lax.stop_gradient([gradients] if synced else leaves)
+    return _norms.vector(
+        [jnp.asarray(priority_fn(part), dtype) for part in parts], dtype
+    )
+
+
+def all_finite(buffer: Buffer, gradients, across=None) -> jax.Array:
+    """Whether the norm of every leaf is a finite number, and so every gradient."""
+    leaves, dtype = _leaves(gradients, buffer), buffer.keys.dtype
+    return jnp.all(jnp.isfinite(_norms.of(leaves, dtype, across)))
 
 
 class _Decision(NamedTuple):
@@ -182,18 +209,19 @@ def _decide(buffer, priority, norms, totals, decay, fifo_probability):
     units = running_sum.units(totals, norms.dtype)
 
     def offered(buffer, finite, priority, norms, decay, fifo_probability):
-        fifo, draws = _draw(buffer.draws, fifo_probability, finite)
-        entry, accept = _choose(buffer, priority, finite, fifo)
+        fifo, draws = eviction.draw(buffer.draws, fifo_probability, finite)
+        entry, accept = eviction.choose(buffer, priority, finite, fifo)
         evicted = jnp.take_along_axis(buffer.place, entry[:, None], axis=1)[:, 0]
-        after = _insert(buffer, entry, accept, finite, evicted, priority, decay)
+        after = eviction.insert(buffer, entry, accept, finite, evicted, priority, decay)
         after, inexact = _bound_error(after, entry, accept, norms, units)
         after = after._replace(draws=draws)
-        taken = (finite, accept, evicted, buffer.spare, after.spare, fill(buffer))
+        fill = eviction.fill(buffer)
+        taken = (finite, accept, evicted, buffer.spare, after.spare, fill)
         return after, _rows(taken), inexact
 
     def ignored(buffer, finite, *_):
         no, spare = jnp.zeros_like(finite), buffer.spare
-        taken = (no, no, spare, spare, spare, fill(buffer))
+        taken = (no, no, spare, spare, spare, eviction.fill(buffer))
         return buffer, _rows(taken), jnp.zeros((), bool)
 
     return jax.lax.cond(
@@ -209,92 +237,13 @@ def _decide(buffer, priority, norms, totals, decay, fifo_probability):
     )
 
 
-def resize(buffer: Buffer, topc: int) -> Buffer:
-    """The buffer with ``topc`` slots: its most critical entries, in their order."""
-    kept = min(topc, buffer.keys.shape[1])
-    entries = jnp.sort(jax.lax.top_k(buffer.keys, kept)[1], axis=1)
-    rows, leaves = buffer.keys.shape[0], buffer.norms.shape[0]
-    entries_of_leaf = jnp.broadcast_to(entries, (leaves, kept))
-    place = jnp.take_along_axis(buffer.place, entries, axis=1)
-
-    def take(array, index, empty):
-        more = [(0, 0), (0, topc - kept)]
-        taken = jnp.take_along_axis(array, index, axis=1)
-        return jnp.pad(taken, more, constant_values=empty)
-
-    totals, treedef = jax.tree.flatten(buffer.total)
-    stacks = storage.unpack(treedef, buffer.slots, buffer.scales)
-    for leaf, slots in enumerate(jnp.broadcast_to(place, (leaves, kept))):
-        stacks[leaf] = storage.select(stacks[leaf], slots, topc + 1)
-    totals = running_sum.anew(totals, stacks, [topc])
-    slots, scales = storage.pack(treedef, stacks, buffer.scales)
-    resized = buffer._replace(
-        slots=slots,
-        scales=scales,
-        total=treedef.unflatten(totals),
-        keys=take(buffer.keys, entries, -jnp.inf),
-        ages=take(buffer.ages, entries, 0),
-        place=_in_order(rows, topc),
-        spare=jnp.full((rows,), topc, jnp.int32),
-        norms=take(buffer.norms, entries_of_leaf, 0),
-    )
-    units = running_sum.units(totals, buffer.norms.dtype)
-    return resized._replace(error=running_sum.fresh_error(resized.norms, units))
-
-
-def reset(buffer: Buffer) -> Buffer:
-    """The buffer, holding none; the key of its draws stays."""
-    zeros = jax.tree.map(storage.emptied, buffer)
-    rows, topc = buffer.keys.shape
-    return zeros._replace(
-        keys=jnp.full_like(buffer.keys, -jnp.inf),
-        place=_in_order(rows, topc),
-        spare=jnp.full((rows,), topc, jnp.int32),
-        draws=buffer.draws,
-    )
-
-
-def _choose(buffer, priority, finite, fifo):
-    """The entry that would leave, and whether it does, (R,) each.
-
-    An empty slot has the least of keys, so slots are filled first, and in order. Among
-    equal keys the lowest entry leaves; a priority equal to the least key is refused.
-    """
-    _, lowest = jax.lax.top_k(-buffer.keys, 1)
-    least = jnp.take_along_axis(buffer.keys, lowest, axis=1)[:, 0]
-    if fifo is None:
-        return lowest[:, 0], finite & (priority > least)
-    filled = buffer.keys > -jnp.inf
-    oldest = jnp.argmax(jnp.where(filled, buffer.ages, -1), axis=1)
-    first_out = fifo & jnp.all(filled, axis=1)
-    entry = jnp.where(first_out, oldest.astype(lowest.dtype), lowest[:, 0])
-    return entry, finite & (first_out | (priority > least))
-
-
-def _insert(buffer, entry, accept, finite, evicted, priority, decay):
-    """Keys, ages, places and counters after the push."""
-    new = _here(buffer.keys.shape, entry, accept)
-    keys = jnp.where(new, priority[:, None], buffer.keys)
-    # The key of an empty slot must not be multiplied: -inf times a decay of 0 is NaN.
-    held = finite[:, None] & (keys > -jnp.inf)
-    ages = jnp.where(held, optax.safe_increment(buffer.ages), buffer.ages)
-    return buffer._replace(
-        keys=jnp.where(held, keys * jnp.asarray(decay, keys.dtype), keys),
-        ages=jnp.where(new, 0, ages),
-        place=jnp.where(new, buffer.spare[:, None], buffer.place),
-        spare=jnp.where(accept, evicted, buffer.spare),
-        offered=_count(buffer.offered, finite),
-        accepted=_count(buffer.accepted, accept),
-    )
-
-
 def _bound_error(buffer, entry, accept, norms, units):
     """The buffer with its norms and error bounds, and whether to take the sums anew."""
-    new = _here(buffer.norms.shape, entry, accept)
+    new = eviction.here(buffer.norms.shape, entry, accept)
     norms, error, inexact = running_sum.bound(
         buffer.norms, buffer.error, units, new, norms
     )
-    rebuilds = _count(buffer.rebuilds, inexact)
+    rebuilds = eviction.count(buffer.rebuilds, inexact)
     return buffer._replace(norms=norms, error=error, rebuilds=rebuilds), inexact
 
 
@@ -308,26 +257,6 @@ def _anywhere(predicate):
 def _anywhere_batched(axis_size, in_batched, predicate):
     del axis_size
     return _anywhere(jnp.any(predicate) if in_batched[0] else predicate), False
-
-
-def _draw(draws, probability, finite):
-    """Whether this step is first in, first out (None: never), and the next key."""
-    if draws is None:
-        return None, None
-    kept, key = jax.random.split(jax.random.wrap_key_data(draws))
-    fifo = jax.random.uniform(key) < probability
-    return fifo, jnp.where(jnp.any(finite), jax.random.key_data(kept), draws)
-
-
-def _in_order(rows, topc):
-    """Places (R, C) of entries that lie where their index says."""
-    return jnp.tile(jnp.arange(topc, dtype=jnp.int32), (rows, 1))
-
-
-def _here(shape, entry, accept):
-    """Where in (R or L, C) the new entry goes, if anywhere."""
-    column = jnp.arange(shape[1], dtype=entry.dtype)[None]
-    return jnp.broadcast_to((column == entry[:, None]) & accept[:, None], shape)
 
 
 def _rows(columns):
@@ -344,10 +273,6 @@ def _in_rows(per_leaf, buffer):
     """Truth of each leaf (L,) as truth of each row (R,)."""
     synced = buffer.keys.shape[0] == 1
     return jnp.all(per_leaf, keepdims=True) if synced else per_leaf
-
-
-def _count(counter, happened):
-    return jnp.where(happened, optax.safe_increment(counter), counter)
 
 
 def _leaves(updates, buffer):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoptax import _check
-from memoptax._buffer import aggregation, algorithm, sharded_norm
+from memoptax._buffer import aggregation, sharded_norm
 from memoptax._tensors import storage
 
 _ARGS = """\
@@ -126,53 +126,6 @@ def options(
         fifo_probability,
         seed,
     )
-
-
-def empty(options: Options, params) -> algorithm.Buffer:
-    """The buffer that ``options`` ask for, holding nothing."""
-    draws = None
-    if options.fifo_probability is not None:
-        draws = jax.random.key_data(jax.random.key(options.seed))
-    return algorithm.empty(
-        params,
-        options.topc,
-        synced=options.synced,
-        dtype=options.buffer_dtype,
-        draws=draws,
-    )
-
-
-def remember(
-    options: Options,
-    buffer: algorithm.Buffer,
-    values,
-    gradients,
-    finite: Any = True,
-    stored=None,
-):
-    """``values`` joined with the buffer, and the buffer once they were offered to it.
-
-    Read before write, as in the papers: a value is never averaged with itself. Its
-    priority is that of the ``gradients``; if not ``finite``, nothing is offered. What
-    ``stored`` is, :func:`memoptax._buffer.algorithm.push` says.
-    """
-    across = options.across
-    check_scales(options, gradients, buffer.scales)
-    priority = algorithm.priority(
-        buffer, gradients, options.rule, synced=options.synced, across=across
-    )
-    priority = jnp.where(finite, priority, jnp.nan)
-    recall, buffer = algorithm.push(
-        buffer,
-        values,
-        priority,
-        options.decay,
-        options.fifo_probability,
-        stored,
-        across,
-    )
-    joined = aggregation.aggregate(values, recall, options.kappa, options.aggr)
-    return joined, buffer
 
 
 def check_scales(options: Options, gradients, scales) -> None:
