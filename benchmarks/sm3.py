@@ -85,13 +85,13 @@ def measure(shapes, rounds, dtype):
 
 def measure_rows(rounds, touched=1024, columns=64, sizes=(10_000, 1_000_000)):
     """A step that touches 1,024 rows of a small and of a large table."""
-    tx = memoptax.sm3(0.1, cover=memoptax.rows)
+    tx = memoptax.sm3(0.1, cover=memoptax.covers.rows)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(table, state, ids):
-        _, g = memoptax.row_value_and_grad(lambda r: jnp.sum(r**2), table, ids)
+        _, g = memoptax.sparse.row_value_and_grad(lambda r: jnp.sum(r**2), table, ids)
         updates, state = tx.update(g, state)
-        return memoptax.apply_updates(table, updates), state
+        return memoptax.sparse.apply_updates(table, updates), state
 
     rng = np.random.default_rng(0)
     tables = {n: jnp.ones((n, columns)) for n in sizes}

@@ -88,9 +88,9 @@ def init_tables(words):
 def sparse_step(tx):
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(tables, state, ids):
-        value, grads = memoptax.row_value_and_grad(loss, tables, ids)
+        value, grads = memoptax.sparse.row_value_and_grad(loss, tables, ids)
         updates, state = tx.update(grads, state, tables)
-        return memoptax.apply_updates(tables, updates), state, value
+        return memoptax.sparse.apply_updates(tables, updates), state, value
 
     return step
 
@@ -177,7 +177,7 @@ def main(steps=3000, comparison_steps=30, picture="embeddings.png"):
     ngrams = np.array([hashed_ngrams(w) for w in vocabulary], np.int32)
     print(f"{len(text):,} words of text, {len(vocabulary):,} different ones")
     schedule = memoptax.sm3_schedule(0.3, steps // 20, steps, cooldown_fraction=0.5)
-    sm3, adam = memoptax.sm3(schedule, cover=memoptax.rows), optax.adam(1e-3)
+    sm3, adam = memoptax.sm3(schedule, cover=memoptax.covers.rows), optax.adam(1e-3)
     words = len(vocabulary)
     tables, losses, ms, touched, size = train(
         sparse_step(sm3), sm3, ngrams, batches(text, BATCH), steps, words, bar=True

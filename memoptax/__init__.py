@@ -1,7 +1,15 @@
 """Optimizers that spend memory on purpose, as optax transformations."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from memoptax import covers as covers
+from memoptax._bases.precision import StoredMomentState as StoredMomentState
+from memoptax._bases.pytorch import AmsgradState as AmsgradState
+from memoptax._bases.pytorch import CenteredRmsState as CenteredRmsState
+from memoptax._bases.pytorch import DampenedTraceState as DampenedTraceState
+from memoptax._buffer.algorithm import Buffer as Buffer
 from memoptax._buffer.sharded_norm import sharded_norm as sharded_norm
 from memoptax._buffer_tools import buffer_stats as buffer_stats
 from memoptax._buffer_tools import reset_buffer as reset_buffer
@@ -31,12 +39,16 @@ from memoptax._sharding import state_shardings as state_shardings
 from memoptax._sm3 import ScaleBySM3State as ScaleBySM3State
 from memoptax._sm3 import scale_by_sm3 as scale_by_sm3
 from memoptax._sm3 import sm3 as sm3
-from memoptax.covers import axes as axes
-from memoptax.covers import blocks as blocks
-from memoptax.covers import full as full
-from memoptax.covers import rows as rows
-from memoptax.covers import whole as whole
-from memoptax.sparse import apply_updates as apply_updates
-from memoptax.sparse import row_value_and_grad as row_value_and_grad
+from memoptax.covers import Cover as Cover
+
+if _TYPE_CHECKING:
+    from memoptax import sparse as sparse
 
 __version__ = _version("memoptax")
+
+
+def __getattr__(name: str):
+    # On first use, for it imports jax.experimental.sparse, which takes its time.
+    if name == "sparse":
+        return _import_module("memoptax.sparse")
+    raise AttributeError(f"module 'memoptax' has no attribute {name!r}")

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _flax_metadata, _sm3_rules, covers, sparse
+from memoptax import _flax_metadata, _sm3_rules, covers
+from memoptax._bases import by_rows
 from memoptax._check import dtype_name
-from memoptax._tensors import storage
+from memoptax._tensors import families, row_sparse, storage
 
 _VARIANTS = {"I": _sm3_rules.sm3_i, "II": _sm3_rules.sm3_ii}
 _STEPS = {False: _sm3_rules.step, True: _sm3_rules.row_sparse_step}
@@ -74,9 +75,9 @@ def scale_by_sm3(
     :func:`optax.apply_if_finite` sees it.
 
     A gradient leaf may be row-sparse (`jax.experimental.sparse.BCOO` with one sparse
-    dimension, see :func:`memoptax.row_value_and_grad`). Its parameter needs the cover
-    :func:`memoptax.rows`. The work is that of the rows touched; duplicates are summed
-    first; momentum is neither applied nor changed.
+    dimension, see :func:`memoptax.sparse.row_value_and_grad`). Its parameter needs the
+    cover :func:`memoptax.covers.rows`. The work is that of the rows touched; duplicates
+    are summed first; momentum is neither applied nor changed.
 
     Args:
       momentum: :math:`\mu` in [0, 1); None or 0 for none.
@@ -84,9 +85,9 @@ def scale_by_sm3(
       eps: inside the root; 0/0 is 0.
       variant: 'I' or 'II'. II is never larger and so never takes smaller steps.
       cover: a function `(path, leaf) -> list of box shapes`, or such a list for all
-        parameters. None is :func:`memoptax.axes`. It is asked again on every update
-        (while tracing), so it may depend on the names in the path and on the shape
-        alone. See also `rows`, `blocks`, `full` and `whole`.
+        parameters. None is :func:`memoptax.covers.axes`. It is asked again on every
+        update (while tracing), so it may depend on the names in the path and on the
+        shape alone. See :mod:`memoptax.covers` for others.
       accumulator_dtype: float32 or float64; None is float64 for float64 parameters
         and float32 for all others.
       momentum_dtype: of the storage: float32, float64, bfloat16, float16 or int8; None
@@ -137,8 +138,8 @@ def scale_by_sm3(
         def accumulators(path, box, leaf):
             _sm3_rules.check_real(path, leaf)
             dtype = _sm3_rules.accumulator_dtype(leaf, accumulator_dtype)
-            boxes = covers.resolve(cover, path, leaf)
-            numbers = tuple(covers.zeros(leaf, size, dtype) for size in boxes)
+            boxes = families.resolve(cover, path, leaf)
+            numbers = tuple(families.zeros(leaf, size, dtype) for size in boxes)
             return _flax_metadata.fit(box, numbers)
 
         def moments(leaf):
@@ -161,7 +162,7 @@ def scale_by_sm3(
 
     def update_fn(updates, state, params=None):
         del params
-        leaves, treedef = jax.tree.flatten_with_path(updates, sparse.is_row_sparse)
+        leaves, treedef = jax.tree.flatten_with_path(updates, row_sparse.is_row_sparse)
         count = optax.safe_increment(state.count)
         if not leaves:
             return updates, state._replace(count=count)
@@ -175,9 +176,9 @@ def scale_by_sm3(
             leaves, state.accumulators, _load(state, treedef)
         ):
             _sm3_rules.check_real(path, g)
-            boxes = covers.resolve(cover, path, g)
-            covers.check_shapes(boxes, path, g, numbers)
-            step = _STEPS[sparse.is_row_sparse(g)]
+            boxes = families.resolve(cover, path, g)
+            families.check_shapes(boxes, path, g, numbers)
+            step = _STEPS[row_sparse.is_row_sparse(g)]
             steps.append(step(rule, path, boxes, g, numbers, memory))
         directions, accumulators, memories = zip(*steps)
         state = _save(state, treedef, memories)._replace(
@@ -248,7 +249,7 @@ def sm3(
 
     :func:`scale_by_sm3`, then decoupled weight decay, then the learning rate.
     Row-sparse gradients go through all three as single leaves, and are not decayed
-    (that would touch every row). :func:`memoptax.apply_updates` applies them.
+    (that would touch every row). :func:`memoptax.sparse.apply_updates` applies them.
 
     Args:
       learning_rate: a number, or a schedule such as :func:`memoptax.sm3_schedule`; in
@@ -282,7 +283,7 @@ def sm3(
       1.10E+01
       9.31E+00
     """
-    decay = sparse.add_decayed_weights(weight_decay)
+    decay = by_rows.add_decayed_weights(weight_decay)
     if isinstance(weight_decay, int | float):
         if not weight_decay >= 0:
             raise ValueError(
@@ -301,5 +302,5 @@ def sm3(
             momentum_dtype=momentum_dtype,
         ),
         decay if mask is None else optax.masked(decay, mask),
-        sparse.on_values(optax.scale_by_learning_rate(learning_rate)),
+        by_rows.on_values(optax.scale_by_learning_rate(learning_rate)),
     )

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memoptax import covers, sparse
-from memoptax._tensors import storage, tiles
+from memoptax import covers
+from memoptax._tensors import families as _families
+from memoptax._tensors import row_sparse, storage, tiles
 
 
 class Rule(NamedTuple):
@@ -26,7 +27,7 @@ def step(rule, path, boxes, gradient, numbers, memory):
     dtype = numbers[0].dtype
     momentum, beta, eps = (_hyperparameter(x, dtype) for x in rule[:3])
     g = gradient.astype(dtype)
-    families = covers.Families(boxes, g.shape)
+    families = _families.Families(boxes, g.shape)
     nu, floors, raised = rule.precondition(g, numbers, families, beta)
     if len(raised) == 1 and raised[0].shape == g.shape:
         # Adagrad. Told entry by entry, for no other entry cares; and what is told by
@@ -68,14 +69,25 @@ def _average(direction, momentum, families, g, floors, memory, finite):
 
 def row_sparse_step(rule, path, boxes, gradient, numbers, memory):
     """The same for the rows touched, as if they were the whole table."""
-    sparse.check_rows(gradient, boxes, covers.name(path))
-    gradient = sparse.merged(gradient, covers.name(path))
+    _check_rows(gradient, boxes, _families.name(path))
+    gradient = row_sparse.merged(gradient, _families.name(path))
     (table,) = numbers
-    rows, data = sparse.gather(table, gradient), gradient.data
+    rows, data = row_sparse.gather(table, gradient), gradient.data
     boxes = covers.rows(path, data)
     q, (raised,), _ = step(rule, path, boxes, data, (rows,), None)
-    table = sparse.scatter(table, gradient, raised)
-    return sparse.with_values(gradient, q), (table,), memory
+    table = row_sparse.scatter(table, gradient, raised)
+    return row_sparse.with_values(gradient, q), (table,), memory
+
+
+def _check_rows(gradient, boxes, name: str) -> None:
+    """Refuses covers in which a row that rests would have a share."""
+    if tuple(boxes) != ((1, *gradient.shape[1:]),):
+        raise ValueError(
+            f"{name} has a row-sparse gradient and the cover {list(boxes)!r}. Only "
+            "memoptax.covers.rows can follow it: the numbers of other boxes would go "
+            "stale. Pass cover=memoptax.covers.rows, or a function that gives rows to "
+            "this parameter."
+        )
 
 
 # The two variants, and Adagrad which both of them are at singleton boxes. nu is
@@ -157,7 +169,7 @@ def check_real(path, leaf):
     """Refuses integers and complex numbers."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
-            f"sm3 takes real floating-point tensors, and {covers.name(path)} has "
+            f"sm3 takes real floating-point tensors, and {_families.name(path)} has "
             f"dtype {leaf.dtype}. Leave it to another optimizer with optax.partition; "
             "for complex parameters see optax.contrib.split_real_and_imaginary."
         )

@@ -1,4 +1,4 @@
-"""Row-sparse gradients: BCOO leaves that hold only the rows a step has touched."""
+"""Row-sparse gradients: of a table only the rows that a step has touched."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.sparse import BCOO
 
+from memoptax._tensors import row_sparse
 
-def is_row_sparse(leaf: Any) -> bool:
-    """Whether a leaf of an update tree is a BCOO array."""
-    return isinstance(leaf, BCOO)
+__all__ = ["apply_updates", "row_value_and_grad"]
 
 
 def row_value_and_grad(
@@ -40,7 +39,8 @@ def row_value_and_grad(
       >>> import jax.numpy as jnp, memoptax
       >>> table = jnp.ones((1000, 4))
       >>> loss = lambda rows: (rows**2).sum()
-      >>> value, grad = memoptax.row_value_and_grad(loss, table, jnp.array([3, 8]))
+      >>> ids = jnp.array([3, 8])
+      >>> value, grad = memoptax.sparse.row_value_and_grad(loss, table, ids)
       >>> print(value, grad.shape, grad.data.shape)
       8.0 (1000, 4) (2, 4)
     """
@@ -79,106 +79,19 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
       >>> class TrainState(train_state.TrainState):
       ...     def apply_gradients(self, *, grads, **kwargs):
       ...         updates, state = self.tx.update(grads, self.opt_state, self.params)
-      ...         params = memoptax.apply_updates(self.params, updates)
+      ...         params = memoptax.sparse.apply_updates(self.params, updates)
       ...         return self.replace(
       ...             step=self.step + 1, params=params, opt_state=state, **kwargs
       ...         )
     """
 
     def add(update, param):
-        if not is_row_sparse(update):
+        if not row_sparse.is_row_sparse(update):
             return optax.apply_updates(param, update)
         values = update.data.astype(param.dtype)
         return param.at[update.indices[:, 0]].add(values, mode="drop")
 
     def is_leaf(x):
-        return x is None or is_row_sparse(x)
+        return x is None or row_sparse.is_row_sparse(x)
 
     return jax.tree.map(add, updates, params, is_leaf=is_leaf)
-
-
-def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Applies an elementwise transformation to the values of row-sparse leaves.
-
-    optax's own would scale the indices too. Updates keep the dtype they came in.
-    """
-
-    def update_fn(updates, state, params=None):
-        values = _map(lambda u: u.data if is_row_sparse(u) else u, updates)
-        values, state = inner.update(values, state, params)
-        return _map(_with_values, updates, values), state
-
-    return optax.GradientTransformation(inner.init, update_fn)
-
-
-def add_decayed_weights(weight_decay) -> optax.GradientTransformation:
-    """Decoupled weight decay; row-sparse leaves, whose rows must rest, pass by."""
-
-    def update_fn(updates, state, params=None):
-        if params is None:
-            raise ValueError(
-                f"weight_decay={weight_decay!r} needs the parameters: "
-                "call update(updates, state, params)."
-            )
-
-        def decayed(u, p):
-            if is_row_sparse(u):
-                return u
-            return (u + weight_decay * p).astype(u.dtype)
-
-        return _map(decayed, updates, params), state
-
-    return optax.GradientTransformation(optax.init_empty_state, update_fn)
-
-
-def _map(f, updates, *rest):
-    return jax.tree.map(f, updates, *rest, is_leaf=is_row_sparse)
-
-
-def _with_values(update, values) -> Any:
-    if not is_row_sparse(update):
-        return values.astype(update.dtype)
-    values = values.astype(update.data.dtype)
-    return BCOO(
-        (values, update.indices),
-        shape=update.shape,
-        indices_sorted=update.indices_sorted,
-        unique_indices=update.unique_indices,
-    )
-
-
-def merged(gradient: BCOO, name: str) -> BCOO:
-    """The gradient with every row once; rows left over point outside of the table."""
-    if gradient.n_batch or gradient.n_sparse != 1:
-        raise ValueError(
-            f"The row-sparse gradient of {name} has {gradient.n_batch} batch and "
-            f"{gradient.n_sparse} sparse dimensions; 0 and 1 are needed."
-        )
-    if gradient.unique_indices:
-        return gradient
-    return gradient.sum_duplicates(nse=gradient.nse)
-
-
-def check_rows(gradient: BCOO, boxes, name: str) -> None:
-    """Refuses covers in which a row that rests would have a share."""
-    if tuple(boxes) != ((1, *gradient.shape[1:]),):
-        raise ValueError(
-            f"{name} has a row-sparse gradient and the cover {list(boxes)!r}. Only "
-            "memoptax.rows can follow it: the numbers of other boxes would go stale. "
-            "Pass cover=memoptax.rows, or a function that gives rows to this parameter."
-        )
-
-
-def gather(x: jax.Array, gradient: BCOO) -> jax.Array:
-    """The rows of `x` that the gradient touches."""
-    return x.at[gradient.indices[:, 0]].get(mode="fill", fill_value=0)
-
-
-def scatter(x: jax.Array, gradient: BCOO, rows: jax.Array) -> jax.Array:
-    """`x` with these rows in the places that the gradient touches."""
-    return x.at[gradient.indices[:, 0]].set(rows, mode="drop")
-
-
-def with_values(gradient: BCOO, values: jax.Array) -> BCOO:
-    """The same rows with other values."""
-    return _with_values(gradient, values)

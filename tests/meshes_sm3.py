@@ -71,7 +71,7 @@ def check_mesh(kind, options):
 def check_blocks_under_explicit_sharding():
     mesh, tx = (
         make_mesh(AxisType.Explicit),
-        memoptax.sm3(0.1, cover=memoptax.blocks(2, 16)),
+        memoptax.sm3(0.1, cover=memoptax.covers.blocks(2, 16)),
     )
     with jax.set_mesh(mesh):
         g = jax.device_put(VALUES["matrix"], NamedSharding(mesh, P("data", "model")))

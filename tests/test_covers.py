@@ -23,18 +23,18 @@ def shapes(cover, params):
 @pytest.mark.parametrize(
     "cover, shape, boxes",
     [
-        (memoptax.axes, (2, 3, 4), [(1, 3, 4), (2, 1, 4), (2, 3, 1)]),
-        (memoptax.axes, (5,), [(1,)]),
-        (memoptax.axes, (), [()]),
-        (memoptax.rows, (7, 3), [(1, 3)]),
-        (memoptax.rows, (7,), [(1,)]),
-        (memoptax.full, (7, 3), [(1, 1)]),
-        (memoptax.whole, (7, 3), [(7, 3)]),
-        (memoptax.whole, (), [()]),
-        (memoptax.blocks(None, 2), (7, 3), [(7, 2)]),
-        (memoptax.blocks(4), (7, 3), [(1, 4)]),
-        (memoptax.blocks(2, 2, 2), (7, 3), [(2, 2)]),
-        (memoptax.blocks(2), (), [()]),
+        (memoptax.covers.axes, (2, 3, 4), [(1, 3, 4), (2, 1, 4), (2, 3, 1)]),
+        (memoptax.covers.axes, (5,), [(1,)]),
+        (memoptax.covers.axes, (), [()]),
+        (memoptax.covers.rows, (7, 3), [(1, 3)]),
+        (memoptax.covers.rows, (7,), [(1,)]),
+        (memoptax.covers.full, (7, 3), [(1, 1)]),
+        (memoptax.covers.whole, (7, 3), [(7, 3)]),
+        (memoptax.covers.whole, (), [()]),
+        (memoptax.covers.blocks(None, 2), (7, 3), [(7, 2)]),
+        (memoptax.covers.blocks(4), (7, 3), [(1, 4)]),
+        (memoptax.covers.blocks(2, 2, 2), (7, 3), [(2, 2)]),
+        (memoptax.covers.blocks(2), (), [()]),
     ],
 )
 def test_ready_made(cover, shape, boxes):
@@ -78,9 +78,11 @@ def test_families_that_overlap_take_the_minimum():
 def test_more_families_never_take_smaller_steps():
     rng = np.random.default_rng(0)
     gradients = [jnp.asarray(rng.standard_normal((8, 6))) for _ in range(5)]
-    few = memoptax.scale_by_sm3(cover=memoptax.axes)
+    few = memoptax.scale_by_sm3(cover=memoptax.covers.axes)
     more = memoptax.scale_by_sm3(
-        cover=lambda path, x: memoptax.axes(path, x) + memoptax.blocks(2, 2)(path, x)
+        cover=lambda path, x: (
+            memoptax.covers.axes(path, x) + memoptax.covers.blocks(2, 2)(path, x)
+        )
     )
     a, b = few.init(gradients[0]), more.init(gradients[0])
     for g in gradients:
@@ -93,8 +95,12 @@ def test_more_families_never_take_smaller_steps():
 def test_a_function_chooses_for_each_parameter():
     def cover(path, x):
         if "embedding" in jax.tree_util.keystr(path):
-            return memoptax.rows(path, x)
-        return memoptax.full(path, x) if x.size < 10 else memoptax.axes(path, x)
+            return memoptax.covers.rows(path, x)
+        return (
+            memoptax.covers.full(path, x)
+            if x.size < 10
+            else memoptax.covers.axes(path, x)
+        )
 
     params = {"embedding": jnp.zeros((9, 4)), "b": jnp.zeros(4), "w": jnp.zeros((4, 5))}
     assert shapes(cover, params) == [((4,),), ((9, 1),), ((4, 1), (1, 5))]
@@ -121,7 +127,7 @@ def test_a_cover_that_leaves_entries_uncovered_is_refused(cover, sentence):
 
 def test_blocks_take_positive_integers():
     with pytest.raises(ValueError, match="blocks takes positive integers .* 0"):
-        memoptax.blocks(None, 0)
+        memoptax.covers.blocks(None, 0)
 
 
 def test_a_kernel_needs_two_sweeps():

@@ -1,5 +1,6 @@
 """What the README says is run, and what it counts is counted again."""
 
+import inspect
 import json
 import pathlib
 import re
@@ -13,8 +14,17 @@ import memoptax
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PUBLIC = sorted(name for name in vars(memoptax) if not name.startswith("_"))
-CALLABLE = [name for name in PUBLIC if not name.endswith(("State", "Report"))]
+MODULES = {"": memoptax, "covers.": memoptax.covers, "sparse.": memoptax.sparse}
+PUBLIC = {
+    prefix + name: value
+    for prefix, module in MODULES.items()
+    for name, value in vars(module).items()
+    if not name.startswith("_")
+}
+FUNCTIONS = sorted(name for name, value in PUBLIC.items() if inspect.isfunction(value))
+STATES = sorted(
+    name for name, value in vars(memoptax).items() if hasattr(value, "_fields")
+)
 
 
 def test_the_python_of_the_readme_runs():
@@ -51,13 +61,37 @@ def test_state_sizes_of_the_readme(call, stated):
     assert f"{per_parameter:.{1 if stated >= 1 else 4}f}" == f"{stated}"
 
 
-@pytest.mark.parametrize("name", CALLABLE)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_public_functions_document_themselves(name):
-    doc = getattr(memoptax, name).__doc__
+    doc = PUBLIC[name].__doc__
     for heading in ("Args:", "Returns:", "Examples:"):
         assert re.search(rf"^\s*{heading}$", doc, re.M), f"{name} has no {heading}"
     assert "{" + "buffer}" not in doc
     assert re.search(rf"(`|memoptax\.){name}\b", README), "not in the README"
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_states_document_themselves(name):
+    # A NamedTuple without a docstring gets one that lists its fields.
+    assert not PUBLIC[name].__doc__.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("module", ["covers", "sparse"])
+def test_public_modules_export_their_functions(module):
+    exported = getattr(memoptax, module).__all__
+    assert [f"{module}.{name}" for name in exported] == [
+        name for name in FUNCTIONS if name.startswith(f"{module}.")
+    ]
+
+
+def test_every_state_is_exported():
+    sources = (ROOT / "memoptax").rglob("*.py")
+    found = {
+        name
+        for source in sources
+        for name in re.findall(r"^class (\w+State|Buffer)\(", source.read_text(), re.M)
+    }
+    assert found == set(STATES)
 
 
 def test_the_face_is_thin():

@@ -143,7 +143,7 @@ def test_the_specs_of_sm3():
     assert (scalar, vector) == ((P(),), (P("model"),))
     assert state.momentum == specs
     assert state.scales == (P(None, None, "model"), P("data"), P(), P())
-    blocks = memoptax.scale_by_sm3(cover=memoptax.blocks(4, None))
+    blocks = memoptax.scale_by_sm3(cover=memoptax.covers.blocks(4, None))
     state = memoptax.state_partition_specs(blocks, abstract(), specs)
     assert state.accumulators[1] == (P("data"),)
 
@@ -225,7 +225,7 @@ def test_shardings_need_one_mesh(mesh):
 
 
 def test_what_the_mesh_does_not_divide_is_not_sharded(mesh):
-    tx = memoptax.scale_by_sm3(cover=memoptax.blocks(3, 1))
+    tx = memoptax.scale_by_sm3(cover=memoptax.covers.blocks(3, 1))
     x = jax.device_put(jnp.zeros((16, 4)), NamedSharding(mesh, P("data", "model")))
     ((sharding,),) = memoptax.state_shardings(tx, x).accumulators
     assert sharding.spec == P(None, "model")  # six blocks on four devices

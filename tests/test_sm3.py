@@ -71,7 +71,7 @@ def row_sparse(g, touched, slots):
 @pytest.mark.parametrize("case", goldens.cases("sm3"), ids=repr)
 def test_golden_trajectory(case):
     name, options = goldens.ours(case)
-    cover = memoptax.rows if case.sparse_rows else None
+    cover = memoptax.covers.rows if case.sparse_rows else None
     with jax.enable_x64(case.dtype == "float64"):
         tx = getattr(memoptax, name)(**options, cover=cover)
         params = jax.tree.map(jnp.asarray, case.params0)
@@ -80,7 +80,7 @@ def test_golden_trajectory(case):
         @jax.jit
         def step(params, state, grads):
             updates, state = tx.update(grads, state, params)
-            return memoptax.apply_updates(params, updates), state
+            return memoptax.sparse.apply_updates(params, updates), state
 
         trajectory = []
         for t in range(40):
@@ -106,7 +106,7 @@ def problems(draw, max_rank=4):
     box = st.tuples(*(st.integers(1, n + 1) for n in shape))
     boxes = draw(st.lists(box, min_size=1, max_size=3))
     if draw(st.booleans()):
-        boxes += memoptax.axes((), jax.ShapeDtypeStruct(shape, "float32"))
+        boxes += memoptax.covers.axes((), jax.ShapeDtypeStruct(shape, "float32"))
     seed = draw(st.integers(0, 2**31))
     scales = draw(st.lists(st.sampled_from([0.0, 1e-3, 1.0, 30.0]), min_size=4))
     return shape, boxes, [normal(seed + t, shape, s) for t, s in enumerate(scales[:8])]
@@ -136,7 +136,7 @@ LARGE = [(520, 264), (264, 521), (3, 3, 128, 120), (64, 4096), (16, 12289)]
 @pytest.mark.parametrize("variant", ["I", "II"])
 def test_large_tensors_take_another_road_to_the_same_numbers(shape, variant, devices):
     """From some size on, the maxima are taken over recomputed slices."""
-    axes = memoptax.axes((), jax.ShapeDtypeStruct(shape, "float32"))
+    axes = memoptax.covers.axes((), jax.ShapeDtypeStruct(shape, "float32"))
     tx = memoptax.scale_by_sm3(variant=variant)
     state, update = tx.init(jnp.zeros(shape)), jax.jit(tx.update)
     least = np.zeros(shape)
@@ -162,7 +162,7 @@ def test_large_tensors_take_another_road_to_the_same_numbers(shape, variant, dev
 def test_large_tensors_with_blocks_and_slices():
     shape = (1100, 130)
     cover = lambda path, leaf: [  # noqa: E731
-        *memoptax.axes(path, leaf),
+        *memoptax.covers.axes(path, leaf),
         (7, 130),
         (32, 16),
     ]
@@ -185,7 +185,9 @@ def adagrad(gradients):
 
 @pytest.mark.parametrize("variant", ["I", "II"])
 @pytest.mark.parametrize(
-    "shape, cover", [((4, 3, 2), memoptax.full), ((7,), None), ((), None)], ids=named
+    "shape, cover",
+    [((4, 3, 2), memoptax.covers.full), ((7,), None), ((), None)],
+    ids=named,
 )
 def test_singleton_boxes_and_low_ranks_are_adagrad(shape, cover, variant):
     gradients = [jnp.asarray(normal(t, shape), jnp.float32) for t in range(5)]
@@ -435,7 +437,7 @@ def test_stored_momentum_stays_close(dtype, tolerance):
 
 
 def test_int8_scales_keep_small_rows_apart_from_large_ones():
-    tx = memoptax.scale_by_sm3(0.9, cover=memoptax.whole, momentum_dtype="int8")
+    tx = memoptax.scale_by_sm3(0.9, cover=memoptax.covers.whole, momentum_dtype="int8")
     state = tx.init(jnp.zeros((2, 8)))
     _, state = tx.update(jnp.zeros((2, 8)).at[0, 0].set(1.0), state)
     _, state = tx.update(jnp.zeros((2, 8)).at[1].set(1e-6), state)
@@ -460,10 +462,10 @@ def state_bytes(tx, params):
         ({"momentum": 0.9}, 8192 + 4 * 1024**2),
         ({"momentum": 0.9, "momentum_dtype": "bfloat16"}, 8192 + 2 * 1024**2),
         ({"momentum": 0.9, "momentum_dtype": "int8"}, 8192 + 1024**2 + 4096),
-        ({"cover": memoptax.rows}, 4096),
-        ({"cover": memoptax.whole}, 4),
-        ({"cover": memoptax.full}, 4 * 1024**2),
-        ({"cover": memoptax.blocks(None, 128)}, 32),
+        ({"cover": memoptax.covers.rows}, 4096),
+        ({"cover": memoptax.covers.whole}, 4),
+        ({"cover": memoptax.covers.full}, 4 * 1024**2),
+        ({"cover": memoptax.covers.blocks(None, 128)}, 32),
     ],
     ids=named,
 )
@@ -569,7 +571,7 @@ OPTIONS = [
     {"momentum": 0.9},
     {"momentum": 0.9, "momentum_dtype": "int8", "beta": 0.99, "variant": "I"},
     {"momentum": 0.9, "momentum_dtype": "bfloat16", "weight_decay": 0.1},
-    {"cover": memoptax.rows},
+    {"cover": memoptax.covers.rows},
 ]
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=named)
 

@@ -1,0 +1,167 @@
+"""The families of boxes that cover one tensor, and the few sweeps that serve them.
+
+Every family tiles the tensor and has one number for each box, its accumulator.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from memoptax._tensors import tiles
+from memoptax._tensors.tiles import Box
+
+
+def name(path: Any) -> str:
+    """How an error message calls the parameter at a key path."""
+    return jax.tree_util.keystr(path) or "the parameter"
+
+
+def resolve(cover: Any, path: Any, leaf: Any) -> tuple[Box, ...]:
+    """The box shapes a cover gives a parameter, checked and cut to its shape."""
+    boxes: Any = cover(path, leaf) if callable(cover) else cover
+    of, shape = name(path), tuple(leaf.shape)
+    if not boxes:
+        raise ValueError(
+            f"The cover leaves every entry of {of} with shape {shape} uncovered: "
+            "its list of box shapes is empty."
+        )
+    for box in boxes:
+        if len(box) != len(shape) or not all(
+            isinstance(b, int) and (b >= 1 or n == 0) for b, n in zip(box, shape)
+        ):
+            raise ValueError(
+                f"The cover of {of} with shape {shape} contains the box shape "
+                f"{tuple(box)!r}: a box needs one positive integer per axis, or it "
+                "leaves entries uncovered."
+            )
+    return tuple(
+        tuple(min(max(b, 1), max(n, 1)) for b, n in zip(x, shape)) for x in boxes
+    )
+
+
+def check_shapes(boxes: Sequence[Box], path: Any, leaf: Any, numbers) -> None:
+    """Refuses a cover that is not the one the accumulators were made for."""
+    want = [tiles.counts(tuple(leaf.shape), box) for box in boxes]
+    have = [tuple(x.shape) for x in numbers]
+    if want != have:
+        raise ValueError(
+            f"The cover of {name(path)} asks for accumulators of the shapes {want}, "
+            f"and the state has {have}: a cover must give init and update the same."
+        )
+
+
+def zeros(leaf: Any, box: Box, dtype) -> jax.Array:
+    """A family's accumulator, sharded like the axes of the leaf that it follows."""
+    if 0 in leaf.shape:
+        return jnp.zeros(tiles.counts(leaf.shape, box), dtype)
+    # The result of a reduction is sharded like the axes that remain, as jnp.zeros would
+    # not be. Its value is not used, so a compiled init does not compute it.
+    return jnp.zeros_like(tiles.box_max(jnp.zeros_like(leaf, dtype=bool), box), dtype)
+
+
+def spread(x: jax.Array, box: Box, shape: Box) -> jax.Array:
+    """Gives every entry the number of its box.
+
+    An axis that one box spans stays at size one, to be broadcast by what follows.
+    """
+    for axis, (b, n) in enumerate(zip(box, shape)):
+        if 1 < b < n:
+            # jnp.repeat, in a form that explicit shardings pass through.
+            head, tail = x.shape[:axis], x.shape[axis + 1 :]
+            x = jnp.broadcast_to(
+                jnp.expand_dims(x, axis + 1), (*head, x.shape[axis], b, *tail)
+            )
+            x = x.reshape(*head, -1, *tail)
+            x = jax.lax.slice_in_dim(x, 0, n, axis=axis)
+    return x
+
+
+def sweeps(boxes: Sequence[Box], shape: Box) -> list[tuple[Box, list[int]]]:
+    """Groups families, so that few sweeps over the tensor serve all of them.
+
+    Each group comes with a box that divides the boxes of its members: their maxima
+    follow from the maxima over that common box, which is a small array. The axes of a
+    convolution kernel, for example, need two sweeps and not four.
+
+    Returns:
+      Pairs of a common box and the indices of the families it serves.
+    """
+    alone = [(box, [i]) for i, box in enumerate(boxes)]
+    plans = [
+        [_group(boxes, range(k)), _group(boxes, range(k, len(boxes)))]
+        for k in range(1, len(boxes))
+    ]
+    plans = [
+        p for p in plans if all(_divides(c, boxes[i], shape) for c, f in p for i in f)
+    ]
+
+    def numbers(plan):
+        return sum(math.prod(tiles.counts(shape, common)) for common, _ in plan)
+
+    best = min(plans, key=numbers, default=alone)
+    return best if len(boxes) > 2 and 8 * numbers(best) <= math.prod(shape) else alone
+
+
+def _group(boxes, members):
+    return tuple(map(min, zip(*(boxes[i] for i in members)))), list(members)
+
+
+def _divides(common, box, shape):
+    return all(b % c == 0 or b >= n for c, b, n in zip(common, box, shape))
+
+
+def coarsen(box: Box, common: Box) -> Box:
+    """The size of `box` counted in boxes of the size `common`."""
+    return tuple(-(-b // c) for b, c in zip(box, common))
+
+
+class Families:
+    """The families of boxes of one tensor, and the sweeps that serve them."""
+
+    def __init__(self, boxes: Sequence[Box], shape: Box):
+        self.boxes, self.shape = boxes, shape
+        self.sweeps = sweeps(boxes, shape)
+
+    def floors(self, accumulators: Sequence[jax.Array]) -> list[jax.Array]:
+        """For each sweep, the least of its families' numbers, box by common box."""
+        return [
+            functools.reduce(
+                tiles.smaller,
+                (
+                    spread(
+                        accumulators[i],
+                        coarsen(self.boxes[i], common),
+                        tiles.counts(self.shape, common),
+                    )
+                    for i in members
+                ),
+            )
+            for common, members in self.sweeps
+        ]
+
+    def maxima(self, f, g, floors=()) -> tuple[jax.Array, ...]:
+        """For each family, the maximum over its boxes of `f(g, *numbers >= 0)`.
+
+        f works entry by entry; `numbers` are those of the boxes an entry lies in, one
+        for each sweep.
+        """
+
+        def entries(g, *floors):
+            return g, *self.spread(floors)
+
+        out = {}
+        for common, members in self.sweeps:
+            top = tiles.maxima(f, entries, (g, *floors), common)
+            for i in members:
+                out[i] = tiles.box_max(top, coarsen(self.boxes[i], common))
+        return tuple(out[i] for i in range(len(self.boxes)))
+
+    def spread(self, floors: Sequence[jax.Array]) -> list[jax.Array]:
+        """Gives every entry its box's number, for each sweep."""
+        return [
+            spread(x, common, self.shape) for x, (common, _) in zip(floors, self.sweeps)
+        ]
