@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from memoptax import _flax_metadata
-from memoptax._buffer import algorithm, eviction, holding
+from memoptax import _check, _flax_metadata
+from memoptax._buffer import algorithm, eviction, resizing
+from memoptax._buffer import holding as _holding
 from memoptax._buffer import options as _options
+from memoptax._tensors import norms
 
 
 def buffer_stats(state, updates=None) -> dict[str, jax.Array]:
@@ -65,7 +67,7 @@ def buffer_stats(state, updates=None) -> dict[str, jax.Array]:
     }
 
 
-def resize_buffer(state, topc: int):
+def resize_buffer(state, topc: int, *, holding: str | None = None):
     """The state for the same optimizer with another ``topc``.
 
     Fewer slots keep the most critical entries; more start out empty. Keys, ages and
@@ -92,7 +94,15 @@ def resize_buffer(state, topc: int):
     topc = _options.capacity(topc)
     if topc == 0:
         raise ValueError("topc must be at least 1 to resize a buffer, but is 0.")
-    return _map_buffers(lambda b: holding.resize(b, topc), state, "resize_buffer")
+    _check.choice("holding", holding, (None, *_holding.WAYS))
+
+    def resized(buffer):
+        way = _holding.way(holding, topc, _holding.itemsize(buffer.slots))
+        if way == "select" and topc != 1:
+            raise ValueError(f"holding='select' is for topc=1, but topc is {topc}.")
+        return resizing.resize(buffer, topc, way)
+
+    return _map_buffers(resized, state, "resize_buffer")
 
 
 def reset_buffer(state):
@@ -114,34 +124,39 @@ def reset_buffer(state):
       >>> int(memoptax.buffer_stats(memoptax.reset_buffer(state))["fill"])
       0
     """
-    return _map_buffers(holding.reset, state, "reset_buffer")
+    return _map_buffers(resizing.reset, state, "reset_buffer")
 
 
 def _stats(buffer, updates):
     dtype = buffer.keys.dtype
-    filled = buffer.keys > -jnp.inf
+    filled = eviction.held(buffer)
     entries = jnp.maximum(jnp.sum(filled), 1)
     empty = ~jnp.any(filled)
     fill = eviction.fill(buffer)
-    per_leaf = jnp.maximum(jnp.broadcast_to(fill, buffer.error.shape), 1)
-    means = [
-        total / count.astype(total.dtype)
-        for total, count in zip(jax.tree.leaves(buffer.total), per_leaf)
-    ]
+    leaves = range(len(jax.tree.leaves(buffer.slots)))
+    counts = _holding.per_leaf(list(jnp.maximum(fill, 1)), leaves)
+    means, apart = [], []
+    for leaf, count in zip(leaves, counts):
+        values = [
+            _holding.value(buffer, leaf, entry, dtype)
+            for entry in range(filled.shape[1])
+        ]
+        means.append(sum(values[1:], values[0]) / count)
+        apart.append(jnp.sum(norms.of(values, dtype)) / count)
     mean_norm = _norm(means, dtype)
-    apart = jnp.linalg.norm(jnp.sum(buffer.norms, axis=1) / per_leaf)
+    ages = jnp.where(filled, buffer.ages - 1, 0)
     stats = {
         "fill": jnp.mean(fill),
         "acceptance": jnp.sum(buffer.accepted)
         / jnp.maximum(jnp.sum(buffer.offered), 1),
-        "key_min": jnp.min(buffer.keys, where=filled, initial=jnp.inf),
+        "key_min": jnp.min(buffer.keys, where=filled, initial=jnp.finfo(dtype).max),
         "key_mean": jnp.sum(jnp.where(filled, buffer.keys, 0)) / entries,
-        "key_max": jnp.max(buffer.keys, where=filled, initial=-jnp.inf),
-        "age_mean": jnp.sum(jnp.where(filled, buffer.ages, 0)) / entries,
-        "age_max": jnp.max(buffer.ages, where=filled, initial=0),
+        "key_max": jnp.max(buffer.keys, where=filled, initial=0),
+        "age_mean": jnp.sum(ages) / entries,
+        "age_max": jnp.max(ages, initial=0),
         "mean_norm": mean_norm,
-        "coherence": _ratio(mean_norm, apart),
-        "rebuilds": buffer.rebuilds,
+        "coherence": _ratio(mean_norm, _norm(apart, dtype)),
+        "rebuilds": jnp.zeros(()) if buffer.rebuilds is None else buffer.rebuilds,
     }
     if updates is not None:
         offered = _norm(_leaves_like(buffer, updates), dtype)
@@ -153,8 +168,8 @@ def _stats(buffer, updates):
 
 
 def _norm(leaves, dtype):
-    squares = [jnp.sum(jnp.square(x.astype(dtype))) for x in leaves]
-    return jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
+    """The L2 norm of all leaves together."""
+    return norms.of([norms.of(leaves, dtype)], dtype)[0]
 
 
 def _ratio(part, whole):
@@ -165,7 +180,7 @@ def _ratio(part, whole):
 def _leaves_like(buffer, updates):
     """Of ``updates`` the leaves that the buffer is of: under a mask not all of them."""
     by_path = dict(jax.tree_util.tree_leaves_with_path(updates))
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(buffer.total)]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(buffer.slots)]
     for path in paths:
         if path not in by_path:
             raise ValueError(
@@ -193,9 +208,31 @@ def _buffers(state, caller):
 
 def _map_buffers(function, state, caller):
     _buffers(state, caller)
-    mapped = jax.tree.map(
-        lambda node: function(node) if _is_buffer(node) else node,
-        _flax_metadata.bare(state),
-        is_leaf=_is_buffer,
+    return jax.tree.map(
+        lambda node: _boxed(node, function) if _is_buffer(node) else node,
+        state,
+        is_leaf=lambda node: _is_buffer(node) or _flax_metadata.is_box(node),
     )
-    return _flax_metadata.like(state, mapped)
+
+
+def _boxed(buffer, function):
+    """``function`` of a buffer whose arrays may be in boxes, in boxes again."""
+    bare = _flax_metadata.bare(buffer)
+    new = _for_each(function, bare)
+    if not _flax_metadata.has_boxes(buffer):
+        return new
+    boxes = jax.tree.leaves(buffer.slots, is_leaf=_flax_metadata.is_box)
+
+    def fit(tree):
+        leaves, treedef = jax.tree.flatten(tree)
+        return treedef.unflatten(map(_flax_metadata.fit, boxes, leaves))
+
+    fields = {name: fit(getattr(new, name)) for name in ("slots", "scales", "total")}
+    return new._replace(**fields)
+
+
+def _for_each(function, buffer, *rest):
+    """``function`` of a buffer, or of each of a batch of buffers."""
+    for _ in range(buffer.keys.ndim - 2):
+        function = jax.vmap(function)
+    return function(buffer, *rest)

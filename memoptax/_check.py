@@ -76,3 +76,31 @@ def choice(name: str, value, allowed) -> None:
     if value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
         raise ValueError(f"{name} must be one of {options}, but is {value!r}.")
+
+
+def state(found, kind: type) -> None:
+    """Refuse the state of another optimizer."""
+    if not isinstance(found, kind):
+        raise ValueError(
+            f"state must be a {kind.__name__}, but is a {type(found).__name__}: it "
+            "belongs to another optimizer."
+        )
+
+
+def same(name: str, value: bool, found: bool) -> None:
+    """Refuse a state that was made with another value of a flag."""
+    if value != found:
+        raise ValueError(
+            f"{name} is {value}, but the state was made with {name}={found}: pass the "
+            "arguments that it was made with, or make a new one with init."
+        )
+
+
+def scalar(name: str, value) -> None:
+    """Refuse what a function of the user returned unless it is a real scalar."""
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must return a real scalar, but returned an array of shape {shape} "
+            f"and dtype {dtype}."
+        )

@@ -36,6 +36,7 @@ def critical_gradients(
     buffer_dtype=None,
     fifo_probability=None,
     seed=0,
+    holding=None,
 ) -> optax.GradientTransformation:
     r"""Join each gradient to the C most critical ones seen before it.
 
@@ -101,11 +102,14 @@ def critical_gradients(
         return optax.identity()
 
     def init_fn(params):
-        return CriticalGradientsState(algorithm.start(options, params))
+        return CriticalGradientsState(algorithm.empty(options, params))
 
     def update_fn(updates, state, params=None):
         del params
-        updates, buffer = algorithm.remember(options, state.buffer, updates, updates)
+        _check.state(state, CriticalGradientsState)
+        updates, buffer = algorithm.recall_and_offer(
+            options, state.buffer, updates, updates
+        )
         return updates, CriticalGradientsState(buffer)
 
     return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
@@ -129,6 +133,7 @@ def sgd_c(
     buffer_dtype=None,
     fifo_probability=None,
     seed=0,
+    holding=None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD with critical gradients.
 
@@ -211,6 +216,7 @@ def rmsprop_c(
     buffer_dtype=None,
     fifo_probability=None,
     seed=0,
+    holding=None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""RMSprop with critical gradients.
 
@@ -297,6 +303,7 @@ def adam_c(
     buffer_dtype=None,
     fifo_probability=None,
     seed=0,
+    holding=None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with critical gradients.
 
@@ -386,6 +393,7 @@ def adamw_c(
     buffer_dtype=None,
     fifo_probability=None,
     seed=0,
+    holding=None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with critical gradients and decoupled weight decay.
 

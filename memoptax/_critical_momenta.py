@@ -4,6 +4,7 @@ Malviya et al., Promoting Exploration in Memory-Augmented Adam using Critical Mo
 TMLR 2024.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from memoptax import _check, _flax_metadata
 from memoptax._bases import precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
-from memoptax._tensors import storage
+from memoptax._tensors import layout, storage
 
 _REFERENCES = """\
 References:
@@ -55,6 +56,7 @@ def critical_momenta(
     buffer_dtype=None,
     fifo_probability=None,
     seed=0,
+    holding=None,
 ) -> optax.GradientTransformation:
     r"""Join the momentum to the C momenta of the most critical gradients before it.
 
@@ -113,18 +115,19 @@ def critical_momenta(
 
     def init_fn(params):
         mu, mu_scales = _zero_momentum(params, mu_dtype)
-        return CriticalMomentaState(mu, mu_scales, algorithm.start(options, params))
+        return CriticalMomentaState(mu, mu_scales, algorithm.empty(options, params))
 
     def update_fn(updates, state, params=None):
         del params
-        _options.check_scales(options, updates, state.mu_scales)
-        finite = algorithm.all_finite(state.buffer, updates, options.across)
-        m, stored, mu, mu_scales = _momentum(updates, state, b1, finite)
-        joined, buffer = algorithm.remember(
-            options, state.buffer, m, updates, finite, stored if mu_dtype else None
+        _check.state(state, CriticalMomentaState)
+        _check_momentum(options, updates, state, mu_dtype)
+        sound = _is_sound(options, updates, state.buffer, b1)
+        m, stored, momentum = _average(updates, state, b1, sound)  # m_t
+        joined, buffer = algorithm.recall_and_offer(  # M_t, B_{t+1}
+            options, state.buffer, m, updates, sound, stored
         )
-        state = CriticalMomentaState(mu, mu_scales, buffer)
-        return _spoiled(joined, updates), state
+        state = CriticalMomentaState(*momentum, buffer)
+        return _or_nan(sound, joined, updates), state
 
     return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
@@ -148,6 +151,7 @@ def scale_by_adam_cm(
     buffer_dtype=None,
     fifo_probability=None,
     seed=0,
+    holding=None,
 ) -> optax.GradientTransformation:
     r"""Scale the aggregate of critical momenta by the root of its second moment.
 
@@ -221,31 +225,28 @@ def scale_by_adam_cm(
             mu_scales=mu_scales,
             nu=zeros(),
             nu_max=zeros() if amsgrad else None,
-            buffer=algorithm.start(options, params),
+            buffer=algorithm.empty(options, params),
         )
 
     def update_fn(updates, state, params=None):
         del params
-        _options.check_scales(options, updates, state.mu_scales)
-        finite = algorithm.all_finite(state.buffer, updates, options.across)
+        _check.state(state, ScaleByAdamCmState)
+        _check_momentum(options, updates, state, mu_dtype)
+        _check.same("amsgrad", amsgrad, state.nu_max is not None)
+        sound = _is_sound(options, updates, state.buffer, b1, b2, eps, squares=True)
         # Adam takes its first step, so a κ of 0 skips none.
         first = (state.count == 0) & (kappa != 0) if skip_first else False
-        taken = finite & ~jnp.asarray(first)
-        m, stored, mu, mu_scales = _momentum(updates, state, b1, taken)
-        offered = _where(first, updates, m)
-        joined, buffer = algorithm.remember(
-            options,
-            state.buffer,
-            offered,
-            updates,
-            finite,
-            stored if mu_dtype and not skip_first else None,
+        m, stored, momentum = _average(updates, state, b1, sound & ~first)  # m_t
+        if skip_first:
+            m, stored = _where(first, updates, m), None
+        joined, buffer = algorithm.recall_and_offer(  # M_t, B_{t+1}
+            options, state.buffer, m, updates, sound, stored
         )
-        joined = _where(first, m, joined)
-        # Adam's second moment is of the gradients, and a κ of 0 is Adam.
-        squared = _where(jnp.asarray(kappa) == 0, updates, joined)
-        count, nu, nu_max = _second_moment(squared, state, b2, finite)
-        scaled = pytorch.normalize(
+        if skip_first:
+            joined = _where(first, optax.tree.zeros_like(joined), joined)
+        squared = _where(jnp.equal(kappa, 0), updates, joined)  # Adam's are of g
+        count, nu, nu_max = _second_moment(squared, state, b2, sound)  # v_t
+        scaled = pytorch.normalize(  # u_t
             joined,
             nu_max if amsgrad else nu,
             jnp.maximum(count, 1),
@@ -254,8 +255,8 @@ def scale_by_adam_cm(
             eps,
             eps_root,
         )
-        state = ScaleByAdamCmState(count, mu, mu_scales, nu, nu_max, buffer)
-        return _spoiled(scaled, updates), state
+        state = ScaleByAdamCmState(count, *momentum, nu, nu_max, buffer)
+        return _or_nan(sound, scaled, updates), state
 
     return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
@@ -275,6 +276,7 @@ def sgd_cm(
     buffer_dtype=None,
     fifo_probability=None,
     seed=0,
+    holding=None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD with critical momenta: :math:`\theta_{t+1} = \theta_t - \eta\,M_t`.
 
@@ -339,6 +341,7 @@ def adam_cm(
     buffer_dtype=None,
     fifo_probability=None,
     seed=0,
+    holding=None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with critical momenta, which leaves sharp basins for flat ones.
 
@@ -419,6 +422,7 @@ def adamw_cm(
     buffer_dtype=None,
     fifo_probability=None,
     seed=0,
+    holding=None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with critical momenta and decoupled weight decay.
 
@@ -494,53 +498,81 @@ def _zero_momentum(params, dtype):
     return zeros, storage.zero_scales(params, None, dtype)
 
 
-def _momentum(gradients, state, b1, taken):
-    """b1·m + (1 − b1)·g, or m where the step is not taken; as it is, by leaf in
-    storage, and as two fields of the state.
+def _check_momentum(options, updates, state, mu_dtype):
+    """Refuse a momentum that was stored in another dtype, while tracing."""
+    _options.check_scales(options, updates, state.mu_scales)
+    found = {leaf.dtype for leaf in jax.tree.leaves(state.mu)}
+    wide = {jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)}
+    if found - ({mu_dtype} if mu_dtype else wide):
+        names = ", ".join(sorted(dtype.name for dtype in found))
+        raise ValueError(
+            f"mu_dtype is {mu_dtype.name if mu_dtype else None!r}, but the state has a "
+            f"momentum of {names}. Pass the mu_dtype that the state was made with."
+        )
+
+
+def _is_sound(options, gradients, buffer, *hyperparameters, squares=False):
+    """Whether gradients and hyperparameters are finite, so that the state may move.
+
+    The square of the aggregate M must be finite, too. M is a mean of gradients and
+    κ of them again, so no pass over M is needed to know.
+    """
+    dtype, limit = buffer.keys.dtype, None
+    if squares:
+        limit = jnp.sqrt(jnp.finfo(dtype).max) / (2 * (1 + jnp.abs(options.kappa)))
+    sound = algorithm.is_within(options, gradients, dtype, limit)
+    for number in (*hyperparameters, options.kappa):
+        sound &= jnp.all(jnp.isfinite(jnp.asarray(number)))
+    return sound
+
+
+def _average(gradients, state, b1, taken):
+    """b1·m + (1 − b1)·g, or m where the step is not taken: as it is, as the leaves in
+    storage, and as the two fields of the state.
 
     The first is decoded from the others, so that nobody else reads what was there
     before: it can be overwritten.
     """
     leaves, treedef = jax.tree.flatten(gradients)
-    totals = treedef.flatten_up_to(state.buffer.total)
     before = storage.unpack(treedef, state.mu, state.mu_scales)
+    dtypes = [_wide(old.values.dtype, g.dtype) for old, g in zip(before, leaves)]
     after = [
-        _blended(g.astype(total.dtype), old, b1, taken)
-        for g, total, old in zip(leaves, totals, before)
+        _blended(layout.like(g, old.values).astype(dtype), old, b1, 1 - b1, taken)
+        for g, old, dtype in zip(leaves, before, dtypes)
     ]
-    m = [storage.decode(new, total.dtype) for new, total in zip(after, totals)]
-    mu, mu_scales = storage.pack(treedef, after, state.mu_scales)
-    return treedef.unflatten(m), after, mu, mu_scales
+    m = [storage.decode(new, dtype) for new, dtype in zip(after, dtypes)]
+    return treedef.unflatten(m), after, storage.pack(treedef, after, state.mu_scales)
 
 
-def _blended(gradient, old, b1, taken):
+@jax.jit
+def _blended(gradient, old, b1, rest, taken):
     def blend(gradient, values, scale):
         m = storage.decode(storage.Stored(values, scale), gradient.dtype)
-        m = optax.tree.update_moment(gradient, m, b1, 1).astype(gradient.dtype)
+        m = jnp.asarray(b1, m.dtype) * m + jnp.asarray(rest, m.dtype) * gradient
         return storage.saturate(m, old)
 
     operands = (gradient, *old)
-    new = storage.encode_computed(blend, lambda *numbers: numbers, operands, old)
-    return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
+    return storage.encode_computed(
+        blend, lambda *numbers: numbers, operands, old, taken
+    )
 
 
-def _second_moment(updates, state, b2, finite):
+def _second_moment(updates, state, b2, taken):
     """Steps taken, v and its maximum (None if the state has none) after this one."""
     nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-    nu = _where(finite, nu, state.nu)
+    nu = _where(taken, nu, state.nu)
     amsgrad = state.nu_max is not None
     nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu) if amsgrad else None
-    return jnp.where(finite, optax.safe_increment(state.count), state.count), nu, nu_max
+    return jnp.where(taken, optax.safe_increment(state.count), state.count), nu, nu_max
 
 
-def _spoiled(updates, gradients):
-    """``updates``, or where a gradient is not finite that gradient, in its dtype.
+def _or_nan(sound, updates, gradients):
+    """``updates``, or NaN where the step is not sound, laid out as the gradients.
 
-    The state never sees such a gradient, but whoever guards the loop must. The
-    update is read once: with two readers it would be stored in between.
+    The state never sees such a step, but whoever guards the loop must.
     """
     return jax.tree.map(
-        lambda u, g: jnp.where(jnp.isfinite(g), u.astype(g.dtype), g),
+        lambda u, g: layout.like(jnp.where(sound, u, jnp.nan).astype(g.dtype), g),
         updates,
         gradients,
     )
@@ -549,5 +581,12 @@ def _spoiled(updates, gradients):
 def _where(condition, chosen, other):
     """``chosen`` in the dtypes of ``other``, or ``other``."""
     return jax.tree.map(
-        lambda a, b: jnp.where(condition, a.astype(b.dtype), b), chosen, other
+        lambda a, b: jnp.where(condition, layout.like(a, b).astype(b.dtype), b),
+        chosen,
+        other,
     )
+
+
+def _wide(*dtypes):
+    """float32, or the widest that takes all of them."""
+    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))

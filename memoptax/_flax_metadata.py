@@ -103,7 +103,10 @@ def _renamed(box, array):
 
 
 def _fitting(names, rank, array):
-    """The names of the axes of ``array``, given its parameter's."""
-    in_front, behind = array.ndim - rank, rank - len(names)
-    names = (None,) * in_front + tuple(names) + (None,) * behind
+    """The names of the axes of ``array``, given those of an array of this rank that has
+    fewer or more axes in front.
+    """
+    names = tuple(names) + (None,) * (rank - len(names))
+    names = (None,) * (array.ndim - rank) + names
+    names = names[len(names) - array.ndim :]
     return tuple(None if n == 1 else name for name, n in zip(names, array.shape))

@@ -1,5 +1,7 @@
 """How an update and the mean of a buffer become one: ``sum``, ``mid``, ``mean``."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -22,28 +24,52 @@ def _mean(fill, kappa):
 WEIGHTS = {"sum": _sum, "mid": _mid, "mean": _mean}
 
 
-def aggregate(updates, recall, kappa, aggr):
-    """``updates`` joined with what a buffer recalls, in their own dtypes.
+def join(updates, totals, fill, kappa, sound, aggr):
+    """Each of the ``updates`` joined with the sum of what is held, in its own dtype.
 
-    Where the buffer is empty or κ is 0 they pass through, whatever ``aggr`` is.
+    ``fill`` (R,) is the number of values in that sum. Where it or κ is 0 the updates
+    pass through, whatever ``aggr`` is; where the step is not ``sound`` they are NaN.
     """
-
-    def leaf(update, total, fill):
-        dtype = jnp.promote_types(update.dtype, total.dtype)
-        x, total, k = update.astype(dtype), total.astype(dtype), _cast(kappa, dtype)
-        untouched = (fill == 0) | (k == 0)
-        at_least_one = jnp.maximum(fill, 1).astype(dtype)
-        if not isinstance(aggr, str):
-            joined = aggr(x, total * (k / at_least_one), fill)
-            return jnp.where(untouched, x, joined).astype(update.dtype)
-        # Scalars are chosen, not tensors: whatever follows recomputes this for nothing.
-        weight, memory_weight = WEIGHTS[aggr](at_least_one, k)
-        weight = jnp.where(untouched, 1, weight).astype(dtype)
-        memory_weight = jnp.where(untouched, 0, memory_weight).astype(dtype)
-        return (weight * x + memory_weight * total).astype(update.dtype)
-
-    return jax.tree.map(leaf, updates, recall.total, recall.fill)
+    fills = list(fill) * (len(updates) if len(fill) == 1 else 1)
+    if isinstance(aggr, str):
+        return _weighted(updates, totals, fills, kappa, sound, aggr=aggr)
+    return [_called(aggr, *leaf, kappa, sound) for leaf in zip(updates, totals, fills)]
 
 
-def _cast(number, dtype):
-    return jnp.asarray(number).astype(dtype)
+@functools.partial(jax.jit, static_argnames="aggr")
+def _weighted(updates, totals, fills, kappa, sound, *, aggr):
+    return [
+        _leaf(*each, kappa, sound, WEIGHTS[aggr])
+        for each in zip(updates, totals, fills)
+    ]
+
+
+def _leaf(update, total, fill, kappa, sound, weights):
+    dtype = jnp.promote_types(update.dtype, total.dtype)
+    k, untouched = _weight(fill, kappa, dtype)
+    # Scalars are chosen, not tensors: whatever follows recomputes this for nothing.
+    weight, total_weight = weights(jnp.maximum(fill, 1).astype(dtype), k)
+    weight = jnp.where(sound, jnp.where(untouched, 1, weight), jnp.nan).astype(dtype)
+    total_weight = jnp.where(untouched, 0, total_weight).astype(dtype)
+    joined = weight * update.astype(dtype) + total_weight * total.astype(dtype)
+    return joined.astype(update.dtype)
+
+
+def _called(aggr, update, total, fill, kappa, sound):
+    dtype = jnp.promote_types(update.dtype, total.dtype)
+    k, untouched = _weight(fill, kappa, dtype)
+    x = update.astype(dtype)
+    mean = total.astype(dtype) * (k / jnp.maximum(fill, 1).astype(dtype))
+    joined = aggr(x, mean, fill)
+    if getattr(joined, "shape", None) != x.shape:
+        raise ValueError(
+            f"aggr must return an array of the shape {x.shape} of its update, but "
+            f"returned {joined!r}."
+        )
+    joined = jnp.where(untouched, x, joined)
+    return jnp.where(sound, joined, jnp.nan).astype(update.dtype)
+
+
+def _weight(fill, kappa, dtype):
+    k = jnp.asarray(kappa).astype(dtype)
+    return k, (fill == 0) | (k == 0)

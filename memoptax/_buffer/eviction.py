@@ -1,66 +1,114 @@
 """Who enters the buffer and who leaves it: keys and ages alone, and no tensors.
 
-Entries have a logical index, by which ties are broken. R is the number of groups that
-are kept or dropped together: one, or one for each leaf.
+Entries have an index, by which ties are broken. An entry is held if its age is at least
+1, so a buffer of zeros is an empty one. R is the number of groups that are kept or
+dropped together: one, or one for each leaf.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 
+class Decision(NamedTuple):
+    """What becomes of an offer."""
+
+    offered: jax.Array  # (R,), bool: it was finite
+    accepted: jax.Array  # (R,), bool: it takes the place of an entry
+    entry: jax.Array  # (R,), int32: of this one
+    held: jax.Array  # (R, C), bool: the entries before
+
+
+def held(buffer) -> jax.Array:
+    """Which entries hold a value, (R, C)."""
+    return buffer.ages > 0
+
+
 def fill(buffer) -> jax.Array:
     """How many entries there are, (R,), in the dtype of the keys."""
-    return jnp.sum(buffer.keys > -jnp.inf, axis=1, dtype=buffer.keys.dtype)
+    return jnp.sum(held(buffer), axis=1, dtype=buffer.keys.dtype)
 
 
-def choose(buffer, priority, finite, fifo):
-    """The entry that would leave, and whether it does, (R,) each.
+def ranks(buffer) -> jax.Array:
+    """The keys, and below all of them -1 for empty entries; a key of NaN counts as 0."""
+    keys = jnp.where(buffer.keys > 0, buffer.keys, 0)
+    return jnp.where(held(buffer), keys, -1)
 
-    An empty slot has the least of keys, so slots are filled first, and in order. Among
-    equal keys the lowest entry leaves; a priority equal to the least key is refused.
+
+def least(buffer) -> jax.Array:
+    """The least critical entry, (R,): an empty one before all others, and among equals
+    the lowest.
     """
-    _, lowest = jax.lax.top_k(-buffer.keys, 1)
-    least = jnp.take_along_axis(buffer.keys, lowest, axis=1)[:, 0]
-    if fifo is None:
-        return lowest[:, 0], finite & (priority > least)
-    filled = buffer.keys > -jnp.inf
-    oldest = jnp.argmax(jnp.where(filled, buffer.ages, -1), axis=1)
-    first_out = fifo & jnp.all(filled, axis=1)
-    entry = jnp.where(first_out, oldest.astype(lowest.dtype), lowest[:, 0])
-    return entry, finite & (first_out | (priority > least))
+    return jax.lax.top_k(-ranks(buffer), 1)[1][:, 0]
 
 
-def insert(buffer, entry, accept, finite, evicted, priority, decay):
-    """Keys, ages, places and counters after the push."""
-    new = here(buffer.keys.shape, entry, accept)
+def oldest(buffer) -> jax.Array:
+    """The entry that came in first, (R,)."""
+    return jax.lax.top_k(buffer.ages, 1)[1][:, 0]
+
+
+# A rule says which entry of a full buffer leaves, and whether a new value must be more
+# critical than it. A new rule is a function of the buffer and a line here.
+RULES = {"priority": (least, True), "fifo": (oldest, False)}
+
+
+def decide(buffer, priority, finite, fifo) -> Decision:
+    """Offer values of a ``priority`` (R,); if not ``finite`` (R,), they never were.
+
+    ``fifo`` says whether this step is first in, first out; None is never. Empty entries
+    are filled first, and in order. A priority equal to the least key is refused.
+    """
+    entry, gate = _by_rule(buffer, "priority", priority)
+    if fifo is not None:
+        drawn = fifo & jnp.all(held(buffer), axis=1)
+        by_age, free = _by_rule(buffer, "fifo", priority)
+        entry, gate = jnp.where(drawn, by_age, entry), jnp.where(drawn, free, gate)
+    return Decision(finite, finite & gate, entry, held(buffer))
+
+
+def _by_rule(buffer, name, priority):
+    rule, must_be_greater = RULES[name]
+    entry = rule(buffer)
+    key = jnp.take_along_axis(ranks(buffer), entry[:, None], axis=1)[:, 0]
+    return entry, (priority > key) | (not must_be_greater)
+
+
+def insert(buffer, decision: Decision, priority, decay):
+    """The buffer's keys, ages and counters after a decision: the new key comes in, and
+    then all of them decay, the new one too.
+
+    A ``decay`` out of [0, 1] ends there; one that is NaN leaves the keys.
+    """
+    offered, accepted, _, before = decision
+    new = here(decision, buffer.keys.shape)
+    decay = jnp.asarray(decay, buffer.keys.dtype)
+    decay = jnp.where(jnp.isnan(decay), 1, jnp.clip(decay, 0, 1))
     keys = jnp.where(new, priority[:, None], buffer.keys)
-    # The key of an empty slot must not be multiplied: -inf times a decay of 0 is NaN.
-    held = finite[:, None] & (keys > -jnp.inf)
-    ages = jnp.where(held, optax.safe_increment(buffer.ages), buffer.ages)
+    ages = jnp.where(before, optax.safe_increment(buffer.ages), 0)
+    ages = jnp.where(offered[:, None], jnp.where(new, 1, ages), buffer.ages)
     return buffer._replace(
-        keys=jnp.where(held, keys * jnp.asarray(decay, keys.dtype), keys),
-        ages=jnp.where(new, 0, ages),
-        place=jnp.where(new, buffer.spare[:, None], buffer.place),
-        spare=jnp.where(accept, evicted, buffer.spare),
-        offered=count(buffer.offered, finite),
-        accepted=count(buffer.accepted, accept),
+        keys=jnp.where(offered[:, None], keys * decay, buffer.keys),
+        ages=ages,
+        offered=count(buffer.offered, offered),
+        accepted=count(buffer.accepted, accepted),
     )
 
 
-def draw(draws, probability, finite):
+def here(decision: Decision, shape) -> jax.Array:
+    """Where in (R, C) the new entry goes, if anywhere."""
+    column = jnp.arange(shape[1], dtype=decision.entry.dtype)
+    return (column == decision.entry[:, None]) & decision.accepted[:, None]
+
+
+def draw(draws: Any, probability, finite):
     """Whether this step is first in, first out (None: never), and the next key."""
     if draws is None:
         return None, None
     kept, key = jax.random.split(jax.random.wrap_key_data(draws))
     fifo = jax.random.uniform(key) < probability
     return fifo, jnp.where(jnp.any(finite), jax.random.key_data(kept), draws)
-
-
-def here(shape, entry, accept):
-    """Where in (R or L, C) the new entry goes, if anywhere."""
-    column = jnp.arange(shape[1], dtype=entry.dtype)[None]
-    return jnp.broadcast_to((column == entry[:, None]) & accept[:, None], shape)
 
 
 def count(counter, happened):

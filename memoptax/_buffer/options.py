@@ -1,5 +1,6 @@
 """What a user chooses of a buffer: one record, checked once and documented once."""
 
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 
 from memoptax import _check
 from memoptax._buffer import aggregation, sharded_norm
+from memoptax._buffer import holding as holding_
 from memoptax._tensors import storage
 
 _ARGS = """\
@@ -79,6 +81,22 @@ class Options(NamedTuple):
     buffer_dtype: Any
     fifo_probability: Any
     seed: Any
+    holding: str | None
+
+    def way(self, slots) -> str:
+        """The way to hold values in ``slots``, of which only the dtypes count."""
+        return holding_.way(self.holding, self.topc, holding_.itemsize(slots))
+
+    def is_sound(self):
+        """Whether the numbers that may be traced are finite, but for the decay."""
+        numbers = [self.kappa, self.fifo_probability]
+        found = [jnp.all(jnp.isfinite(x)) for x in numbers if x is not None]
+        return functools.reduce(jnp.logical_and, found)
+
+    def priority_of(self, value, dtype):
+        """What a priority_fn returned, once it has been checked."""
+        _check.scalar("priority_fn", value)
+        return jnp.asarray(value, dtype)
 
     @property
     def keeps_nothing(self) -> bool:
@@ -99,7 +117,16 @@ class Options(NamedTuple):
 
 
 def options(
-    topc, decay, kappa, aggr, synced, priority_fn, buffer_dtype, fifo_probability, seed
+    topc,
+    decay,
+    kappa,
+    aggr,
+    synced,
+    priority_fn,
+    buffer_dtype,
+    fifo_probability,
+    seed,
+    holding,
 ) -> Options:
     """The record of these arguments, once they have been checked."""
     topc = capacity(topc)
@@ -115,6 +142,9 @@ def options(
         _check.number("fifo_probability", fifo_probability, 0, 1)
     if isinstance(seed, (bool, str, float, type(None))):
         raise ValueError(f"seed must be an integer, but is {seed!r}.")
+    _check.choice("holding", holding, (None, *holding_.WAYS))
+    if holding == "select" and topc != 1:
+        raise ValueError(f"holding='select' is for topc=1, but topc is {topc}.")
     return Options(
         topc,
         decay,
@@ -125,6 +155,7 @@ def options(
         buffer_dtype,
         fifo_probability,
         seed,
+        holding,
     )
 
 

@@ -1,10 +1,11 @@
-"""Running sums of slots: taken anew before their rounding errors can matter."""
+"""The sum of the values of a buffer, kept in its state with a bound on its error."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
+from memoptax._buffer import eviction
 from memoptax._tensors import storage
 
 # A running sum is rebuilt when its error may exceed this share of the summed norms of
@@ -12,84 +13,142 @@ from memoptax._tensors import storage
 _TOLERANCE = 1e-5 / float(jnp.finfo(jnp.float32).eps / 2)
 
 
+def exchange(buffer, values, stacks, stored, rows, decision, norms, across, write):
+    """The sums before, the slots after, and the fields of the buffer that say what its
+    sums are.
+
+    ``write`` puts a value into the spare slot of its leaf, and ``rows`` has what was
+    decided on each leaf.
+    """
+    totals, treedef = jax.tree.flatten(buffer.total)
+    before, after, written = [], [], []
+    for leaf, (value, row, total) in enumerate(zip(values, rows, totals)):
+        stacks[leaf], one = write(value, stacks[leaf], stored[leaf], row)
+        written.append(one)
+        new = storage.decode(one, total.dtype)
+        old = storage.decode(storage.read(stacks[leaf], row.evicted), total.dtype)
+        change = jnp.where(row.accepted, new - old, 0)
+        after.append(total + change)
+        before.append(_before(total, after[-1], change))
+    spares = [jnp.where(row.accepted, row.evicted, row.slots[-1]) for row in rows]
+    bounds = storage.norm_bounds(norms, values, written, across)
+    norms, error, inexact = bound(
+        buffer, totals, eviction.here(decision, buffer.keys.shape), bounds
+    )
+    after = rebuild(after, stacks, spares, inexact)
+    return (
+        before,
+        stacks,
+        dict(
+            total=treedef.unflatten(after),
+            norms=norms,
+            error=error,
+            rebuilds=eviction.count(buffer.rebuilds, inexact),
+        ),
+    )
+
+
+def _before(total, after, change):
+    """The sum before a change.
+
+    XLA's CPU backend would copy a sum that is read after it was overwritten (a quarter
+    of the parameters in temporaries, a fifth of the step); so there it is taken back
+    from the sum after, which costs 2·eps·|new| of accuracy.
+    """
+    return jax.lax.platform_dependent(
+        total,
+        after,
+        change,
+        cpu=lambda total, after, change: after - change,
+        default=lambda total, after, change: total,
+    )
+
+
 def units(totals, dtype):
     """The unit roundoff of every sum, (L,)."""
     return jnp.asarray([jnp.finfo(t.dtype).eps / 2 for t in totals], dtype)
 
 
-def bound(norms, error, units, new, incoming):
+def bound(buffer, totals, new, incoming):
     """The norms (L, C) and error bounds (L,) after slots changed, and whether to take
-    the sums anew.
+    the sums from the slots.
 
-    ``new`` (L, C) says where a value of norm ``incoming`` (L,) replaces one. A sum that
+    ``new`` (R, C) says where a value of norm ``incoming`` (L,) replaces one. A sum that
     takes in new - old rounds twice: at most one unit of |new| + |old|, and one of
     itself, which the norms of the slots bound. One bound for the whole tree would let
     an outlier in a small leaf hide behind a large leaf.
     """
-    outgoing = jnp.sum(jnp.where(new, norms, 0), axis=1)
-    norms = jnp.where(new, incoming[:, None], norms)
-    scale = units * jnp.sum(norms, axis=1)
-    rounding = units * (incoming + outgoing) + scale
-    error = error + jnp.where(jnp.any(new, axis=1), rounding, 0)
+    unit = units(totals, buffer.norms.dtype)
+    outgoing = jnp.sum(jnp.where(new, buffer.norms, 0), axis=1)
+    norms = jnp.where(new, incoming[:, None], buffer.norms)
+    scale = unit * jnp.sum(norms, axis=1)
+    rounding = unit * (incoming + outgoing) + scale
+    error = buffer.error + jnp.where(jnp.any(new, axis=1), rounding, 0)
     inexact = jnp.any(error > _TOLERANCE * scale)
-    return norms, jnp.where(inexact, fresh_error(norms, units), error), inexact
+    return norms, jnp.where(inexact, fresh_error(norms, unit), error), inexact
 
 
 def fresh_error(norms, units):
-    """The error bounds (L,) of sums taken anew over slots of these ``norms`` (L, C)."""
+    """The error bounds (L,) of sums taken from slots of these ``norms`` (L, C)."""
     topc = norms.shape[1]
-    additions = topc // _block(topc) + int(math.log2(_block(topc)))
+    block = _block(topc)
+    additions = -(-topc // block) + int(math.log2(block))
     return additions * units * jnp.sum(norms, axis=1)
 
 
 @jax.custom_jvp
 def rebuild(totals, stacks, spares, wanted):
-    """The sums, taken anew if ``wanted``; their derivative stays what it was."""
-    return anew(totals, stacks, spares, wanted)
+    """The sums, taken from the slots if ``wanted``; their derivative does not change."""
+    return from_slots(totals, stacks, spares, wanted)
 
 
 @rebuild.defjvp
 def _rebuild_jvp(primals, tangents):
-    """A sum taken anew is the same sum, but for its roundings."""
+    """A sum taken from the slots is the same sum, but for its roundings."""
     return rebuild(*primals), tangents[0]
 
 
-def anew(totals, stacks, spares, wanted=True):
+def from_slots(totals, stacks, spares, wanted=True):
     """The sums; if ``wanted``, each is that of all slots but the spare one.
 
-    ``spares`` has an item per leaf, or one for all of them. When one leaf needs it, all
-    sums are taken anew, in one loop: leaves are accepted together, so their bounds are
-    reached at about the same time, and a loop per leaf would take long to compile. Only
-    sums leave the loop, so that no stack is copied, and without need it takes no turn.
+    ``spares`` has an item per leaf. When one leaf needs it, all sums are taken from the
+    slots, in one loop: leaves are accepted together, so their bounds are reached at
+    about the same time, and a loop per leaf would take long to compile. Only sums leave
+    the loop, so that no stack is copied, and without need it takes no turn.
     """
     topc = max((storage.copies(stack) for stack in stacks), default=1) - 1
     block = _block(topc)
 
     def add_block(turn, totals):
-        def add(total, stack, slots):
+        def add(total, stack, spare):
+            entries = [turn * block + k for k in range(block)]
             terms = [
-                storage.decode(storage.read(stack, slot), total.dtype) for slot in slots
+                # The last turn may reach beyond the last slot.
+                jnp.where(k < topc, _term(stack, k, spare, topc, total.dtype), 0)
+                for k in entries
             ]
             return jnp.where(turn == 0, 0, total) + _pairwise(terms)
 
-        entries = [turn * block + k for k in range(block)]
-        slots = [[k + (k >= spare) for k in entries] for spare in spares]
-        slots = slots * len(totals) if len(slots) == 1 else slots
-        return [add(*leaf) for leaf in zip(totals, stacks, slots)]
+        return [add(*leaf) for leaf in zip(totals, stacks, spares)]
 
-    turns = topc // block
+    turns = -(-topc // block)
     if wanted is not True:
         turns = jnp.where(wanted, turns, 0)
     return jax.lax.fori_loop(0, turns, add_block, totals)
 
 
+def _term(stack, k, spare, topc, dtype):
+    slot = jnp.minimum(k + (k >= spare).astype(jnp.int32), topc)
+    return storage.decode(storage.read(stack, slot), dtype)
+
+
 def _block(topc):
-    """Slots that one turn of a rebuild adds up.
+    """Slots that one turn of a rebuild adds up, a power of two.
 
     Every turn reads and writes the sum once and adds a rounding, which many slots feel;
     every slot of a turn has to be compiled, which many leaves feel.
     """
-    return math.gcd(topc, 2 if topc < 32 else 8)
+    return 1 if topc < 2 else 2 if topc < 32 else 8
 
 
 def _pairwise(terms):

@@ -18,12 +18,6 @@ from memoptax._tensors import tiles
 
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
 
-# bfloat16 is kept as its bits: XLA's CPU backend computes in float32 whatever is
-# bfloat16, and so would convert all slots to write one (at C = 40 and 1 M floats 18 ms
-# instead of 1.5), and read a momentum as it was before it was rounded. No derivative
-# flows through bits.
-_BITS = jnp.uint16
-
 # A step of int8, where the largest magnitude of the row is 1.
 _STEP = (1 - 2**-16) / 127
 
@@ -31,7 +25,7 @@ _STEP = (1 - 2**-16) / 127
 class Stored(NamedTuple):
     """One leaf in storage: an array, or a stack of them."""
 
-    values: jax.Array  # shape of the leaf; one of DTYPES, or bits
+    values: jax.Array  # shape of the leaf; one of DTYPES
     scale: Any  # int8: float32, the same with a last axis of 1; else None
 
 
@@ -42,8 +36,7 @@ def zeros(leaf, copies: int | None = None, dtype=None):
     replicate the stack on every device of a mesh.
     """
     dtype = jnp.dtype(leaf.dtype if dtype is None else dtype)
-    one = jnp.zeros_like(leaf, dtype=_BITS if dtype == jnp.bfloat16 else dtype)
-    return _repeat(one, copies)
+    return _repeat(jnp.zeros_like(leaf, dtype=dtype), copies)
 
 
 def zero_scales(params, copies: int | None = None, dtype=None):
@@ -89,25 +82,23 @@ def pack(treedef, stored: list[Stored], scales):
     return treedef.unflatten([leaf.values for leaf in stored]), scales
 
 
-def encode(x, like: Stored) -> Stored:
-    """``x`` as ``like`` stores it, rounded to nearest.
+def encode(x, like: Stored, wanted: Any = True, other: Stored | None = None) -> Stored:
+    """``x`` as ``like`` stores it, rounded to nearest; where not ``wanted``, ``other``.
 
     In int8 the largest magnitude of a row (of the last axis) becomes ±127, and no
-    derivative flows.
+    derivative flows. Without ``other``, what is not wanted is zero.
     """
-    dtype = like.values.dtype
-    if like.scale is not None:
-        return _quantize(x, _row(jnp.max, jnp.abs(x), initial=0))
-    return Stored(_bits(x) if dtype == _BITS else x.astype(dtype), None)
+    return _chosen(_rounded(x, like), like, wanted, other)
 
 
-def encode_computed(f, entries, operands, like: Stored) -> Stored:
-    """``f(*entries(*operands))`` as ``like`` stores it, not stored on the way.
+def encode_computed(f, entries, operands, like: Stored, wanted: Any = True) -> Stored:
+    """``f(*entries(*operands))`` as ``like`` stores it, or ``like``; without storing
+    the numbers on the way.
 
     The arguments are those of :func:`memoptax._tensors.tiles.maxima`.
     """
     if like.scale is None or operands[0].size == 0:
-        return encode(f(*entries(*operands)), like)
+        return encode(f(*entries(*operands)), like, wanted, like)
 
     def magnitude(*numbers):
         return jnp.abs(f(*numbers))
@@ -115,10 +106,37 @@ def encode_computed(f, entries, operands, like: Stored) -> Stored:
     shape = operands[0].shape
     row = (1,) * (len(shape) - 1) + shape[-1:]
     most = tiles.maxima(magnitude, entries, operands, row)
-    return _quantize(f(*entries(*operands)), most)
+    return _chosen(_quantized(f(*entries(*operands)), most), like, wanted, like)
 
 
-def _quantize(x, largest):
+def _chosen(rounded: Stored, like: Stored, wanted, other) -> Stored:
+    """The rounded numbers or the others, and only then in the dtypes of ``like``.
+
+    On a TPU a choice between int8 values would be a pass of its own: sgd_c with one
+    slot then moves 23 bytes per parameter, and 18 like this.
+    """
+
+    def leaf(new, like, other=0):
+        if wanted is not True:
+            new = jnp.where(wanted, new, jnp.asarray(other, new.dtype))
+        return new.astype(like.dtype)
+
+    return jax.tree.map(leaf, rounded, like, *([] if other is None else [other]))
+
+
+def _rounded(x, like: Stored) -> Stored:
+    """``x`` rounded to what ``like`` can store, still in a dtype of arithmetic."""
+    if like.scale is not None:
+        return _quantized(x, _row(jnp.max, jnp.abs(x), initial=0))
+    info = jnp.finfo(like.values.dtype)
+    if info.bits < 32:
+        # A conversion there and back could be left out by the compiler.
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
+    return Stored(x, None)
+
+
+def _quantized(x, largest) -> Stored:
     x, largest = jax.lax.stop_gradient((x, largest))
     wide = largest.astype(jnp.promote_types(largest.dtype, jnp.float32))
     # With 17 bits, so that its products with 7 bits are exact: however XLA fuses them,
@@ -127,12 +145,14 @@ def _quantize(x, largest):
     scale = jax.lax.reduce_precision((wide * _STEP).astype(jnp.float32), 8, 16)
     # XLA's CPU backend takes subnormal numbers for 0, which has no inverse.
     inverse = 1 / jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1)
-    return Stored(jnp.round(x * inverse).astype(jnp.int8), scale)
+    return Stored(jnp.round(x * inverse), scale)
 
 
-def alike(one: Stored, other: Stored) -> bool:
-    """Whether both are stored in the same way."""
-    return one.values.dtype == other.values.dtype
+def as_in(stored: Stored, like: Stored, dtype) -> Stored:
+    """The stored value, which is of ``dtype``, as ``like`` stores it."""
+    if stored.values.dtype == like.values.dtype:
+        return stored
+    return encode(decode(stored, dtype), like)
 
 
 def saturate(x, like: Stored):
@@ -144,66 +164,65 @@ def saturate(x, like: Stored):
     return jnp.clip(x, -largest, largest)
 
 
+def fits(norms, leaves, stacks: list[Stored]):
+    """Which leaves (L,) of these L2 norms (L,) are within the range of their slots.
+
+    int8 has the range of its scales.
+    """
+    limits = [_limit(x.dtype, _precision(s)) for x, s in zip(leaves, stacks)]
+    return norms <= jnp.asarray(limits or [math.inf], norms.dtype)
+
+
+def is_narrower(leaf, stack: Stored) -> bool:
+    """Whether a number of the leaf may be out of the range of its slots."""
+    return math.isfinite(_limit(leaf.dtype, _precision(stack)))
+
+
+def _limit(dtype, stored) -> float:
+    narrower = jnp.finfo(stored).maxexp < jnp.finfo(dtype).maxexp
+    return float(jnp.finfo(stored).max) if narrower else math.inf
+
+
 def norm_bounds(norms, leaves, stored: list[Stored], across=None):
-    """The most that L2 norms (L,) may be in storage; inf where a leaf may not fit."""
+    """The most that L2 norms (L,) may be in storage."""
     roundings = list(map(_rounding, leaves, stored))
     squares = [rounding[1] for rounding in roundings]
     squares = squares if across is None else across(squares)
-    factors, squares, limits = (
-        jnp.asarray(column, norms.dtype)
-        for column in ([r[0] for r in roundings], squares, [r[2] for r in roundings])
-    )
-    bounds = norms * factors + jnp.sqrt(squares)
-    return jnp.where(bounds <= limits, bounds, jnp.inf)
+    factors = jnp.asarray([rounding[0] for rounding in roundings] or [1], norms.dtype)
+    return norms * factors + jnp.sqrt(jnp.asarray(squares or [0], norms.dtype))
 
 
 def _rounding(x, stored):
-    """What storage makes of the norm of ``x``: at most factor * norm + √square; and the
-    limit above which ``x`` may not fit."""
+    """What storage makes of the norm of ``x``: at most factor * norm + √square."""
     if stored.scale is not None:
-        squares = jnp.sum(jnp.square(stored.scale))
-        return 1, squares * math.prod(x.shape[-1:]) / 4, math.inf
-    dtype = _precision(stored)
-    if jnp.promote_types(x.dtype, dtype) == dtype:
-        return 1, 0, math.inf
-    info = jnp.finfo(dtype)
+        return 1, jnp.sum(jnp.square(stored.scale)) * math.prod(x.shape[-1:]) / 4
+    info = jnp.finfo(stored.values.dtype)
+    if info.bits >= jnp.finfo(x.dtype).bits:
+        return 1, 0
     # The sum of no elements: a 0 that shard_map knows to be of this shard alone.
     lost = jnp.sum(jnp.atleast_1d(x)[:0], dtype=jnp.float32)
-    lost += float(info.smallest_subnormal) ** 2 / 4 * x.size
-    return 1 + float(info.eps) / 2, lost, float(info.max)
+    return 1 + float(info.eps) / 2, lost + float(info.smallest_subnormal) ** 2 * x.size
 
 
 def _precision(stored):
     """The floating-point dtype whose range a stored value has."""
     if stored.scale is not None:
         return stored.scale.dtype
-    return jnp.dtype(
-        jnp.bfloat16 if stored.values.dtype == _BITS else stored.values.dtype
-    )
-
-
-def _bits(x):
-    if x.dtype == jnp.bfloat16:
-        return jax.lax.bitcast_convert_type(x, _BITS)
-    # Not by way of bfloat16, which XLA's CPU backend would store in between.
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    rounded = jax.lax.reduce_precision(wide, 8, 7).astype(jnp.float32)
-    bits = jax.lax.bitcast_convert_type(rounded, jnp.uint32) >> 16
-    return bits.astype(_BITS)
+    return stored.values.dtype
 
 
 def decode(stored: Stored, dtype):
     """The number that a stored value stands for, in ``dtype``."""
-    values = stored.values
-    if values.dtype == _BITS:
-        values = jax.lax.bitcast_convert_type(values, jnp.bfloat16)
-    values = values.astype(dtype)
+    values = stored.values.astype(dtype)
     return values if stored.scale is None else values * stored.scale.astype(dtype)
 
 
-def keep(wanted, stored: Stored) -> Stored:
-    """The stored value, or that of zero."""
-    return jax.tree.map(lambda x: jnp.where(wanted, x, jnp.zeros_like(x)), stored)
+def choose(wanted, stored: Stored, other: Stored | None = None) -> Stored:
+    """The stored value, or the other one; without one, that of zero."""
+    wide = jax.tree.map(
+        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), stored
+    )
+    return _chosen(wide, stored, wanted, other)
 
 
 def read(stack: Stored, slot) -> Stored:
@@ -230,11 +249,15 @@ def write(stack: Stored, stored: Stored, slot) -> Stored:
     return jax.tree.map(written, stack, stored)
 
 
-def select(stack: Stored, slots, copies: int) -> Stored:
-    """A stack of ``copies`` that begins with ``slots`` of this one, and is else 0."""
+def select(stack: Stored, slots, copies: int | None) -> Stored:
+    """A stack of ``copies`` that begins with ``slots`` of this one, and is else 0; for
+    None the first of them without a slot axis.
+    """
 
     def taken(x):
         chosen = jnp.take(_moved(x, jax.memory.Space.Device), slots, axis=0)
+        if copies is None:
+            return _moved(chosen[0], jax.typeof(x).memory_space)
         more = [(0, copies - chosen.shape[0])] + [(0, 0)] * (chosen.ndim - 1)
         return _moved(jnp.pad(chosen, more), jax.typeof(x).memory_space)
 
