@@ -37,7 +37,7 @@ def in_float32(inner: optax.GradientTransformation):
 
 
 class StoredMomentState(NamedTuple):
-    """State of stored_moment."""
+    """State of a base of which one moment is stored in another dtype (``mu_dtype``)."""
 
     inner: Any  # without that moment
     moment: Any  # like the params, in the dtype of storage

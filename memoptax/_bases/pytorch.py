@@ -69,7 +69,7 @@ def scale_by_rms(alpha, eps, initial_scale, centered):
 
 
 class DampenedTraceState(NamedTuple):
-    """State of dampened_trace."""
+    """State of a momentum with dampening, as in :func:`memoptax.sgd_c`."""
 
     count: Any  # (), int32: steps taken
     trace: Any  # like the params, and in their dtypes
@@ -104,7 +104,7 @@ def dampened_trace(momentum, dampening, nesterov=False, accumulator_dtype=None):
 
 
 class CenteredRmsState(NamedTuple):
-    """State of scale_by_centered_rms."""
+    """State of a centered RMSprop, as in :func:`memoptax.rmsprop_c`."""
 
     mu: Any  # like the params: mean of the updates
     nu: Any  # like the params: mean of their squares
@@ -139,7 +139,7 @@ def scale_by_centered_rms(decay, eps, initial_scale=0.0):
 
 
 class AmsgradState(NamedTuple):
-    """State of scale_by_amsgrad."""
+    """State of Adam with AMSGrad, as in :func:`memoptax.adam_c`."""
 
     count: Any  # (), int32: steps taken
     mu: Any  # like the params: first moment
