@@ -109,6 +109,9 @@ def select(value, slot: storage.Stored, stored, row: Row, dtype):
     total = jnp.where(row.held[0], storage.decode(slot, dtype), 0)
     if stored is None:
         return total, storage.encode(value, slot, row.accepted, slot)
+    # A TPU would write the slot together with the momentum, before it is read, and copy
+    # it: adam_cm in int8 would take 33 bytes and a quarter of temporaries.
+    stored = jax.lax.optimization_barrier(stored)
     return total, storage.choose(row.accepted, stored, slot)
 
 
