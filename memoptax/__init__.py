@@ -12,6 +12,7 @@ from memoptax._bases.pytorch import DampenedTraceState as DampenedTraceState
 from memoptax._buffer.algorithm import Buffer as Buffer
 from memoptax._buffer.sharded_norm import sharded_norm as sharded_norm
 from memoptax._buffer_tools import buffer_stats as buffer_stats
+from memoptax._buffer_tools import check_state as check_state
 from memoptax._buffer_tools import reset_buffer as reset_buffer
 from memoptax._buffer_tools import resize_buffer as resize_buffer
 from memoptax._bytes import MemoryReport as MemoryReport

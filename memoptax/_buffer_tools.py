@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memoptax import _check, _flax_metadata
 from memoptax._buffer import algorithm, eviction, resizing
@@ -59,11 +60,11 @@ def buffer_stats(state, updates=None) -> dict[str, jax.Array]:
     """
     buffers, updates = _buffers(state, "buffer_stats"), _flax_metadata.bare(updates)
     if len(buffers) == 1:
-        return _stats(buffers[0], updates)
+        return _for_each(_stats, buffers[0], updates)
     return {
         f"{i}/{name}": value
         for i, buffer in enumerate(buffers)
-        for name, value in _stats(buffer, updates).items()
+        for name, value in _for_each(_stats, buffer, updates).items()
     }
 
 
@@ -125,6 +126,65 @@ def reset_buffer(state):
       0
     """
     return _map_buffers(resizing.reset, state, "reset_buffer")
+
+
+def check_state(tx, params, state) -> None:
+    """Refuses a state that is not one of ``tx`` and ``params``, by its numbers too.
+
+    An ``update`` checks while it is traced what shapes and dtypes tell. This looks at
+    the numbers as well, and so is called outside of ``jax.jit``: after every restore
+    from a checkpoint, and when a state was changed by other means.
+
+    Args:
+      tx: the optimizer.
+      params: parameters, or ``jax.ShapeDtypeStruct``s like them.
+      state: what should be a state of them.
+
+    Returns:
+      None.
+
+    Raises:
+      ValueError: if the state has another structure, shape or dtype than
+        ``tx.init(params)``; if a floating-point array has a number that is not finite;
+        if a buffer's entries are no permutation, its counters contradict each other, or
+        its keys and norms are negative. The sentence names the array.
+
+    Examples:
+      >>> import memoptax, jax.numpy as jnp
+      >>> tx = memoptax.sgd_c(0.1)
+      >>> params = jnp.zeros(3)
+      >>> memoptax.check_state(tx, params, tx.init(params))
+    """
+    bare, asked = map(_flax_metadata.bare, (state, jax.eval_shape(tx.init, params)))
+    found, wanted = map(jax.tree.leaves_with_path, (bare, asked))
+    if jax.tree.structure(bare) != jax.tree.structure(asked):
+        raise ValueError(
+            f"state has the structure {jax.tree.structure(bare)}, but tx.init(params) "
+            f"has {jax.tree.structure(asked)}: it is of another optimizer, of other "
+            "options or of other parameters."
+        )
+    for (path, leaf), (_, like) in zip(found, wanted):
+        name = f"state{jax.tree_util.keystr(path)}"
+        if jnp.shape(leaf) != like.shape or jnp.result_type(leaf) != like.dtype:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(leaf)} and dtype {jnp.result_type(leaf)},"
+                f" but tx.init(params) has {like.shape} and {like.dtype} there."
+            )
+        floating = jnp.issubdtype(like.dtype, jnp.floating)
+        if floating and not jnp.all(jnp.isfinite(leaf)):
+            raise ValueError(f"{name} has numbers that are not finite.")
+    for buffer in _found(bare):
+        _check_numbers(buffer)
+
+
+def _check_numbers(buffer):
+    """Refuse a buffer whose numbers cannot be, where they are known."""
+    numbers = buffer._replace(slots=None, scales=None, total=None)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(numbers)):
+        return
+    flat = jax.tree.map(lambda x: np.reshape(x, (-1, *np.shape(x)[-1:])), numbers)
+    if problem := resizing.problem(flat):
+        raise ValueError(f"state has a buffer whose {problem}.")
 
 
 def _stats(buffer, updates):
@@ -195,9 +255,15 @@ def _is_buffer(node):
     return isinstance(node, algorithm.Buffer)
 
 
+def _found(state):
+    nodes = jax.tree.leaves(state, is_leaf=_is_buffer)
+    return [node for node in nodes if _is_buffer(node)]
+
+
 def _buffers(state, caller):
-    nodes = jax.tree.leaves(_flax_metadata.bare(state), is_leaf=_is_buffer)
-    buffers = [node for node in nodes if _is_buffer(node)]
+    buffers = _found(_flax_metadata.bare(state))
+    for buffer in buffers:
+        _check_numbers(buffer)
     if not buffers:
         raise ValueError(
             f"{caller} found no buffer in state: it belongs to another optimizer, or "

@@ -13,7 +13,7 @@ import optax
 
 from memoptax import _check, _flax_metadata
 from memoptax._bases import precision, pytorch
-from memoptax._buffer import algorithm
+from memoptax._buffer import algorithm, matching
 from memoptax._buffer import options as _options
 from memoptax._tensors import layout, storage
 
@@ -499,7 +499,8 @@ def _zero_momentum(params, dtype):
 
 
 def _check_momentum(options, updates, state, mu_dtype):
-    """Refuse a momentum that was stored in another dtype, while tracing."""
+    """Refuse a momentum or buffer that other arguments made, while tracing."""
+    matching.check(options, state.buffer, updates)
     _options.check_scales(options, updates, state.mu_scales)
     found = {leaf.dtype for leaf in jax.tree.leaves(state.mu)}
     wide = {jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)}

@@ -20,7 +20,7 @@ from jax.sharding import (
 )
 
 from memoptax import _check
-from memoptax._buffer import algorithm
+from memoptax._buffer import algorithm, matching
 
 
 def state_partition_specs(tx, params, specs):
@@ -163,6 +163,12 @@ def _is_buffer(node):
 def _with_slots_in(kind, node):
     if not _is_buffer(node):
         return node
+    way = matching.way_of(node)
+    if kind == "pinned_host" and way != "sum":
+        raise ValueError(
+            f"slots_memory_kind is {kind!r}, but the state holds values by {way!r}, "
+            "which reads all of them on every step: pass holding='sum' to the optimizer."
+        )
     slots = jax.tree.map(lambda s: s.with_memory_kind(kind), node.slots)
     return node._replace(slots=slots)
 

@@ -1,4 +1,6 @@
-"""One buffer: who stays, how exact the sum is, and that a step touches two slots."""
+"""One buffer: who stays, what is recalled, and how exact a running sum is."""
+
+import functools
 
 import chex
 import jax
@@ -7,60 +9,75 @@ import numpy as np
 import optax
 import pytest
 
-from memoptax._buffer import algorithm, holding
+from memoptax._buffer import algorithm, eviction, holding, matching, resizing
+from memoptax._buffer.options import options
 from memoptax._critical_gradients import critical_gradients
-from memoptax._tensors import storage
 
 import goldens
 import oracle
-from compiled import (
-    CONTEXTS,
-    PARAMS,
-    assert_slots_stay_in_place,
-    compile_step,
-    step_of,
-    temporaries,
-    whole_buffer_operations,
+from compiled import step_of
+
+DEFAULTS = dict(
+    topc=5,
+    decay=1.0,
+    kappa=1.0,
+    aggr=lambda update, mean, fill: mean * fill,  # the sum of what is held
+    synced=True,
+    priority_fn=None,
+    buffer_dtype=None,
+    fifo_probability=None,
+    seed=0,
+    holding=None,
 )
+WAYS = [("select", 1), ("read", 1), ("read", 3), ("sum", 1), ("sum", 3)]
+each_way = pytest.mark.parametrize(("way", "topc"), WAYS)
+more_than_one = pytest.mark.parametrize("way", ["read", "sum"])
 
 
-def offer(buffer, values, key=None, decay=1.0):
-    """Push scalars or trees with a priority that need not be their norm."""
+def empty(like, topc, **chosen):
+    return algorithm.empty(options(**{**DEFAULTS, "topc": topc, **chosen}), like)
+
+
+def offer(buffer, values, key=None, decay=1.0, way=None, **chosen):
+    """The sums before and the buffer after an offer, whose key need not be its norm."""
     values = jax.tree.map(jnp.asarray, values)
-    if key is None:
-        synced = buffer.spare.shape[0] == 1
-        key = algorithm.priority(buffer, values, synced=synced)
-    else:
-        key = jnp.broadcast_to(jnp.asarray(key, buffer.keys.dtype), buffer.spare.shape)
-    return algorithm.push(buffer, values, key, decay)
-
-
-jitted = jax.jit(offer)  # one compilation for every shape of buffer, whatever the decay
+    rule = None if key is None else lambda _: jnp.asarray(key, jnp.float32)
+    own = options(
+        **{
+            **DEFAULTS,
+            "topc": buffer.keys.shape[1],
+            "decay": decay,
+            "priority_fn": rule,
+            "holding": way or matching.way_of(buffer),
+            "synced": buffer.keys.shape[0] == 1,
+            **chosen,
+        }
+    )
+    return algorithm.recall_and_offer(own, buffer, values, values)
 
 
 def entries(buffer, row=0, leaf=0):
-    """The stored values of a leaf in logical order, as float64."""
-    treedef = jax.tree.structure(buffer.total)
-    stack = storage.unpack(treedef, buffer.slots, buffer.scales)[leaf]
-    stack = np.asarray(storage.decode(stack, buffer.keys.dtype), np.float64)
-    filled = np.asarray(buffer.keys[row]) > -np.inf
-    return stack[np.asarray(buffer.place[row])[filled]]
+    """The stored values of a leaf in the order of their entries, as float64."""
+    count = int(eviction.fill(buffer)[row])
+    values = [holding.value(buffer, leaf, k, buffer.keys.dtype) for k in range(count)]
+    return np.asarray(values, np.float64)
 
 
 def exact_sums(buffer):
-    """The sums of the slots in float64, leaf by leaf."""
+    """The sums of the values in float64, leaf by leaf."""
     rows = buffer.keys.shape[0]
     return [
         entries(buffer, leaf if rows > 1 else 0, leaf).sum(0)
-        for leaf in range(buffer.norms.shape[0])
+        for leaf in range(len(jax.tree.leaves(buffer.slots)))
     ]
 
 
 # Who stays
 
 
-def test_fills_in_order_then_replaces_the_least_strictly():
-    buffer = algorithm.empty(jnp.float32(0), 3)
+@more_than_one
+def test_fills_in_order_then_replaces_the_least_strictly(way):
+    buffer = empty(jnp.float32(0), 3, holding=way)
     for value in (3.0, 1.0, 2.0):
         _, buffer = offer(buffer, value)
     np.testing.assert_array_equal(entries(buffer), [3, 1, 2])
@@ -72,54 +89,85 @@ def test_fills_in_order_then_replaces_the_least_strictly():
     assert int(buffer.accepted[0]) == 4
 
 
-def test_among_equal_keys_the_lowest_entry_leaves():
-    buffer = algorithm.empty(jnp.float32(0), 3)
+@more_than_one
+def test_among_equal_keys_the_lowest_entry_leaves(way):
+    buffer = empty(jnp.float32(0), 3, holding=way)
     for value in (1.0, -1.0, 1.0, 2.0, 3.0):
         _, buffer = offer(buffer, value)
-    # 2 took the place of the first entry and 3 of the second, though both lie in
-    # physical slots that were spare before.
+    # 2 took the place of the first entry and 3 of the second, though both are in
+    # slots that were spare before.
     np.testing.assert_array_equal(entries(buffer), [2, 3, 1])
 
 
 def test_keys_decay_after_insertion_the_new_one_too():
-    buffer = algorithm.empty(jnp.float32(0), 2)
+    buffer = empty(jnp.float32(0), 2)
     for value in (4.0, 1.0):
         _, buffer = offer(buffer, value, decay=0.5)
     np.testing.assert_array_equal(buffer.keys, [[1.0, 0.5]])
-    np.testing.assert_array_equal(buffer.ages, [[1, 0]])
+    np.testing.assert_array_equal(buffer.ages, [[2, 1]])
 
 
 def test_decay_zero_keeps_empty_slots_empty():
-    buffer = algorithm.empty(jnp.float32(0), 3)
+    buffer = empty(jnp.float32(0), 3)
     _, buffer = offer(buffer, 4.0, decay=0.0)
-    np.testing.assert_array_equal(buffer.keys, [[0.0, -np.inf, -np.inf]])
+    np.testing.assert_array_equal(buffer.keys, [[0, 0, 0]])
+    np.testing.assert_array_equal(eviction.held(buffer), [[True, False, False]])
 
 
-def test_recalls_the_sum_and_the_fill_before_the_push():
-    buffer = algorithm.empty(jnp.float32(0), 2)
-    seen = []
-    for value in (1.0, 2.0, 4.0, 0.5):
-        recall, buffer = offer(buffer, value)
-        seen.append((float(recall.total), float(recall.fill)))
-    assert seen == [(0, 0), (1, 1), (3, 2), (6, 2)]
+@pytest.mark.parametrize(
+    ("decay", "used"), [(-1.0, 0.0), (1e10, 1.0), (np.inf, 1.0), (np.nan, 1.0)]
+)
+def test_a_traced_decay_out_of_range_ends_at_its_border(decay, used):
+    run = jax.jit(lambda buffer, decay: offer(buffer, 4.0, decay=decay)[1])
+    buffer = empty(jnp.float32(0), 3)
+    np.testing.assert_array_equal(run(buffer, decay).keys, [[4.0 * used, 0, 0]])
 
 
+@each_way
+def test_recalls_the_sum_before_the_push(way, topc):
+    buffer, naive = empty(jnp.float32(0), topc, holding=way), oracle.Buffer(topc, 1.0)
+    for value in (1.0, 2.0, 4.0, 0.5, 8.0, 3.0):
+        held = sum(float(entry["x"]) for entry in naive.values)
+        total, buffer = offer(buffer, value)
+        assert float(total) == pytest.approx(held if naive.values else value)
+        naive.offer(value, {"x": np.float64(value)})
+
+
+@each_way
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_was_never_offered(bad):
-    buffer = algorithm.empty({"a": jnp.zeros(2), "b": jnp.zeros(())}, 2)
+def test_what_is_not_finite_was_never_offered(bad, way, topc):
+    buffer = empty({"a": jnp.zeros(2), "b": jnp.zeros(())}, topc, holding=way)
     good = {"a": jnp.array([1.0, 2.0]), "b": jnp.float32(1)}
     _, buffer = offer(buffer, good, decay=0.5)
-    _, after = offer(buffer, {**good, "a": jnp.array([bad, 0.0])}, decay=0.5)
-    chex.assert_trees_all_equal(after, buffer)
-    _, after = offer(buffer, good, key=bad, decay=0.5)
-    # The spare slot may hold anything finite; everything that counts is untouched.
-    chex.assert_trees_all_equal(after._replace(slots=None), buffer._replace(slots=None))
-    _, after = offer(buffer, {**good, "a": jnp.array([bad, 0.0])}, key=1e9)
-    chex.assert_trees_all_equal(after, buffer)
+
+    def assert_the_same(after):
+        # The spare slot may hold anything finite; everything that counts stays.
+        chex.assert_trees_all_equal(
+            after._replace(slots=None), buffer._replace(slots=None)
+        )
+        chex.assert_tree_all_finite(after)
+        for leaf in range(2):
+            np.testing.assert_array_equal(
+                entries(after, leaf=leaf), entries(buffer, leaf=leaf)
+            )
+
+    worse = {**good, "a": jnp.array([bad, 0.0])}
+    assert_the_same(offer(buffer, worse, decay=0.5)[1])
+    assert_the_same(offer(buffer, good, key=bad, decay=0.5)[1])
+    assert_the_same(offer(buffer, worse, key=1e9)[1])
 
 
-def test_rows_of_their_own_decide_for_themselves():
-    buffer = algorithm.empty({"a": jnp.zeros(()), "b": jnp.zeros(())}, 1, synced=False)
+@each_way
+def test_a_negative_priority_is_not_offered(way, topc):
+    buffer = empty(jnp.float32(0), topc, holding=way)
+    _, buffer = offer(buffer, 1.0, key=-1.0)
+    assert int(buffer.offered[0]) == 0 and int(eviction.fill(buffer)[0]) == 0
+
+
+@pytest.mark.parametrize("way", ["select", "read", "sum"])
+def test_rows_of_their_own_decide_for_themselves(way):
+    like = {"a": jnp.zeros(()), "b": jnp.zeros(())}
+    buffer = empty(like, 1, synced=False, holding=way)
     for a, b in ((1.0, 5.0), (2.0, 4.0), (np.nan, 6.0)):
         _, buffer = offer(buffer, {"a": a, "b": b})
     np.testing.assert_array_equal(entries(buffer, row=0, leaf=0), [2])
@@ -129,14 +177,15 @@ def test_rows_of_their_own_decide_for_themselves():
 
 
 @pytest.mark.parametrize("synced", [True, False])
-@pytest.mark.parametrize("topc", [1, 3, 20])
+@pytest.mark.parametrize(("way", "topc"), [*WAYS, ("read", 20), ("sum", 20)])
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
-def test_agrees_with_the_oracle_on_streams_full_of_ties(topc, decay, synced, x64):
+def test_agrees_with_the_oracle_on_streams_full_of_ties(way, topc, decay, synced, x64):
     random = np.random.default_rng(topc)
     shapes = {"a": (), "b": (3,), "c": (2, 2)}
-    buffer = algorithm.empty(
-        {k: jnp.zeros(s) for k, s in shapes.items()}, topc, synced=synced
+    buffer = empty(
+        {k: jnp.zeros(s) for k, s in shapes.items()}, topc, synced=synced, holding=way
     )
+    step = jax.jit(functools.partial(offer, decay=decay))
     names = [("a", "b", "c")] if synced else [("a",), ("b",), ("c",)]
     naive = [oracle.Buffer(topc, decay) for _ in names]
     for _ in range(60):
@@ -145,14 +194,14 @@ def test_agrees_with_the_oracle_on_streams_full_of_ties(topc, decay, synced, x64
         values = {
             k: scale * random.choice([-1.0, 1.0], size=s) for k, s in shapes.items()
         }
-        _, buffer = jitted(buffer, values, decay=decay)
+        _, buffer = step(buffer, values)
         for group, one in zip(names, naive):
             part = {k: values[k] for k in group}
             one.offer(oracle.sum_of_norms(part), part)
     for row, one in enumerate(naive):
         fill = len(one.keys)
         np.testing.assert_allclose(buffer.keys[row][:fill], one.keys, rtol=1e-14)
-        np.testing.assert_array_equal(buffer.ages[row][:fill], one.ages)
+        np.testing.assert_array_equal(buffer.ages[row][:fill], np.add(one.ages, 1))
         assert (int(buffer.offered[row]), int(buffer.accepted[row])) == (
             one.offered,
             one.accepted,
@@ -161,6 +210,69 @@ def test_agrees_with_the_oracle_on_streams_full_of_ties(topc, decay, synced, x64
             leaf = sorted(shapes).index(name)
             expected = np.stack([entry[name] for entry in one.values])
             np.testing.assert_array_equal(entries(buffer, row, leaf), expected)
+
+
+# State that no tool can spoil
+
+
+@each_way
+def test_zeros_are_an_empty_buffer(way, topc):
+    like = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(())}
+    buffer = empty(like, topc, holding=way)
+    zeros = jax.tree.map(jnp.zeros_like, buffer)
+    for t in range(12):
+        values = {"a": jnp.full((2, 3), jnp.sin(3.0 * t)), "b": jnp.cos(5.0 * t)}
+        total, buffer = offer(buffer, values, decay=0.8)
+        same, zeros = offer(zeros, values, decay=0.8)
+        chex.assert_trees_all_equal(total, same)
+    chex.assert_trees_all_equal(buffer._replace(entries=0), zeros._replace(entries=0))
+
+
+@each_way
+@pytest.mark.parametrize("factor", [0.0, 0.3, 0.5, 2.0])
+def test_a_buffer_that_was_scaled_goes_on(way, topc, factor):
+    """Whoever averages or scales a whole state casts its numbers back as they were."""
+    buffer = empty(jnp.zeros(3), topc, holding=way)
+    random = np.random.default_rng(0)
+    for _ in range(7):
+        _, buffer = offer(buffer, random.normal(size=3).astype(np.float32), decay=0.7)
+    buffer = jax.tree.map(lambda x: (factor * x).astype(x.dtype), buffer)
+    for _ in range(3 * topc + 3):
+        total, buffer = offer(
+            buffer, random.normal(size=3).astype(np.float32), key=1.0, decay=0.5
+        )
+    assert int(eviction.fill(buffer)[0]) == topc
+    order = np.sort(holding.slots_of(buffer.entries)) if topc > 1 else [[0, 1]]
+    np.testing.assert_array_equal(order[0], np.arange(topc + 1 if topc > 1 else 2))
+    if way != "sum":  # a sum is what was scaled until it is next taken from the slots
+        total, _ = offer(buffer, np.ones(3, np.float32))
+        np.testing.assert_allclose(total, exact_sums(buffer)[0], rtol=1e-5)
+
+
+def test_a_key_that_is_nan_leaves_first():
+    buffer = empty(jnp.float32(0), 3)
+    for value in (3.0, 1.0, 2.0):
+        _, buffer = offer(buffer, value)
+    buffer = buffer._replace(keys=buffer.keys.at[0, 0].set(jnp.nan))
+    _, buffer = offer(buffer, 0.5)
+    np.testing.assert_array_equal(entries(buffer), [0.5, 1, 2])
+
+
+@pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-19, 1.0, 1e19, 1e30, 1e37])
+@each_way
+def test_the_whole_range_is_chosen_and_held(way, topc, size):
+    """Keys are norms; also where the squares of the values are no numbers."""
+    buffer = empty(jnp.zeros(4), topc, holding=way)
+    shape = np.float32([1.0, -0.5, 0.25, 0.0])
+    for scale in (0.5, 1.0, 0.75, 0.25, 0.9):
+        _, buffer = offer(buffer, np.float32(scale * size) * shape)
+    kept = sorted([0.5, 1.0, 0.75, 0.9, 0.25])[-topc:]
+    found = np.sort(np.abs(entries(buffer))[:, 0])
+    np.testing.assert_allclose(found, np.multiply(kept, size), rtol=1e-6)
+    keys = np.sort(np.asarray(buffer.keys, np.float64)[0])
+    np.testing.assert_allclose(
+        keys, np.multiply(kept, size) * np.linalg.norm(shape), rtol=1e-6
+    )
 
 
 # Recorded trajectories: SGD needs nothing but the buffer
@@ -174,15 +286,16 @@ RECORDED = [
 ]
 
 
+@pytest.mark.parametrize("way", [None, "read", "sum"])
 @pytest.mark.parametrize("case", RECORDED, ids=repr)
-def test_replays_the_recorded_streams(case):
+def test_replays_the_recorded_streams(case, way):
     with jax.enable_x64(case.dtype == "float64"):
-        _, options = goldens.ours(case)
-        rate, momentum = options.pop("learning_rate"), options.pop("momentum")
-        weight_decay = options.pop("weight_decay")
-        options.pop("dampening")
+        _, chosen = goldens.ours(case)
+        rate, momentum = chosen.pop("learning_rate"), chosen.pop("momentum")
+        weight_decay = chosen.pop("weight_decay")
+        chosen.pop("dampening")
         tx = optax.chain(
-            critical_gradients(**options),
+            critical_gradients(**chosen, holding=way),
             optax.add_decayed_weights(weight_decay),
             optax.identity() if momentum is None else optax.trace(momentum),
             optax.sgd(rate),
@@ -198,7 +311,7 @@ def test_replays_the_recorded_streams(case):
 
         (_, state), params = run(case.params0, case.grads)
         assert goldens.deviation(case, params) < goldens.tolerance(case)
-        if "burst" in case.stream and options["topc"]:
+        if way == "sum" and "burst" in case.stream and chosen["topc"]:
             assert int(state[0].buffer.rebuilds) > 0
 
 
@@ -236,10 +349,11 @@ def test_the_sum_stays_within_its_bound(topc, synced, dtype):
     buffer = None
     for grads in outliers(random, 400):
         if buffer is None:
-            buffer = algorithm.empty(
-                jax.tree.map(jnp.zeros_like, grads), topc, synced=synced, dtype=dtype
-            )
-        _, buffer = jitted(buffer, grads, decay=0.7)
+            like = jax.tree.map(jnp.zeros_like, grads)
+            own = dict(synced=synced, buffer_dtype=dtype, holding="sum")
+            buffer = empty(like, topc, **own)
+            step = jax.jit(functools.partial(offer, decay=0.7, **own))
+        _, buffer = step(buffer, grads)
         sums = zip(jax.tree.leaves(buffer.total), exact_sums(buffer))
         for leaf, (total, exact) in enumerate(sums):
             error = np.linalg.norm(np.asarray(total, np.float64) - exact)
@@ -255,21 +369,23 @@ def test_the_mean_used_is_exact_to_the_bound_and_the_arriving_outlier():
     eps = float(jnp.finfo(jnp.float32).eps)
     for grads in outliers(random, 300):
         if buffer is None:
-            buffer = algorithm.empty(jax.tree.map(jnp.zeros_like, grads), 5)
+            buffer = empty(jax.tree.map(jnp.zeros_like, grads), 5, holding="sum")
+            step = jax.jit(functools.partial(offer, decay=0.7))
+            _, buffer = step(buffer, grads)  # the first recalls itself
         exact, norms = exact_sums(buffer), np.asarray(buffer.norms, np.float64)
-        recall, buffer = jitted(buffer, grads, decay=0.7)
-        leaves = zip(jax.tree.leaves(recall.total), jax.tree.leaves(grads))
+        total, buffer = step(buffer, grads)
+        leaves = zip(jax.tree.leaves(total), jax.tree.leaves(grads))
         for leaf, (used, offered) in enumerate(leaves):
             error = np.linalg.norm(np.asarray(used, np.float64) - exact[leaf])
             arriving = 2 * eps * np.linalg.norm(offered)
             assert error <= 1.2e-5 * norms[leaf].sum() + arriving
 
 
-@pytest.mark.parametrize("topc", [5, 100])
+@pytest.mark.parametrize("topc", [5, 100, 169, 334])
 def test_without_outliers_rebuilds_are_rare(topc):
     random = np.random.default_rng(0)
     stream = np.float32(random.normal(size=(1500, 50)))
-    buffer = algorithm.empty(jnp.zeros(50), topc)
+    buffer = empty(jnp.zeros(50), topc, holding="sum")
 
     @jax.jit
     def run(buffer, stream):
@@ -285,7 +401,7 @@ def test_without_outliers_rebuilds_are_rare(topc):
 
 
 def test_an_outlier_that_leaves_is_rebuilt_at_once():
-    buffer = algorithm.empty(jnp.zeros(3), 2)
+    buffer = empty(jnp.zeros(3), 2, holding="sum")
     for value in (1e4, 1e-4, 1e-4):
         _, buffer = offer(buffer, jnp.full(3, value), key=1.0, decay=0.5)
     assert int(buffer.rebuilds) == 1
@@ -294,7 +410,7 @@ def test_an_outlier_that_leaves_is_rebuilt_at_once():
 
 def test_the_rebuild_stays_a_loop_of_its_own_under_vmap_and_in_apply_if_finite():
     stream = jnp.stack([jnp.full(3, x) for x in (1e4, 1e-4, 1e-4, 1e-4)])
-    tx = optax.apply_if_finite(critical_gradients(2, 0.0), 3)
+    tx = optax.apply_if_finite(critical_gradients(2, 0.0, holding="sum"), 3)
 
     def run(scale, stream):
         def body(state, x):
@@ -310,70 +426,21 @@ def test_the_rebuild_stays_a_loop_of_its_own_under_vmap_and_in_apply_if_finite()
     np.testing.assert_array_equal(buffers.rebuilds, [1, 0, 1])
     np.testing.assert_allclose(buffers.total[:, 0], [2e-4, 0, 4e-4], rtol=1e-6)
     text = batched.lower(jnp.ones(3), stream).compile().as_text()
-    assert text.count(" while(") >= 2 and "conditional(" in text
+    assert text.count(" while(") >= 2
 
 
 @pytest.mark.parametrize("topc", [1, 2, 4])
 def test_a_resized_sum_has_the_derivative_of_what_was_kept(topc, x64):
     def total(stream):
-        buffer = algorithm.empty(stream[0], 3)
+        buffer = empty(stream[0], 3, holding="sum")
         for x in stream:
             _, buffer = offer(buffer, x, key=jnp.linalg.norm(x))
-        return jnp.sum(holding.resize(buffer, topc).total * jnp.array([1.0, 2.0]))
+        return jnp.sum(
+            resizing.resize(buffer, topc, "sum").total * jnp.array([1.0, 2.0])
+        )
 
     stream = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     kept = jnp.arange(3)[:, None] >= 3 - topc
     np.testing.assert_array_equal(
         jax.grad(total)(stream), jnp.where(kept, jnp.array([1.0, 2.0]), 0)
-    )
-
-
-# The compiled program: C never shows
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONTEXTS)
-@pytest.mark.parametrize("leaves", PARAMS)
-@pytest.mark.parametrize("topc", [1, 5, 40])
-@pytest.mark.parametrize("dtype", [None, "int8"])
-def test_no_step_copies_the_buffer(dtype, topc, leaves, name, mesh):
-    if dtype and topc == 1:
-        return  # shown by 5 and 40
-    tx = optax.chain(critical_gradients(topc, buffer_dtype=dtype), optax.sgd(0.1))
-    params = {k: jnp.zeros(shape) for k, shape in PARAMS[leaves].items()}
-    assert_slots_stay_in_place(name, tx, params, mesh)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("topc", [5, 40])
-@pytest.mark.parametrize(
-    ("params_dtype", "buffer_dtype", "limit"),
-    [
-        ("float32", "bfloat16", 0.1),
-        ("float32", "float16", 0.1),
-        ("bfloat16", None, 2.1),
-        ("bfloat16", "int8", 2.1),
-    ],
-)
-def test_nor_do_slots_of_half_precision(params_dtype, buffer_dtype, limit, topc, mesh):
-    """XLA's CPU backend stores gradients of 16 bits in float32, whatever C is."""
-    tx = optax.chain(critical_gradients(topc, buffer_dtype=buffer_dtype), optax.sgd(1))
-    params = {"w": jnp.zeros((768, 768), params_dtype)}
-    assert_slots_stay_in_place("plain", tx, params, mesh, limit)
-
-
-def test_a_copied_buffer_would_be_seen():
-    """The form that everyone writes first, so that the checks above can fail."""
-    params = jnp.zeros((256, 256))
-    slots = jnp.zeros((6, 256, 256))
-
-    def naive(params, slots, gradient):
-        mean = slots.sum(0) / 5
-        norms = jnp.sqrt(jnp.sum(slots**2, (1, 2)))
-        slots = slots.at[jnp.argmin(norms)].set(gradient)
-        return params - gradient - mean, jnp.where(norms.min() > 1, slots, slots + 1)
-
-    compiled = compile_step(naive, params, slots, params)
-    assert temporaries(compiled, params) > 0.9 or whole_buffer_operations(
-        compiled, {slots.size}
     )

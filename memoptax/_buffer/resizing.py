@@ -82,30 +82,35 @@ def reset(buffer):
 
 def problem(buffer) -> str | None:
     """What is wrong with the numbers of a buffer that is not traced, if anything is."""
+    held = np.asarray(buffer.ages) > 0
+    offered, accepted = np.ravel(buffer.offered), np.ravel(buffer.accepted)
     found = {
-        "entries must be a permutation of the slots in every row": _misplaced(buffer),
-        "ages must be at least 0, and of the first entries if not all are held": (
-            np.any(buffer.ages < 0)
-            | np.any(np.diff((buffer.ages > 0).astype(int), axis=1) > 0)
+        "keys are not all finite and at least 0": not _are_norms(buffer.keys),
+        "ages are not those of the first entries, each at least 0": (
+            np.any(np.asarray(buffer.ages) < 0)
+            or np.any(np.diff(held.astype(int), axis=1) > 0)
         ),
-        "keys must be finite and at least 0": not _is_norm(buffer.keys),
-        "accepted must be from the number of entries held to offered": (
-            np.any(buffer.accepted < np.sum(buffer.ages > 0, axis=1))
-            | np.any(buffer.offered < buffer.accepted)
+        "accepted and offered contradict the entries that are held": (
+            np.any(accepted < held.sum(1)) or np.any(offered < accepted)
         ),
-        "norms must be finite and at least 0": not _is_norm(buffer.norms),
-        "error must be finite and at least 0": not _is_norm(buffer.error),
+        "entries are not a permutation of the slots": _are_misplaced(buffer.entries),
+        "norms are not all finite and at least 0": not _are_norms(buffer.norms),
+        "error is not finite and at least 0": not _are_norms(buffer.error),
     }
     return next((sentence for sentence, wrong in found.items() if wrong), None)
 
 
-def _is_norm(numbers) -> bool:
-    return numbers is None or bool(np.all(np.isfinite(numbers) & (numbers >= 0)))
+def _are_norms(numbers) -> bool:
+    if numbers is None:
+        return True
+    numbers = np.asarray(numbers)
+    return bool(np.all(np.isfinite(numbers) & (numbers >= 0)))
 
 
-def _misplaced(buffer) -> bool:
-    if buffer.entries is None:
+def _are_misplaced(entries) -> bool:
+    """Whether a row has neither every entry once nor zeros alone, as a new state may."""
+    if entries is None:
         return False
-    slots = np.sort(np.asarray(buffer.entries), axis=1)
-    in_order = slots == np.arange(slots.shape[1])
-    return not np.all(in_order | ~np.any(slots, axis=1, keepdims=True))
+    rows = np.sort(np.asarray(entries), axis=1)
+    in_order = np.all(rows == np.arange(rows.shape[1]), axis=1)
+    return not np.all(in_order | ~np.any(rows, axis=1))

@@ -5,16 +5,16 @@ import jax.numpy as jnp
 
 
 def of(leaves, dtype, across=None):
-    """The L2 norm of every leaf, (L,), in ``dtype`` or the widest of the leaves.
+    """The L2 norm of every leaf, (L,), in ``dtype``.
 
     A norm is right wherever it is a number of that dtype, also where its square is
     not. ``across`` adds up what several devices know of the squares of every leaf; None
     where one device sees whole leaves.
     """
-    dtype = jnp.result_type(dtype, *leaves)
-    squares = [_squares(jax.lax.stop_gradient(x).astype(dtype)) for x in leaves]
+    wide = jnp.result_type(dtype, *leaves)
+    squares = [_squares(jax.lax.stop_gradient(x).astype(wide)) for x in leaves]
     squares = squares if across is None else across(squares)
-    return vector([_root(each) for each in squares], dtype)
+    return vector([_root(each) for each in squares], dtype).astype(dtype)
 
 
 def vector(scalars, dtype):
