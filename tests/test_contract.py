@@ -42,6 +42,12 @@ class Optimizer:
     def rated(self):
         return self.accepts("learning_rate")
 
+    @property
+    def squares(self):
+        """Whether it squares what it is given, and so refuses what overflows then."""
+        momenta = (memoptax.scale_by_adam_cm, memoptax.adam_cm, memoptax.adamw_cm)
+        return self.factory in momenta or self.memory == "accumulators"
+
     def build(self, wrap=lambda factory: factory, **options):
         options = {**self.options, **options}
         if self.rated:
@@ -92,6 +98,8 @@ OPTIMIZERS = [
     Optimizer("fifo", CG, FIFO),
     Optimizer("bf16 slots", CG, BF16),
     Optimizer("int8 slots", CG, {"topc": 2, "buffer_dtype": "int8"}),
+    Optimizer("summed", CG, {"topc": 2, "holding": "sum"}),
+    Optimizer("one slot", CG, {"topc": 1}),
     Optimizer("sgd_c momentum", SGD, {"momentum": 0.9}, rate=0.002),
     Optimizer("sgd_c nesterov", SGD, {**NESTEROV, "topc": 1}, rate=0.002),
     Optimizer("rmsprop_c centered", RMS, CENTERED, rate=0.001),
@@ -483,8 +491,7 @@ def test_hyperparameters_in_half_precision_are_not_kept_in_it(opt):
     kept = jax.tree.leaves(optax.tree.get(state.inner_state, opt.memory))
     slots = optax.tree.get(state.inner_state, "slots", default={})
     names = [str(x.dtype) for x in kept]
-    assert names.count("uint16") == len(jax.tree.leaves(slots))
-    assert "bfloat16" not in names
+    assert names.count("bfloat16") <= len(jax.tree.leaves(slots))
 
 
 @each_factory
@@ -493,7 +500,7 @@ def test_counters_stop_at_their_end(opt):
     runner, last = donating(opt), np.iinfo(np.int32).max
 
     def counted(path, x):
-        counter = x.dtype == jnp.int32 and path[-1].name not in ("place", "spare")
+        counter = x.dtype == jnp.int32 and path[-1].name != "entries"
         return jnp.full_like(x, last) if counter else x
 
     params = params_like(SHAPES)
@@ -647,9 +654,10 @@ def test_a_bad_gradient_was_never_offered(opt, bad, step):
         del old
         memory = optax.tree.get(new[1], opt.memory)
         for path, leaf in jax.tree.leaves_with_path(memory):
-            empty = "keys" in jax.tree_util.keystr(path) and np.isneginf(leaf)
-            assert np.all(np.isfinite(np.float64(leaf)) | empty), path
+            assert np.all(np.isfinite(np.float64(leaf))), path
 
+    if np.isfinite(bad) and not opt.squares:
+        return  # a large gradient is a gradient
     stream = gradients()
     good = steps_of(stream)
     spoilt = jax.tree.map(lambda g: np.full_like(g, bad), good[0])
