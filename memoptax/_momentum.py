@@ -56,7 +56,7 @@ def aggregate(options, gradients, state, b1, sound, *, skip_first=False):
 
     Without a buffer M is m.
     """
-    if state.buffer is None:
+    if options.keeps_nothing:
         m, _, momentum = average(gradients, state, b1, sound)
         return m, momentum, None
     if not skip_first:

@@ -71,8 +71,8 @@ def scale_by_sm3_cm(
 
     A κ or C of 0 keeps no buffer, and M is m: momentum over the root of its own second
     moment. That is not Adam, whose second moment is of the gradients; the step is about
-    :math:`1 / (1 - \beta_1)` times as long at first. On a step whose gradient is not
-    finite u is not finite there either, and the whole state stays as it was.
+    :math:`1 / (1 - \beta_1)` times as long at first. On a step with a gradient that is
+    not finite u is NaN, and the whole state stays as it was.
 
     Memory: C + 3 copies of the parameters (slots, spare, sum and m), C + 2 where the
     slots are read and not summed, 2 with C = 1; less with ``buffer_dtype`` and
@@ -133,7 +133,11 @@ def scale_by_sm3_cm(
     def update_fn(updates, state, params=None):
         del params
         _check.state(state, ScaleBySM3CmState)
-        _check.same("a buffer", not options.keeps_nothing, state.buffer is not None)
+        if options.keeps_nothing and state.buffer is not None:
+            raise ValueError(
+                "topc or kappa is 0, which keeps no buffer, but the state has one: "
+                "pass the arguments that it was made with, or make a new one with init."
+            )
         _momentum.check(options, updates, state, mu_dtype)
         _sm3_rules.check_leaves(jax.tree.leaves(updates), state.accumulators)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(state.accumulators))
