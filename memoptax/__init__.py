@@ -40,6 +40,9 @@ from memoptax._sharding import state_shardings as state_shardings
 from memoptax._sm3 import ScaleBySM3State as ScaleBySM3State
 from memoptax._sm3 import scale_by_sm3 as scale_by_sm3
 from memoptax._sm3 import sm3 as sm3
+from memoptax._sm3_momenta import ScaleBySM3CmState as ScaleBySM3CmState
+from memoptax._sm3_momenta import scale_by_sm3_cm as scale_by_sm3_cm
+from memoptax._sm3_momenta import sm3_cm as sm3_cm
 from memoptax.covers import Cover as Cover
 
 if _TYPE_CHECKING:

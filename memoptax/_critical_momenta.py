@@ -4,18 +4,17 @@ Malviya et al., Promoting Exploration in Memory-Augmented Adam using Critical Mo
 TMLR 2024.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _check, _flax_metadata
+from memoptax import _check, _flax_metadata, _momentum
 from memoptax._bases import precision, pytorch
-from memoptax._buffer import algorithm, matching
+from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
-from memoptax._tensors import layout, storage
+from memoptax._tensors import storage
 
 _REFERENCES = """\
 References:
@@ -114,20 +113,19 @@ def critical_momenta(
         return precision.in_float32(precision.stored_moment(average, "ema", mu_dtype))
 
     def init_fn(params):
-        mu, mu_scales = _zero_momentum(params, mu_dtype)
+        mu, mu_scales = _momentum.zeros(params, mu_dtype)
         return CriticalMomentaState(mu, mu_scales, algorithm.empty(options, params))
 
     def update_fn(updates, state, params=None):
         del params
         _check.state(state, CriticalMomentaState)
-        _check_momentum(options, updates, state, mu_dtype)
-        sound = _is_sound(options, updates, state.buffer, b1)
-        m, stored, momentum = _average(updates, state, b1, sound)  # m_t
-        joined, buffer = algorithm.recall_and_offer(  # M_t, B_{t+1}
-            options, state.buffer, m, updates, sound, stored
+        _momentum.check(options, updates, state, mu_dtype)
+        sound = _momentum.is_sound(options, updates, state.buffer.keys.dtype, b1)
+        joined, momentum, buffer = _momentum.aggregate(
+            options, updates, state, b1, sound
         )
         state = CriticalMomentaState(*momentum, buffer)
-        return _or_nan(sound, joined, updates), state
+        return _momentum.or_nan(sound, joined, updates), state
 
     return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
@@ -218,7 +216,7 @@ def scale_by_adam_cm(
         def zeros():
             return jax.tree.map(storage.zero_sum, params)
 
-        mu, mu_scales = _zero_momentum(params, mu_dtype)
+        mu, mu_scales = _momentum.zeros(params, mu_dtype)
         return ScaleByAdamCmState(
             count=jnp.zeros((), jnp.int32),
             mu=mu,
@@ -231,20 +229,17 @@ def scale_by_adam_cm(
     def update_fn(updates, state, params=None):
         del params
         _check.state(state, ScaleByAdamCmState)
-        _check_momentum(options, updates, state, mu_dtype)
+        _momentum.check(options, updates, state, mu_dtype)
         _check.same("amsgrad", amsgrad, state.nu_max is not None)
-        sound = _is_sound(options, updates, state.buffer, b1, b2, eps, squares=True)
-        # Adam takes its first step, so a κ of 0 skips none.
-        first = (state.count == 0) & (kappa != 0) if skip_first else False
-        m, stored, momentum = _average(updates, state, b1, sound & ~first)  # m_t
-        if skip_first:
-            m, stored = _where(first, updates, m), None
-        joined, buffer = algorithm.recall_and_offer(  # M_t, B_{t+1}
-            options, state.buffer, m, updates, sound, stored
+        sound = _momentum.is_sound(
+            options, updates, state.buffer.keys.dtype, b1, b2, eps, squares=True
         )
-        if skip_first:
-            joined = _where(first, optax.tree.zeros_like(joined), joined)
-        squared = _where(jnp.equal(kappa, 0), updates, joined)  # Adam's are of g
+        joined, momentum, buffer = _momentum.aggregate(
+            options, updates, state, b1, sound, skip_first=skip_first
+        )
+        squared = _momentum.where(
+            jnp.equal(kappa, 0), updates, joined
+        )  # Adam's are of g
         count, nu, nu_max = _second_moment(squared, state, b2, sound)  # v_t
         scaled = pytorch.normalize(  # u_t
             joined,
@@ -256,7 +251,7 @@ def scale_by_adam_cm(
             eps_root,
         )
         state = ScaleByAdamCmState(count, *momentum, nu, nu_max, buffer)
-        return _or_nan(sound, scaled, updates), state
+        return _momentum.or_nan(sound, scaled, updates), state
 
     return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
@@ -490,104 +485,10 @@ def adamw_cm(
     )
 
 
-def _zero_momentum(params, dtype):
-    """The two fields of a momentum of zero."""
-    if dtype is None:
-        return jax.tree.map(storage.zero_sum, params), None
-    zeros = jax.tree.map(lambda p: storage.zeros(p, None, dtype), params)
-    return zeros, storage.zero_scales(params, None, dtype)
-
-
-def _check_momentum(options, updates, state, mu_dtype):
-    """Refuse a momentum or buffer that other arguments made, while tracing."""
-    matching.check(options, state.buffer, updates)
-    _options.check_scales(options, updates, state.mu_scales)
-    found = {leaf.dtype for leaf in jax.tree.leaves(state.mu)}
-    wide = {jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)}
-    if found - ({mu_dtype} if mu_dtype else wide):
-        names = ", ".join(sorted(dtype.name for dtype in found))
-        raise ValueError(
-            f"mu_dtype is {mu_dtype.name if mu_dtype else None!r}, but the state has a "
-            f"momentum of {names}. Pass the mu_dtype that the state was made with."
-        )
-
-
-def _is_sound(options, gradients, buffer, *hyperparameters, squares=False):
-    """Whether gradients and hyperparameters are finite, so that the state may move.
-
-    The square of the aggregate M must be finite, too. M is a mean of gradients and
-    κ of them again, so no pass over M is needed to know.
-    """
-    dtype, limit = buffer.keys.dtype, None
-    if squares:
-        limit = jnp.sqrt(jnp.finfo(dtype).max) / (2 * (1 + jnp.abs(options.kappa)))
-    sound = algorithm.is_within(options, gradients, dtype, limit)
-    for number in (*hyperparameters, options.kappa):
-        sound &= jnp.all(jnp.isfinite(jnp.asarray(number)))
-    return sound
-
-
-def _average(gradients, state, b1, taken):
-    """b1·m + (1 − b1)·g, or m where the step is not taken: as it is, as the leaves in
-    storage, and as the two fields of the state.
-
-    The first is decoded from the others, so that nobody else reads what was there
-    before: it can be overwritten.
-    """
-    leaves, treedef = jax.tree.flatten(gradients)
-    before = storage.unpack(treedef, state.mu, state.mu_scales)
-    dtypes = [_wide(old.values.dtype, g.dtype) for old, g in zip(before, leaves)]
-    after = [
-        _blended(layout.like(g, old.values).astype(dtype), old, b1, 1 - b1, taken)
-        for g, old, dtype in zip(leaves, before, dtypes)
-    ]
-    m = [storage.decode(new, dtype) for new, dtype in zip(after, dtypes)]
-    return treedef.unflatten(m), after, storage.pack(treedef, after, state.mu_scales)
-
-
-@jax.jit
-def _blended(gradient, old, b1, rest, taken):
-    def blend(gradient, values, scale):
-        m = storage.decode(storage.Stored(values, scale), gradient.dtype)
-        m = jnp.asarray(b1, m.dtype) * m + jnp.asarray(rest, m.dtype) * gradient
-        return storage.saturate(m, old)
-
-    operands = (gradient, *old)
-    return storage.encode_computed(
-        blend, lambda *numbers: numbers, operands, old, taken
-    )
-
-
 def _second_moment(updates, state, b2, taken):
     """Steps taken, v and its maximum (None if the state has none) after this one."""
     nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-    nu = _where(taken, nu, state.nu)
+    nu = _momentum.where(taken, nu, state.nu)
     amsgrad = state.nu_max is not None
     nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu) if amsgrad else None
     return jnp.where(taken, optax.safe_increment(state.count), state.count), nu, nu_max
-
-
-def _or_nan(sound, updates, gradients):
-    """``updates``, or NaN where the step is not sound, laid out as the gradients.
-
-    The state never sees such a step, but whoever guards the loop must.
-    """
-    return jax.tree.map(
-        lambda u, g: layout.like(jnp.where(sound, u, jnp.nan).astype(g.dtype), g),
-        updates,
-        gradients,
-    )
-
-
-def _where(condition, chosen, other):
-    """``chosen`` in the dtypes of ``other``, or ``other``."""
-    return jax.tree.map(
-        lambda a, b: jnp.where(condition, layout.like(a, b).astype(b.dtype), b),
-        chosen,
-        other,
-    )
-
-
-def _wide(*dtypes):
-    """float32, or the widest that takes all of them."""
-    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))

@@ -133,27 +133,15 @@ def scale_by_sm3(
     rule = _sm3_rules.Rule(momentum, beta, eps, _VARIANTS[variant])
 
     def init_fn(params):
-        leaves = _flax_metadata.leaves_with_path(params)
-
-        def accumulators(path, box, leaf):
-            _sm3_rules.check_real(path, leaf)
-            dtype = _sm3_rules.accumulator_dtype(leaf, accumulator_dtype)
-            boxes = families.resolve(cover, path, leaf)
-            numbers = tuple(families.zeros(leaf, size, dtype) for size in boxes)
-            return _flax_metadata.fit(box, numbers)
-
         def moments(leaf):
             dtype = momentum_dtype or _sm3_rules.accumulator_dtype(
                 leaf, accumulator_dtype
             )
             return storage.zeros(leaf, None, dtype)
 
-        # optax.tree.map_params finds the parameters in a state by a tree without
-        # leaves, and needs a leaf wherever else there is something.
-        nothing = jnp.zeros(())
         return ScaleBySM3State(
             count=jnp.zeros((), jnp.int32),
-            accumulators=tuple(accumulators(*item) for item in leaves) or nothing,
+            accumulators=_sm3_rules.zero_accumulators(params, cover, accumulator_dtype),
             momentum=None if momentum is None else jax.tree.map(moments, params),
             scales=None
             if momentum is None
@@ -166,11 +154,7 @@ def scale_by_sm3(
         count = optax.safe_increment(state.count)
         if not leaves:
             return updates, state._replace(count=count)
-        if len(leaves) != len(state.accumulators):
-            raise ValueError(
-                f"updates have {len(leaves)} leaves, but the state was made for "
-                f"{len(state.accumulators)}."
-            )
+        _sm3_rules.check_leaves(leaves, state.accumulators)
         steps = []
         for (path, g), numbers, memory in zip(
             leaves, state.accumulators, _load(state, treedef)
@@ -216,11 +200,7 @@ def _check(momentum, beta, eps, variant, cover, accumulator_dtype, momentum_dtyp
         raise ValueError(f"eps must not be negative, and is {eps!r}.")
     if variant not in _VARIANTS:
         raise ValueError(f"variant must be 'I' or 'II', and is {variant!r}.")
-    if not (cover is None or callable(cover) or isinstance(cover, list | tuple)):
-        raise ValueError(
-            "cover must be None, a function (path, leaf) -> list of box shapes or a "
-            f"list of box shapes, and is {cover!r}."
-        )
+    _sm3_rules.check_cover(cover)
     wide = ("float32", "float64")
     for name, dtype, allowed in (
         ("accumulator_dtype", accumulator_dtype, wide),

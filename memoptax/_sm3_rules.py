@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memoptax import covers
+from memoptax import _flax_metadata, covers
 from memoptax._tensors import families as _families
 from memoptax._tensors import row_sparse, storage, tiles
 
@@ -25,7 +25,7 @@ def step(rule, path, boxes, gradient, numbers, memory):
     if gradient.size == 0:
         return gradient, numbers, memory
     dtype = numbers[0].dtype
-    momentum, beta, eps = (_hyperparameter(x, dtype) for x in rule[:3])
+    momentum, beta, eps = (hyperparameter(x, dtype) for x in rule[:3])
     g = gradient.astype(dtype)
     families = _families.Families(boxes, g.shape)
     nu, floors, raised = rule.precondition(g, numbers, families, beta)
@@ -154,15 +154,49 @@ def _select(condition, yes, no):
     return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
 
 
-def _hyperparameter(x, dtype):
+def hyperparameter(x, dtype):
     """In `dtype`: inject_hyperparams gives it in bfloat16, NumPy in float64."""
     return x if x is None or type(x) in (int, float) else jnp.asarray(x, dtype)
+
+
+def zero_accumulators(params, cover, dtype=None):
+    """The accumulators of every leaf, a tuple in the order of ``jax.tree.leaves``."""
+
+    def of(path, box, leaf):
+        check_real(path, leaf)
+        boxes = _families.resolve(cover, path, leaf)
+        own = accumulator_dtype(leaf, dtype)
+        numbers = tuple(_families.zeros(leaf, size, own) for size in boxes)
+        return _flax_metadata.fit(box, numbers)
+
+    leaves = _flax_metadata.leaves_with_path(params)
+    # optax.tree.map_params finds the parameters in a state by a tree without leaves,
+    # and needs a leaf wherever else there is something.
+    return tuple(of(*leaf) for leaf in leaves) or jnp.zeros(())
 
 
 def accumulator_dtype(leaf, dtype):
     """float32 or better, unless the user says which."""
     wide = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
     return wide if dtype is None else dtype
+
+
+def check_leaves(leaves, accumulators):
+    """Refuses another number of leaves than the accumulators were made for."""
+    if leaves and len(leaves) != len(accumulators):
+        raise ValueError(
+            f"updates have {len(leaves)} leaves, but the state was made for "
+            f"{len(accumulators)}."
+        )
+
+
+def check_cover(cover):
+    """Refuses what is no cover."""
+    if not (cover is None or callable(cover) or isinstance(cover, list | tuple)):
+        raise ValueError(
+            "cover must be None, a function (path, leaf) -> list of box shapes or a "
+            f"list of box shapes, and is {cover!r}."
+        )
 
 
 def check_real(path, leaf):

@@ -85,6 +85,8 @@ OPTIMIZERS = [
     Optimizer("sgd_cm", memoptax.sgd_cm),
     Optimizer("adam_cm", memoptax.adam_cm),
     Optimizer("adamw_cm", memoptax.adamw_cm, needs_params=True),
+    Optimizer("scale_by_sm3_cm", memoptax.scale_by_sm3_cm),
+    Optimizer("sm3_cm", memoptax.sm3_cm),
     Optimizer("scale_by_sm3", memoptax.scale_by_sm3, rate=0.1, memory="accumulators"),
     Optimizer("sm3", memoptax.sm3, rate=0.1, memory="accumulators"),
     Optimizer(
@@ -92,6 +94,12 @@ OPTIMIZERS = [
         memoptax.sm3,
         {"momentum": 0.9, "momentum_dtype": "int8", "beta": 0.95, "variant": "I"},
         rate=0.1,
+        memory="accumulators",
+    ),
+    Optimizer(
+        "sm3_cm int8",
+        memoptax.sm3_cm,
+        {"topc": 1, "mu_dtype": "int8", "buffer_dtype": "int8"},
         memory="accumulators",
     ),
     Optimizer("unsynced", CG, {"topc": 2, "synced": False, "aggr": "mid"}),
@@ -336,9 +344,13 @@ def test_weak_types_never_enter_the_state(opt):
         (ADAM(0.1, b2=0.999, amsgrad=True), "nu", 0.001),
         (RMS(0.1, alpha=0.999), "nu", 0.001),
         (memoptax.adam_cm(0.1, b2=0.999), "nu", 0.001 * 0.1**2),
+        (memoptax.scale_by_sm3_cm(b2=0.999), "accumulators", 0.001 * 0.1**2),
         (memoptax.scale_by_sm3(beta=0.999), "accumulators", 0.001),
     ],
-    ids=["decay", "critical_momenta", "adam", "amsgrad", "rmsprop", "adam_cm", "sm3"],
+    ids=[
+        *("decay", "critical_momenta", "adam", "amsgrad", "rmsprop", "adam_cm"),
+        *("sm3_cm", "sm3"),
+    ],
 )
 def test_a_decay_near_one_stays_below_one(tx, field, expected):
     """In bfloat16 .999 would be 1, and nothing would ever fade, or come in."""

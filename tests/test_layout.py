@@ -15,7 +15,8 @@ PACKAGE = ROOT / "memoptax"
 FLOORS = [
     {"_bases", "_check", "_flax_metadata", "_tensors"},
     {"_buffer"},
-    {"_critical_gradients", "_critical_momenta", "_sm3", "_sm3_rules"}
+    {"_critical_gradients", "_critical_momenta", "_momentum"}
+    | {"_sm3", "_sm3_momenta", "_sm3_rules"}
     | {"covers", "sparse"}
     | {"_buffer_tools", "_bytes", "_schedules", "_sharding"},
     {"memoptax"},
