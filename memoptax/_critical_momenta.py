@@ -106,7 +106,7 @@ def critical_momenta(
          replaces one and the same slot.
       3. What :func:`critical_gradients` lists of the buffer.
     """
-    _check.number("b1", b1, 0, 1, below=True)
+    b1 = _check.number("b1", b1, 0, 1, below=True)
     mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
     options = _options.options(**_options.among(locals()))
     if options.keeps_nothing:
@@ -205,7 +205,7 @@ def scale_by_adam_cm(
       2. A κ of 0 is Adam; theirs raises a KeyError.
       3. Weight decay is not part of it: :func:`adamw_cm` decouples it, as theirs does.
     """
-    pytorch.check_adam(b1, b2, eps, eps_root)
+    b1, b2, eps, eps_root = pytorch.check_adam(b1, b2, eps, eps_root)
     _check.flag("amsgrad", amsgrad)
     _check.flag("skip_first", skip_first)
     mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
@@ -314,7 +314,7 @@ def sgd_cm(
     Differs from the authors' code in:
       1. It exists: theirs has SGD with critical gradients alone.
     """
-    _check.learning_rate(learning_rate)
+    learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
         critical_momenta(b1, mu_dtype=mu_dtype, **_options.among(locals())),
         optax.scale_by_learning_rate(learning_rate),
@@ -384,7 +384,7 @@ def adam_cm(
 
     Differs from the authors' Adam_CM in what :func:`scale_by_adam_cm` lists.
     """
-    _check.learning_rate(learning_rate)
+    learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
         scale_by_adam_cm(
             b1,
@@ -469,7 +469,7 @@ def adamw_cm(
       2. Parameters are decayed in one product with the step; theirs multiplies them by
          1 − η·λ, rounded, first.
     """
-    _check.learning_rate(learning_rate)
+    learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
         scale_by_adam_cm(
             b1,
