@@ -328,10 +328,10 @@ def adam_cm(
     b2=0.999,
     eps=1e-8,
     eps_root=0.0,
+    mu_dtype=None,
     *,
     amsgrad=False,
     skip_first=False,
-    mu_dtype=None,
     topc=None,
     decay=0.7,
     kappa=1.0,
@@ -357,9 +357,9 @@ def adam_cm(
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
       eps_root: added inside the root.
+      {mu_dtype}
       amsgrad: as in :func:`scale_by_adam_cm`.
       skip_first: as in :func:`scale_by_adam_cm`.
-      {mu_dtype}
       {buffer}
 
     {returns}
@@ -407,12 +407,12 @@ def adamw_cm(
     b2=0.999,
     eps=1e-8,
     eps_root=0.0,
+    mu_dtype=None,
     weight_decay=0.01,
     mask=None,
     *,
     amsgrad=False,
     skip_first=False,
-    mu_dtype=None,
     topc=None,
     decay=0.7,
     kappa=1.0,
@@ -437,11 +437,11 @@ def adamw_cm(
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
       eps_root: added inside the root.
+      {mu_dtype}
       weight_decay: λ ≥ 0, per unit of learning rate.
       mask: a tree of booleans, or a function from parameters to one: which are decayed.
       amsgrad: as in :func:`scale_by_adam_cm`.
       skip_first: as in :func:`scale_by_adam_cm`; the first step then decays only.
-      {mu_dtype}
       {buffer}
 
     {returns}

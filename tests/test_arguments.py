@@ -5,6 +5,8 @@ A new argument joins with a line in ``ARGUMENTS``.
 
 import inspect
 import math
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -266,3 +268,36 @@ def test_an_aggregate_must_have_the_shape_of_its_update(factory, aggr):
     state = jax.eval_shape(tx.init, params)
     with pytest.raises(ValueError, match="aggr must return an array of the shape"):
         jax.eval_shape(tx.update, params, state, params)
+
+
+# The page for those who come from elsewhere
+
+
+def test_the_page_for_newcomers_names_arguments_that_exist():
+    page = pathlib.Path(__file__).parent.parent / "docs" / "coming_from.md"
+    table = page.read_text().split("| argument of theirs |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1:4] for line in table.splitlines()[2:]]
+    theirs = {name for row in rows for name in re.findall(r"`(\w+)", row[0])}
+    ours = {name for row in rows for name in re.findall(r"`(\w+)", row[1])}
+    assert {"lr", "betas", "topC", "critical_test"} <= theirs
+    assert ours - set(ARGUMENTS) == {"adamw_c", "adamw_cm"}
+    for name in ("lr", "betas", "topC", "critical_test"):
+        assert not any(name in inspect.signature(f).parameters for f in FACTORIES)
+
+
+TWINS = {
+    memoptax.sgd_c: optax.sgd,
+    memoptax.adam_c: optax.adam,
+    memoptax.adamw_c: optax.adamw,
+    memoptax.adam_cm: optax.adam,
+    memoptax.adamw_cm: optax.adamw,
+}
+
+
+@pytest.mark.parametrize("factory", TWINS, ids=lambda f: f.__name__)
+def test_positions_are_those_of_the_twin_in_optax(factory):
+    ours, theirs = (
+        [name for name, p in inspect.signature(f).parameters.items() if p.kind == 1]
+        for f in (factory, TWINS[factory])
+    )
+    assert ours == theirs
