@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import optax
 
-from memoptax import _check, _flax_metadata
+from memoptax import _check, _flax_metadata, _parameters
 from memoptax._bases import precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
@@ -99,7 +99,7 @@ def critical_gradients(
     """
     options = _options.options(**_options.among(locals()))
     if options.keeps_nothing:
-        return optax.identity()
+        return optax.with_extra_args_support(optax.identity())
 
     def init_fn(params):
         return CriticalGradientsState(algorithm.empty(options, params))
@@ -112,7 +112,7 @@ def critical_gradients(
         )
         return updates, CriticalGradientsState(buffer)
 
-    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _check, _flax_metadata
+from memoptax import _check, _flax_metadata, _parameters
 from memoptax._bases import precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
@@ -129,7 +129,7 @@ def critical_momenta(
         state = CriticalMomentaState(*momentum, buffer)
         return _or_nan(sound, joined, updates), state
 
-    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)
@@ -258,7 +258,7 @@ def scale_by_adam_cm(
         state = ScaleByAdamCmState(count, *momentum, nu, nu_max, buffer)
         return _or_nan(sound, scaled, updates), state
 
-    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)
@@ -317,7 +317,7 @@ def sgd_cm(
     learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
         critical_momenta(b1, mu_dtype=mu_dtype, **_options.among(locals())),
-        optax.scale_by_learning_rate(learning_rate),
+        precision.in_float32(optax.scale_by_learning_rate(learning_rate)),
     )
 
 
@@ -396,7 +396,7 @@ def adam_cm(
             mu_dtype=mu_dtype,
             **_options.among(locals()),
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        precision.in_float32(optax.scale_by_learning_rate(learning_rate)),
     )
 
 

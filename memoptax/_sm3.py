@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _check, _flax_metadata, _sm3_rules, covers
+from memoptax import _check, _flax_metadata, _parameters, _sm3_rules, covers
 from memoptax._bases import by_rows
 from memoptax._tensors import families, row_sparse, storage
 
@@ -146,7 +146,6 @@ def scale_by_sm3(
         leaves = _flax_metadata.leaves_with_path(params)
 
         def accumulators(path, box, leaf):
-            _sm3_rules.check_real(path, leaf)
             dtype = _sm3_rules.accumulator_dtype(leaf, accumulator_dtype)
             boxes = families.resolve(cover, path, leaf)
             numbers = tuple(families.zeros(leaf, size, dtype) for size in boxes)
@@ -185,7 +184,6 @@ def scale_by_sm3(
         for (path, g), numbers, memory in zip(
             leaves, state.accumulators, _load(state, treedef)
         ):
-            _sm3_rules.check_real(path, g)
             boxes = families.resolve(cover, path, g)
             families.check_shapes(boxes, path, g, numbers)
             step = _STEPS[row_sparse.is_row_sparse(g)]
@@ -196,7 +194,7 @@ def scale_by_sm3(
         )
         return jax.tree.unflatten(treedef, directions), state
 
-    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 def _load(state, treedef):

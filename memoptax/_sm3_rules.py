@@ -163,13 +163,3 @@ def accumulator_dtype(leaf, dtype):
     """float32 or better, unless the user says which."""
     wide = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
     return wide if dtype is None else dtype
-
-
-def check_real(path, leaf):
-    """Refuses integers and complex numbers."""
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(
-            f"sm3 takes real floating-point tensors, and {_families.name(path)} has "
-            f"dtype {leaf.dtype}. Leave it to another optimizer with optax.partition; "
-            "for complex parameters see optax.contrib.split_real_and_imaginary."
-        )

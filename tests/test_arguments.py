@@ -301,3 +301,79 @@ def test_positions_are_those_of_the_twin_in_optax(factory):
         for f in (factory, TWINS[factory])
     )
     assert ours == theirs
+
+
+# Parameters
+
+
+def leaf_signature(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, bool(x.weak_type)), tree)
+
+
+@each_factory
+def test_numbers_do_not_widen_updates(factory):
+    """Whatever kind of number an argument is: NumPy's and JAX's are not weak."""
+    half = {"w": jnp.ones((2, 2), jnp.bfloat16)}
+    for name, good, _ in arguments_of(factory):
+        for value in good:
+            if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+                tx = build(factory, **{name: value})
+                state = jax.eval_shape(tx.init, half)
+                updates, after = jax.eval_shape(tx.update, half, state, half)
+                assert updates["w"].dtype == jnp.bfloat16, (name, value)
+                assert leaf_signature(after) == leaf_signature(state), (name, value)
+
+
+NOTHING = [{}, {"topc": 0}, {"kappa": 0}]
+
+
+def variants(factory):
+    """Without options, and without a buffer."""
+    for options in NOTHING if factory in BUFFERED else NOTHING[:1]:
+        yield build(factory, **options)
+
+
+@each_factory
+def test_parameters_may_be_numbers(factory):
+    """Of Python and NumPy, as in optax; float64 without x64 gives no warning."""
+    array = {"w": jnp.float32(1), "v": jnp.ones(3)}
+    for params in (
+        {"w": 1.0, "v": np.ones(3)},
+        {"w": np.float64(1), "v": np.ones(3, np.float64)},
+        {"w": np.array(1.0), "v": np.ones(3, np.float32)},
+    ):
+        for tx in variants(factory):
+            state, want = tx.init(params), tx.init(array)
+            if jax.tree.leaves(want):
+                assert leaf_signature(state) == leaf_signature(want)
+            updates, state = tx.update(params, state, params)
+            expected, want = tx.update(array, want, array)
+            for found, wanted in ((updates, expected), (state, want)):
+                jax.tree.map(np.testing.assert_array_equal, found, wanted)
+            optax.apply_updates(params, updates)
+
+
+@each_factory
+@pytest.mark.parametrize(
+    "leaf",
+    [jax.nn.relu, "x", 1, True, 1j, jax.random.key(0), np.array("x"), np.arange(3)],
+    ids=lambda leaf: type(leaf).__name__,
+)
+def test_the_path_of_what_is_no_parameter_is_named(factory, leaf):
+    tx, good = build(factory), {"layers": [jnp.ones(2), jnp.ones(2)]}
+    bad = {"layers": [jnp.ones(2), leaf]}
+    with pytest.raises(ValueError, match=r"parameter \['layers'\]\[1\] (has|is no)"):
+        tx.init(bad)
+    with pytest.raises(ValueError, match=r"gradient \['layers'\]\[1\] (has|is no)"):
+        tx.update(bad, tx.init(good), good)
+
+
+@each_factory
+def test_extra_arguments_are_for_others(factory):
+    params = {"w": jnp.ones((2, 2))}
+    for tx in variants(factory):
+        assert isinstance(tx, optax.GradientTransformationExtraArgs)
+        state = jax.eval_shape(tx.init, params)
+        jax.eval_shape(
+            lambda g, s, p, tx=tx: tx.update(g, s, p, loss=1), params, state, params
+        )
