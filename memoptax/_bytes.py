@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from memoptax import _check
+
 
 def state_bytes(tx, params) -> int:
     """Bytes of ``tx.init(params)``, without running it.
@@ -203,7 +205,7 @@ def largest_topc(
 
     Raises:
       ValueError: if not even C = 1 fits, with the bytes it would take.
-      ValueError: if ``at_most`` is not a positive integer, or ``buffer_dtypes`` empty.
+      ValueError: if an argument is not what it must be, naming it and its value.
 
     Examples:
       >>> import functools, memoptax, jax, jax.numpy as jnp
@@ -214,10 +216,15 @@ def largest_topc(
       >>> memoptax.largest_topc(adam_c, params, budget=30e6)
       LargestTopc(topc=16, buffer_dtype='int8', bytes=29068280)
     """
-    if isinstance(at_most, bool) or not isinstance(at_most, int) or at_most < 1:
-        raise ValueError(f"at_most must be a positive integer, and is {at_most!r}.")
-    if not buffer_dtypes:
-        raise ValueError("buffer_dtypes must name at least one dtype, and is empty.")
+    if not callable(optimizer):
+        raise ValueError(f"optimizer must be a function, but is {optimizer!r}.")
+    budget = _check.known("budget", budget, 0, finite=False)
+    at_most = _check.integer("at_most", at_most, 1)
+    if not (isinstance(buffer_dtypes, (list, tuple)) and buffer_dtypes):
+        raise ValueError(
+            "buffer_dtypes must be a list of at least one dtype, but is "
+            f"{buffer_dtypes!r}."
+        )
 
     def size(topc, dtype):
         tx = optimizer(topc=topc, buffer_dtype=dtype)

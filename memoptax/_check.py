@@ -1,62 +1,169 @@
 """Checks of arguments, made once when an optimizer is built.
 
-A number may be a tracer (``optax.inject_hyperparams``): only concrete ones are looked
-at, and only by these functions.
+A number is a Python number, or a NumPy or JAX scalar. Those of Python and NumPy are
+static: they come back as Python's own, and may decide what a state holds. A JAX scalar
+decides nothing, since it is a tracer under ``jax.jit`` and ``optax.inject_hyperparams``
+passes one. Its range is checked where it is known.
 """
 
+import inspect
 import math
-import numbers
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def concrete(value) -> bool:
-    """Whether ``value`` is a plain number, so that Python may compare it."""
-    return isinstance(value, (numbers.Real, np.number)) and not isinstance(value, bool)
+def static(value) -> bool:
+    """Whether ``value`` is a number of Python or NumPy, so that Python may compare."""
+    return is_real(value) and not isinstance(value, jax.Array)
 
 
 def is_zero(value) -> bool:
-    return concrete(value) and value == 0
+    return static(value) and value == 0
 
 
-def number(name: str, value, low=-math.inf, high=math.inf, *, below=False) -> None:
-    """Refuse a concrete ``value`` outside [low, high], or [low, high) if ``below``."""
+def is_real(value) -> bool:
+    """Whether ``value`` is one real number, known or traced. A bool is none."""
+    return _is_scalar_of(value, (jnp.floating, jnp.integer))
+
+
+def _is_scalar_of(value, kinds) -> bool:
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, (int, float)) and not isinstance(value, np.generic):
+        return any(jnp.issubdtype(type(value), kind) for kind in kinds)
+    if not isinstance(value, (np.generic, np.ndarray, jax.Array)):
+        return False
+    fits = value.dtype.itemsize <= 8  # not NumPy's long double
+    right = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    return value.shape == () and fits and right
+
+
+def number(
+    name: str,
+    value,
+    low=-math.inf,
+    high=math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+    optional: bool = False,
+    finite: bool = True,
+):
+    """``value``, refused unless it is a number in [low, high].
+
+    ``above`` leaves out the lower end, ``below`` the upper one.
+    """
+    if optional and value is None:
+        return None
     if callable(value):
         raise ValueError(
             f"{name} must be a number, but is the function {value!r}; for a schedule, "
             "build the optimizer with optax.inject_hyperparams."
         )
-    if isinstance(value, (bool, str, type(None))):
-        raise ValueError(f"{name} must be a number, but is {value!r}.")
-    if not concrete(value):
-        return
-    value = float(value)
-    inside = low <= value < high if below else low <= value <= high
-    if not (inside and math.isfinite(value)):
-        bracket = ")" if below or high == math.inf else "]"
-        left = "(" if low == -math.inf else "["
+    if not is_real(value):
+        either = "None or " if optional else ""
+        raise ValueError(f"{name} must be {either}a number, but is {value!r}.")
+    if isinstance(value, jax.core.Tracer):
+        return value
+    found = _as_float(value)
+    inside = low <= found <= high and (math.isfinite(found) or not finite)
+    at_an_end = (above and found == low) or (below and found == high)
+    if not inside or at_an_end:
+        left = "(" if above or low == -math.inf else "["
+        right = ")" if below or high == math.inf else "]"
         raise ValueError(
-            f"{name} must lie in {left}{low}, {high}{bracket}, but is {value}."
+            f"{name} must lie in {left}{low}, {high}{right}, but is {value!r}."
         )
+    return _plain(value)
 
 
-def learning_rate(value) -> None:
-    """Refuse a negative learning rate; schedules and tracers are taken as they are."""
+def known(name: str, value, *bounds, **options) -> float:
+    """The same of a number that must not be traced, as a number of Python."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} must be a static number, but is {value!r}.")
+    value = number(name, value, *bounds, **options)
+    return float(value) if isinstance(value, jax.Array) else value
+
+
+def integer(name: str, value, low=-math.inf, high=math.inf, *, traced: bool = False):
+    """``value`` as an integer in [low, high]; or, if it may be ``traced``, JAX's."""
+    whole = _is_scalar_of(value, (jnp.integer,))
+    if whole and traced and isinstance(value, jax.Array):
+        return value
+    if not whole or isinstance(value, jax.Array) or not low <= int(value) <= high:
+        floor = "" if low == -math.inf else f" of at least {low}"
+        ceiling = "" if high == math.inf else f", of at most {high}"
+        raise ValueError(
+            f"{name} must be an integer{floor}{ceiling}, but is {value!r}."
+        )
+    return int(value)
+
+
+def rate(name: str, value):
+    """``value``, refused unless it is a number of at least 0 or a schedule."""
     if not callable(value):
-        number("learning_rate", value, 0)
+        if not is_real(value):
+            raise ValueError(
+                f"{name} must be a number or a schedule, but is {value!r}."
+            )
+        return number(name, value, 0)
+    if not _takes_a_step(value):
+        raise ValueError(
+            f"{name} must be a function of the step alone if it is a schedule, but is "
+            f"{value!r}."
+        )
+    return value
+
+
+def _takes_a_step(function) -> bool:
+    """Whether a function can be called with one argument, as far as Python knows."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return True
+    try:
+        signature.bind(0)
+    except TypeError:
+        return False
+    return True
+
+
+def learning_rate(value):
+    return rate("learning_rate", value)
 
 
 def flag(name: str, value) -> None:
-    if not isinstance(value, bool):
+    if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name} must be True or False, but is {value!r}.")
+
+
+def function(name: str, value) -> None:
+    """Refuse what is neither None nor a function."""
+    if not (value is None or callable(value)):
+        raise ValueError(f"{name} must be a function, but is {value!r}.")
+
+
+def mask(name: str, value) -> None:
+    """Refuse what is neither None, nor a function, nor a tree of booleans."""
+    leaves = [] if value is None or callable(value) else jax.tree.leaves(value)
+    if not all(map(_is_truth, leaves)):
+        raise ValueError(
+            f"{name} must be None, a tree of booleans or a function that makes one, "
+            f"but is {value!r}."
+        )
+
+
+def _is_truth(leaf) -> bool:
+    return isinstance(leaf, bool) or _is_scalar_of(leaf, (jnp.bool_,))
 
 
 def dtype(name: str, value) -> None:
     """Refuse what is neither None nor a real floating-point dtype."""
     try:
         floating = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
-    except TypeError:
+    except (TypeError, ValueError):
         floating = False
     if not floating:
         raise ValueError(
@@ -64,16 +171,23 @@ def dtype(name: str, value) -> None:
         )
 
 
-def dtype_name(value):
-    """The name of a dtype; what is none is returned as it is."""
+def stored_dtype(name: str, value, allowed):
+    """A dtype out of the names ``allowed``, or None."""
+    if value is None:
+        return None
     try:
-        return jnp.dtype(value).name
-    except TypeError:
-        return value
+        found = jnp.dtype(value).name
+    except (TypeError, ValueError):
+        found = value
+    if not isinstance(found, str) or found not in allowed:
+        options = ", ".join(map(repr, (None, *allowed)))
+        raise ValueError(f"{name} must be one of {options}, but is {value!r}.")
+    return jnp.dtype(found)
 
 
 def choice(name: str, value, allowed) -> None:
-    if value not in allowed:
+    """Refuse what is not one of the strings, or None, that are ``allowed``."""
+    if not (value is None or isinstance(value, str)) or value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
         raise ValueError(f"{name} must be one of {options}, but is {value!r}.")
 
@@ -98,9 +212,26 @@ def same(name: str, value: bool, found: bool) -> None:
 
 def scalar(name: str, value) -> None:
     """Refuse what a function of the user returned unless it is a real scalar."""
-    shape, dtype = jnp.shape(value), jnp.result_type(value)
-    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"{name} must return a real scalar, but returned an array of shape {shape} "
-            f"and dtype {dtype}."
-        )
+    if is_real(value):
+        return
+    if isinstance(value, (np.ndarray, jax.Array)):
+        what = f"an array of shape {value.shape} and dtype {value.dtype}"
+    else:
+        what = repr(value)
+    raise ValueError(f"{name} must return a real scalar, but returned {what}.")
+
+
+def _as_float(value) -> float:
+    try:
+        # An explicit transfer, which jax.transfer_guard lets pass.
+        return float(jax.device_get(value))
+    except OverflowError:  # an integer of Python beyond all floats
+        return math.inf if value > 0 else -math.inf
+
+
+def _plain(value):
+    """A static number as Python's own; a JAX scalar as it is."""
+    if not isinstance(value, (np.generic, np.ndarray)):
+        return value
+    whole = jnp.issubdtype(value.dtype, jnp.integer)
+    return int(value) if whole else float(value)

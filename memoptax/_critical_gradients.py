@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import optax
 
-from memoptax import _check, _flax_metadata
+from memoptax import _check, _flax_metadata, _parameters
 from memoptax._bases import precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
@@ -99,7 +99,7 @@ def critical_gradients(
     """
     options = _options.options(**_options.among(locals()))
     if options.keeps_nothing:
-        return optax.identity()
+        return optax.with_extra_args_support(optax.identity())
 
     def init_fn(params):
         return CriticalGradientsState(algorithm.empty(options, params))
@@ -112,7 +112,7 @@ def critical_gradients(
         )
         return updates, CriticalGradientsState(buffer)
 
-    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)
@@ -183,7 +183,7 @@ def sgd_c(
       2. Weight decay comes after aggregation; theirs is stored with the gradient.
       3. A κ of 0 keeps the momentum.
     """
-    _check.learning_rate(learning_rate)
+    learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
         critical_gradients(**_options.among(locals())),
         precision.in_float32(
@@ -268,7 +268,7 @@ def rmsprop_c(
       3. Momentum is taken of η times the step, as in ``optax.rmsprop``: the same for a
          constant rate, not under a schedule.
     """
-    _check.learning_rate(learning_rate)
+    learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
         critical_gradients(**_options.among(locals())),
         precision.in_float32(
@@ -325,7 +325,8 @@ def adam_c(
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
       eps_root: added inside the root.
-      mu_dtype: dtype of the first moment; None means float32 or better.
+      mu_dtype: dtype in which the first moment is stored: None (float32 or better),
+        float64, float32, bfloat16, float16 or int8, as in :func:`adam_cm`.
       nesterov: whether to use Nesterov momentum.
       weight_decay: λ ≥ 0, added after aggregation (L2); :func:`adamw_c` decouples it.
       amsgrad: whether to divide by the maximum of v so far, as PyTorch takes it: of
@@ -356,7 +357,7 @@ def adam_c(
       1. What :func:`critical_gradients` lists.
       2. A κ of 0 is Adam; theirs raises a KeyError.
     """
-    _check.learning_rate(learning_rate)
+    learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
         critical_gradients(**_options.among(locals())),
         precision.in_float32(
@@ -412,7 +413,8 @@ def adamw_c(
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
       eps_root: added inside the root.
-      mu_dtype: dtype of the first moment; None means float32 or better.
+      mu_dtype: dtype in which the first moment is stored: None (float32 or better),
+        float64, float32, bfloat16, float16 or int8, as in :func:`adam_cm`.
       weight_decay: λ ≥ 0, per unit of learning rate. The default is the authors' and
         PyTorch's .01, where ``optax.adamw`` has 1e-4.
       mask: a tree of booleans, or a function from parameters to one: which are decayed.
@@ -445,7 +447,7 @@ def adamw_c(
       2. Parameters are decayed in one product with the step, as in ``optax.adamw``;
          theirs multiplies them by 1 − η·λ, rounded, first.
     """
-    _check.learning_rate(learning_rate)
+    learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
         critical_gradients(**_options.among(locals())),
         precision.in_float32(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _check, _flax_metadata, _momentum
+from memoptax import _check, _flax_metadata, _momentum, _parameters
 from memoptax._bases import precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
@@ -105,7 +105,7 @@ def critical_momenta(
          replaces one and the same slot.
       3. What :func:`critical_gradients` lists of the buffer.
     """
-    _check.number("b1", b1, 0, 1, below=True)
+    b1 = _check.number("b1", b1, 0, 1, below=True)
     mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
     options = _options.options(**_options.among(locals()))
     if options.keeps_nothing:
@@ -127,7 +127,7 @@ def critical_momenta(
         state = CriticalMomentaState(*momentum, buffer)
         return _momentum.or_nan(sound, joined, updates), state
 
-    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)
@@ -203,7 +203,7 @@ def scale_by_adam_cm(
       2. A κ of 0 is Adam; theirs raises a KeyError.
       3. Weight decay is not part of it: :func:`adamw_cm` decouples it, as theirs does.
     """
-    pytorch.check_adam(b1, b2, eps, eps_root)
+    b1, b2, eps, eps_root = pytorch.check_adam(b1, b2, eps, eps_root)
     _check.flag("amsgrad", amsgrad)
     _check.flag("skip_first", skip_first)
     mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
@@ -253,7 +253,7 @@ def scale_by_adam_cm(
         state = ScaleByAdamCmState(count, *momentum, nu, nu_max, buffer)
         return _momentum.or_nan(sound, scaled, updates), state
 
-    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 @_options.documented(_REFERENCES)
@@ -309,10 +309,10 @@ def sgd_cm(
     Differs from the authors' code in:
       1. It exists: theirs has SGD with critical gradients alone.
     """
-    _check.learning_rate(learning_rate)
+    learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
         critical_momenta(b1, mu_dtype=mu_dtype, **_options.among(locals())),
-        optax.scale_by_learning_rate(learning_rate),
+        precision.in_float32(optax.scale_by_learning_rate(learning_rate)),
     )
 
 
@@ -323,10 +323,10 @@ def adam_cm(
     b2=0.999,
     eps=1e-8,
     eps_root=0.0,
+    mu_dtype=None,
     *,
     amsgrad=False,
     skip_first=False,
-    mu_dtype=None,
     topc=None,
     decay=0.7,
     kappa=1.0,
@@ -352,9 +352,9 @@ def adam_cm(
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
       eps_root: added inside the root.
+      {mu_dtype}
       amsgrad: as in :func:`scale_by_adam_cm`.
       skip_first: as in :func:`scale_by_adam_cm`.
-      {mu_dtype}
       {buffer}
 
     {returns}
@@ -379,7 +379,7 @@ def adam_cm(
 
     Differs from the authors' Adam_CM in what :func:`scale_by_adam_cm` lists.
     """
-    _check.learning_rate(learning_rate)
+    learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
         scale_by_adam_cm(
             b1,
@@ -391,7 +391,7 @@ def adam_cm(
             mu_dtype=mu_dtype,
             **_options.among(locals()),
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        precision.in_float32(optax.scale_by_learning_rate(learning_rate)),
     )
 
 
@@ -402,12 +402,12 @@ def adamw_cm(
     b2=0.999,
     eps=1e-8,
     eps_root=0.0,
+    mu_dtype=None,
     weight_decay=0.01,
     mask=None,
     *,
     amsgrad=False,
     skip_first=False,
-    mu_dtype=None,
     topc=None,
     decay=0.7,
     kappa=1.0,
@@ -432,11 +432,11 @@ def adamw_cm(
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
       eps_root: added inside the root.
+      {mu_dtype}
       weight_decay: λ ≥ 0, per unit of learning rate.
       mask: a tree of booleans, or a function from parameters to one: which are decayed.
       amsgrad: as in :func:`scale_by_adam_cm`.
       skip_first: as in :func:`scale_by_adam_cm`; the first step then decays only.
-      {mu_dtype}
       {buffer}
 
     {returns}
@@ -464,7 +464,7 @@ def adamw_cm(
       2. Parameters are decayed in one product with the step; theirs multiplies them by
          1 − η·λ, rounded, first.
     """
-    _check.learning_rate(learning_rate)
+    learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
         scale_by_adam_cm(
             b1,

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import optax
 
+from memoptax import _check
+
 
 def sm3_schedule(
     peak: float,
@@ -40,7 +42,7 @@ def sm3_schedule(
       A schedule: a function from the step to a float32 scalar.
 
     Raises:
-      ValueError: if the numbers of steps or the fraction are out of range.
+      ValueError: if an argument is out of its range, or another than the peak traced.
 
     Examples:
       >>> import memoptax
@@ -52,17 +54,11 @@ def sm3_schedule(
       Anil et al, `Memory-Efficient Adaptive Optimization
       <https://arxiv.org/abs/1901.11150>`_, 2019
     """
-    if total_steps <= 0:
-        raise ValueError(f"total_steps must be positive, and is {total_steps!r}.")
-    if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(
-            f"warmup_steps must lie between 0 and total_steps={total_steps!r}, and is "
-            f"{warmup_steps!r}."
-        )
-    if not 0 <= cooldown_fraction <= 1:
-        raise ValueError(
-            f"cooldown_fraction must lie between 0 and 1, and is {cooldown_fraction!r}."
-        )
+    peak = _check.number("peak", peak, 0)
+    total_steps = _check.known("total_steps", total_steps, 0, above=True)
+    warmup_steps = _check.known("warmup_steps", warmup_steps, 0, total_steps)
+    power = _check.known("power", power, 0)
+    cooldown_fraction = _check.known("cooldown_fraction", cooldown_fraction, 0, 1)
 
     def schedule(count):
         t = jnp.asarray(count, jnp.float32)

@@ -167,7 +167,7 @@ def _with_slots_in(kind, node):
     if kind == "pinned_host" and way != "sum":
         raise ValueError(
             f"slots_memory_kind is {kind!r}, but the state holds values by {way!r}, "
-            "which reads all of them on every step: pass holding='sum' to the optimizer."
+            "which reads all of them on every step: pass holding='sum'."
         )
     slots = jax.tree.map(lambda s: s.with_memory_kind(kind), node.slots)
     return node._replace(slots=slots)

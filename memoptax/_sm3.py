@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _flax_metadata, _sm3_rules, covers
+from memoptax import _check, _flax_metadata, _parameters, _sm3_rules, covers
 from memoptax._bases import by_rows
-from memoptax._check import dtype_name
 from memoptax._tensors import families, row_sparse, storage
 
 _VARIANTS = {"I": _sm3_rules.sm3_i, "II": _sm3_rules.sm3_ii}
@@ -126,8 +125,19 @@ def scale_by_sm3(
          duplicate rows are summed before they are squared.
       5. What of a gradient is not finite leaves no trace in the state.
     """
-    _check(momentum, beta, eps, variant, cover, accumulator_dtype, momentum_dtype)
-    if isinstance(momentum, int | float) and momentum == 0:
+    momentum = _check.number("momentum", momentum, 0, 1, below=True, optional=True)
+    beta = _check.number("beta", beta, 0, 1, above=True, below=True, optional=True)
+    eps = _check.number("eps", eps, 0)
+    _check.choice("variant", variant, _VARIANTS)
+    families.check_cover(cover)
+    wide = ("float32", "float64")
+    accumulator_dtype = _check.stored_dtype(
+        "accumulator_dtype", accumulator_dtype, wide
+    )
+    momentum_dtype = _check.stored_dtype(
+        "momentum_dtype", momentum_dtype, storage.DTYPES
+    )
+    if _check.is_zero(momentum):
         momentum = None
     cover = covers.axes if cover is None else cover
     rule = _sm3_rules.Rule(momentum, beta, eps, _VARIANTS[variant])
@@ -159,7 +169,6 @@ def scale_by_sm3(
         for (path, g), numbers, memory in zip(
             leaves, state.accumulators, _load(state, treedef)
         ):
-            _sm3_rules.check_real(path, g)
             boxes = families.resolve(cover, path, g)
             families.check_shapes(boxes, path, g, numbers)
             step = _STEPS[row_sparse.is_row_sparse(g)]
@@ -170,7 +179,7 @@ def scale_by_sm3(
         )
         return jax.tree.unflatten(treedef, directions), state
 
-    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 def _load(state, treedef):
@@ -186,30 +195,6 @@ def _save(state, treedef, memories):
         return state
     momentum, scales = storage.pack(treedef, memories, state.scales)
     return state._replace(momentum=momentum, scales=scales)
-
-
-def _check(momentum, beta, eps, variant, cover, accumulator_dtype, momentum_dtype):
-    # Traced hyperparameters cannot be looked at; those given as numbers are.
-    if isinstance(momentum, int | float) and not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be None or in [0, 1), and is {momentum!r}.")
-    if isinstance(beta, int | float) and not 0 < beta < 1:
-        raise ValueError(
-            f"beta must be in (0, 1), and is {beta!r}: use None for accumulation."
-        )
-    if isinstance(eps, int | float) and not eps >= 0:
-        raise ValueError(f"eps must not be negative, and is {eps!r}.")
-    if variant not in _VARIANTS:
-        raise ValueError(f"variant must be 'I' or 'II', and is {variant!r}.")
-    _sm3_rules.check_cover(cover)
-    wide = ("float32", "float64")
-    for name, dtype, allowed in (
-        ("accumulator_dtype", accumulator_dtype, wide),
-        ("momentum_dtype", momentum_dtype, storage.DTYPES),
-    ):
-        if dtype is not None and dtype_name(dtype) not in allowed:
-            raise ValueError(
-                f"{name} must be None or one of {', '.join(allowed)}, and is {dtype!r}."
-            )
 
 
 def sm3(
@@ -235,8 +220,9 @@ def sm3(
       learning_rate: a number, or a schedule such as :func:`memoptax.sm3_schedule`; in
         units of the change per step, since preconditioned gradients are at most 1.
       momentum: see :func:`scale_by_sm3`, as for all arguments not named here.
-      weight_decay: the strength of the decoupled weight decay, times the learning rate.
-        With anything but a plain 0, `update` needs the parameters.
+      weight_decay: the strength of the decoupled weight decay, times the learning rate;
+        a number of at least 0, or a schedule. With anything but a plain 0, `update`
+        needs the parameters.
       mask: a tree, or a function from the parameters to a tree, of booleans: which
         parameters decay.
 
@@ -246,6 +232,10 @@ def sm3(
     Raises:
       ValueError: if an argument is out of its range.
       ValueError: in `init`, if a parameter is not real and floating.
+
+    References:
+      Anil et al, `Memory-Efficient Adaptive Optimization
+      <https://arxiv.org/abs/1901.11150>`_, NeurIPS 2019
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax, optax
@@ -263,14 +253,9 @@ def sm3(
       1.10E+01
       9.31E+00
     """
+    learning_rate = _check.learning_rate(learning_rate)
     decay = by_rows.add_decayed_weights(weight_decay)
-    if isinstance(weight_decay, int | float):
-        if not weight_decay >= 0:
-            raise ValueError(
-                f"weight_decay must not be negative, and is {weight_decay!r}."
-            )
-        if weight_decay == 0:
-            decay = optax.identity()
+    _check.mask("mask", mask)
     return optax.chain(
         scale_by_sm3(
             momentum,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _check, _flax_metadata, _momentum, _sm3_rules, covers
+from memoptax import _check, _flax_metadata, _momentum, _parameters, _sm3_rules, covers
 from memoptax._bases import precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
@@ -113,9 +113,9 @@ def scale_by_sm3_cm(
          Adam's is; that of SM3 is a sum.
       4. Gradients are dense: row-sparse ones are refused.
     """
-    pytorch.check_adam(b1, b2, eps)
+    b1, b2, eps, _ = pytorch.check_adam(b1, b2, eps, 0.0)
     _check.flag("skip_first", skip_first)
-    _sm3_rules.check_cover(cover)
+    families.check_cover(cover)
     cover = covers.axes if cover is None else cover
     mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
     options = _options.options(**_options.among(locals()))
@@ -153,7 +153,7 @@ def scale_by_sm3_cm(
         state = ScaleBySM3CmState(count, *momentum, accumulators, buffer)
         return _momentum.or_nan(sound, scaled, updates), state
 
-    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 def _second_moment(cover, joined, state, b2, taken):
@@ -251,7 +251,7 @@ def sm3_cm(
 
     Differs from the authors' code in what :func:`scale_by_sm3_cm` lists.
     """
-    _check.learning_rate(learning_rate)
+    learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
         scale_by_sm3_cm(
             b1,

@@ -163,7 +163,6 @@ def zero_accumulators(params, cover, dtype=None):
     """The accumulators of every leaf, a tuple in the order of ``jax.tree.leaves``."""
 
     def of(path, box, leaf):
-        check_real(path, leaf)
         boxes = _families.resolve(cover, path, leaf)
         own = accumulator_dtype(leaf, dtype)
         numbers = tuple(_families.zeros(leaf, size, own) for size in boxes)
@@ -187,23 +186,4 @@ def check_leaves(leaves, accumulators):
         raise ValueError(
             f"updates have {len(leaves)} leaves, but the state was made for "
             f"{len(accumulators)}."
-        )
-
-
-def check_cover(cover):
-    """Refuses what is no cover."""
-    if not (cover is None or callable(cover) or isinstance(cover, list | tuple)):
-        raise ValueError(
-            "cover must be None, a function (path, leaf) -> list of box shapes or a "
-            f"list of box shapes, and is {cover!r}."
-        )
-
-
-def check_real(path, leaf):
-    """Refuses integers and complex numbers."""
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(
-            f"sm3 takes real floating-point tensors, and {_families.name(path)} has "
-            f"dtype {leaf.dtype}. Leave it to another optimizer with optax.partition; "
-            "for complex parameters see optax.contrib.split_real_and_imaginary."
         )

@@ -10,6 +10,7 @@ one box of each family.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from memoptax import _check
 from memoptax._tensors.tiles import Box
 
 __all__ = ["axes", "blocks", "full", "rows", "whole"]
@@ -119,11 +120,7 @@ def blocks(*size: int | None) -> Cover:
       >>> axes = memoptax.covers.axes
       >>> cover = lambda path, leaf: axes(path, leaf) + blocks(path, leaf)
     """
-    for s in size:
-        if s is not None and not (isinstance(s, int) and s >= 1):
-            raise ValueError(
-                f"blocks takes positive integers or None, and was given {s!r}."
-            )
+    size = tuple(None if s is None else _check.integer("size", s, 1) for s in size)
 
     def cover(path: Any, leaf: Any) -> list[Box]:
         shape = leaf.shape

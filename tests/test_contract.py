@@ -121,7 +121,9 @@ OPTIMIZERS = [
         memoptax.adam_cm,
         {"topc": 2, "mu_dtype": "int8", "buffer_dtype": "int8", "synced": False},
     ),
-    Optimizer("adam_c amsgrad", ADAM, {"amsgrad": True, "synced": False}),
+    Optimizer(
+        "adam_c amsgrad", ADAM, {"amsgrad": True, "synced": False, "mu_dtype": "int8"}
+    ),
     Optimizer("adam_c L2", ADAM, {"weight_decay": 1e-3, **FIFO}, needs_params=True),
     Optimizer("adamw_c mask", ADAMW, {"mask": matrices, **BF16}, needs_params=True),
 ]

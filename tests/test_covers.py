@@ -115,8 +115,10 @@ def test_a_function_chooses_for_each_parameter():
         (lambda path, x: [], r"every entry of \['w'\] .* uncovered"),
         ([(1,)], r"cover of \['w'\] .* \(1,\): a box needs one positive integer"),
         ([(0, 3)], r"cover of \['w'\] .* \(0, 3\)"),
-        ([(1, 3), (2.0, 3)], r"cover of \['w'\] .* \(2.0, 3\)"),
-        ([(-1, 3)], r"cover of \['w'\] .* \(-1, 3\)"),
+        (lambda path, x: [(1, 3), (2.0, 3)], r"cover of \['w'\] .* \(2.0, 3\)"),
+        (lambda path, x: [4], r"cover of \['w'\] .* 4: a box needs one positive"),
+        (lambda path, x: 4, r"cover of \['w'\] .* is 4: it must be a list of box"),
+        (lambda path, x: [(-1, 3)], r"cover of \['w'\] .* \(-1, 3\)"),
     ],
     ids=named,
 )
@@ -126,8 +128,14 @@ def test_a_cover_that_leaves_entries_uncovered_is_refused(cover, sentence):
 
 
 def test_blocks_take_positive_integers():
-    with pytest.raises(ValueError, match="blocks takes positive integers .* 0"):
-        memoptax.covers.blocks(None, 0)
+    for size in (0, -1, True, 2.0, "x", [2]):
+        with pytest.raises(ValueError) as error:
+            memoptax.covers.blocks(None, size)
+        assert str(error.value).startswith("size must be an integer of at least 1")
+        assert repr(size) in str(error.value)
+    leaf = jax.ShapeDtypeStruct((4, 6), "float32")
+    (box,) = memoptax.covers.blocks(np.int64(2), np.uint8(3))((), leaf)
+    assert box == (2, 3) and all(type(n) is int for n in box)
 
 
 def test_a_kernel_needs_two_sweeps():

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding
@@ -160,8 +161,20 @@ def test_a_budget_that_is_too_small_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("at_most", 0), ("at_most", 2.5), ("buffer_dtypes", ())]
+    ("name", "value"),
+    [("at_most", value) for value in (0, 2.5, True, "x", np.float32(3))]
+    + [("buffer_dtypes", value) for value in ((), "int8", None)]
+    + [("budget", value) for value in (float("nan"), -1, np.float32(-1), "x", None)]
+    + [("optimizer", 3)],
 )
 def test_what_cannot_be_searched_is_refused(name, value):
-    with pytest.raises(ValueError, match=name):
-        memoptax.largest_topc(ADAM_C, PARAMS, 1e6, **{name: value})
+    good = {"optimizer": ADAM_C, "params": PARAMS, "budget": 1e6}
+    with pytest.raises(ValueError) as error:
+        memoptax.largest_topc(**{**good, name: value})
+    assert str(error.value).startswith(f"{name} must ")
+    assert repr(value) in str(error.value)
+
+
+def test_numbers_of_numpy_are_searched():
+    found = memoptax.largest_topc(ADAM_C, PARAMS, np.inf, at_most=np.int64(3))
+    assert found.topc == 3

@@ -54,10 +54,16 @@ def test_polyak_averaging_with_optax():
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        ((1.0, 10, 0), "total_steps must be positive, and is 0"),
-        ((1.0, -1, 10), "warmup_steps .* total_steps=10, and is -1"),
-        ((1.0, 11, 10), "warmup_steps .* and is 11"),
-        ((1.0, 1, 10, 2, 1.5), "cooldown_fraction .* and is 1.5"),
+        ((1.0, 10, 0), r"total_steps must lie in \(0, inf\), but is 0"),
+        ((1.0, -1, 10), r"warmup_steps must lie in \[0, 10\], but is -1"),
+        ((1.0, 11, 10), "warmup_steps .* but is 11"),
+        ((-1.0, 1, 10), "peak .* but is -1.0"),
+        ((np.float32("nan"), 1, 10), r"peak .* but is np.float32\(nan\)"),
+        ((jnp.array(-1.0), 1, 10), r"peak .* but is Array\(-1"),
+        ((1.0, 1, float("inf")), "total_steps .* but is inf"),
+        ((1.0, "x", 10), "warmup_steps must be a number, but is 'x'"),
+        ((1.0, 1, 10, -2), "power .* but is -2"),
+        ((1.0, 1, 10, 2, 1.5), "cooldown_fraction .* but is 1.5"),
     ],
 )
 def test_errors_are_sentences(arguments, sentence):

@@ -3,6 +3,8 @@
 import jax
 import optax
 
+from memoptax import _check
+from memoptax._bases import pytorch
 from memoptax._tensors import row_sparse
 
 
@@ -22,6 +24,9 @@ def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformati
 
 def add_decayed_weights(weight_decay) -> optax.GradientTransformation:
     """Decoupled weight decay; row-sparse leaves, whose rows must rest, pass by."""
+    dense = pytorch.weight_decay(weight_decay)
+    if _check.is_zero(weight_decay):
+        return dense
 
     def update_fn(updates, state, params=None):
         if params is None:
@@ -30,14 +35,17 @@ def add_decayed_weights(weight_decay) -> optax.GradientTransformation:
                 "call update(updates, state, params)."
             )
 
-        def decayed(u, p):
-            if row_sparse.is_row_sparse(u):
-                return u
-            return (u + weight_decay * p).astype(u.dtype)
+        # None is no leaf, so the row-sparse ones are out of the way.
+        kept, decayed = (
+            _map(lambda u, x: None if row_sparse.is_row_sparse(u) else x, updates, tree)
+            for tree in (updates, params)
+        )
+        decayed, state = dense.update(kept, state, decayed)
+        return _map(
+            lambda u, d: u if d is None else d.astype(u.dtype), updates, decayed
+        ), state
 
-        return _map(decayed, updates, params), state
-
-    return optax.GradientTransformation(optax.init_empty_state, update_fn)
+    return optax.GradientTransformation(dense.init, update_fn)
 
 
 def _map(f, updates, *rest):

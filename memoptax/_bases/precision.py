@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _flax_metadata
+from memoptax import _flax_metadata, _parameters
 from memoptax._tensors import storage
 
 
@@ -22,11 +22,12 @@ def in_float32(inner: optax.GradientTransformation):
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        return inner.init(jax.tree.map(_widen, params))
+        return inner.init(_wide(params))
 
     def update_fn(updates, state, params=None, **extra_args):
+        updates = _parameters.real_arrays(updates, "gradient")
         wide = jax.tree.map(_widen, updates)
-        params = jax.tree.map(_widen, params)
+        params = _wide(params)
         wide, new_state = inner.update(wide, state, params, **extra_args)
         return (
             optax.tree.cast_like(wide, updates),
@@ -80,10 +81,12 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
     return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
+def _wide(params):
+    return jax.tree.map(_widen, _parameters.real_arrays(params))
+
+
 def _widen(leaf):
     """``leaf`` in float32 or better and not weakly typed: a state stays as born."""
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf
     dtype = jnp.promote_types(leaf.dtype, jnp.float32)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.update(dtype=dtype, weak_type=False)

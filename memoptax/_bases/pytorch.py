@@ -12,46 +12,51 @@ import jax.numpy as jnp
 import optax
 
 from memoptax import _check
+from memoptax._bases import precision
+from memoptax._tensors import storage
 
 
 def weight_decay(rate: Any, mask=None) -> optax.GradientTransformation:
     """``optax.add_decayed_weights``; a concrete rate of 0 asks for no parameters."""
+    rate = _check.rate("weight_decay", rate)
+    _check.mask("mask", mask)
     if _check.is_zero(rate):
         return optax.identity()
-    schedule = callable(rate)  # optax takes them here too
-    if not schedule:
-        _check.number("weight_decay", rate, 0)
     return optax.add_decayed_weights(rate, mask)
 
 
 def scale_by_adam(b1, b2, eps, eps_root, mu_dtype=None, nesterov=False, amsgrad=False):
     """``optax.scale_by_adam``, or with ``amsgrad`` PyTorch's form of it."""
-    check_adam(b1, b2, eps, eps_root)
+    b1, b2, eps, eps_root = check_adam(b1, b2, eps, eps_root)
     _check.flag("nesterov", nesterov)
     _check.flag("amsgrad", amsgrad)
-    _check.dtype("mu_dtype", mu_dtype)
+    mu_dtype = _check.stored_dtype("mu_dtype", mu_dtype, storage.DTYPES)
     if amsgrad and nesterov:
         raise ValueError("amsgrad and nesterov are both True, but exclude each other.")
     if amsgrad:
-        return scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype)
-    return optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+        adam = scale_by_amsgrad(b1, b2, eps, eps_root)
+    else:
+        adam = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
+    return precision.stored_moment(adam, "mu", mu_dtype)
 
 
-def check_adam(b1, b2, eps, eps_root=0.0) -> None:
-    _check.number("b1", b1, 0, 1, below=True)
-    _check.number("b2", b2, 0, 1, below=True)
-    _check.number("eps", eps, 0)
-    _check.number("eps_root", eps_root, 0)
+def check_adam(b1, b2, eps, eps_root):
+    return (
+        _check.number("b1", b1, 0, 1, below=True),
+        _check.number("b2", b2, 0, 1, below=True),
+        _check.number("eps", eps, 0),
+        _check.number("eps_root", eps_root, 0),
+    )
 
 
 def trace(momentum, dampening=0.0, nesterov=False, accumulator_dtype=None):
     """``optax.trace``, or nothing for a momentum of None, or dampened."""
-    if momentum is None:
-        return optax.identity()
-    _check.number("momentum", momentum, 0, 1)
-    _check.number("dampening", dampening, 0, 1)
+    momentum = _check.number("momentum", momentum, 0, 1, optional=True)
+    dampening = _check.number("dampening", dampening, 0, 1)
     _check.flag("nesterov", nesterov)
     _check.dtype("accumulator_dtype", accumulator_dtype)
+    if momentum is None:
+        return optax.identity()
     if _check.is_zero(dampening):
         return optax.trace(momentum, nesterov, accumulator_dtype)
     return dampened_trace(momentum, dampening, nesterov, accumulator_dtype)
@@ -59,9 +64,9 @@ def trace(momentum, dampening=0.0, nesterov=False, accumulator_dtype=None):
 
 def scale_by_rms(alpha, eps, initial_scale, centered):
     """``optax.scale_by_rms`` with eps outside the root, or centered and clamped."""
-    _check.number("alpha", alpha, 0, 1)
-    _check.number("eps", eps, 0)
-    _check.number("initial_scale", initial_scale, 0)
+    alpha = _check.number("alpha", alpha, 0, 1)
+    eps = _check.number("eps", eps, 0)
+    initial_scale = _check.number("initial_scale", initial_scale, 0)
     _check.flag("centered", centered)
     if centered:
         return scale_by_centered_rms(alpha, eps, initial_scale)
@@ -147,7 +152,7 @@ class AmsgradState(NamedTuple):
     nu_max: Any  # like the params: its maximum so far
 
 
-def scale_by_amsgrad(b1, b2, eps, eps_root=0.0, mu_dtype=None):
+def scale_by_amsgrad(b1, b2, eps, eps_root=0.0):
     """Adam over the maximum of the *uncorrected* second moment.
 
     Differs from ``optax.scale_by_amsgrad``, which takes it of the corrected one.
@@ -156,7 +161,7 @@ def scale_by_amsgrad(b1, b2, eps, eps_root=0.0, mu_dtype=None):
     def init_fn(params):
         return AmsgradState(
             count=jnp.zeros((), jnp.int32),
-            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
+            mu=optax.tree.zeros_like(params),
             nu=optax.tree.zeros_like(params),
             nu_max=optax.tree.zeros_like(params),
         )
@@ -168,7 +173,6 @@ def scale_by_amsgrad(b1, b2, eps, eps_root=0.0, mu_dtype=None):
         nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
         count = optax.safe_increment(state.count)
         updates = normalize(mu, nu_max, count, b1, b2, eps, eps_root)
-        mu = optax.tree.cast_like(mu, state.mu)
         return updates, AmsgradState(count, mu, nu, nu_max)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -189,7 +193,7 @@ def normalize(mu, nu, count, b1, b2, eps, eps_root=0.0):
 
 def bias_correction(decay, count):
     """1 − decayᵗ. As −expm1(t·log decay): the plain form costs 2e-5 in float32."""
-    if _check.concrete(decay):
+    if _check.static(decay):
         log = math.log(decay) if decay > 0 else -math.inf
     else:
         log = jnp.log(jnp.asarray(decay, jnp.promote_types(decay.dtype, jnp.float32)))

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from memoptax import _check
 from memoptax._buffer import aggregation, sharded_norm
@@ -130,18 +129,17 @@ def options(
 ) -> Options:
     """The record of these arguments, once they have been checked."""
     topc = capacity(topc)
-    _check.number("decay", decay, 0, 1)
-    _check.number("kappa", kappa)
+    decay = _check.number("decay", decay, 0, 1)
+    kappa = _check.number("kappa", kappa)
     if not callable(aggr):
         _check.choice("aggr", aggr, aggregation.WEIGHTS)
     _check.flag("synced", synced)
-    if not (priority_fn is None or callable(priority_fn)):
-        raise ValueError(f"priority_fn must be a function, but is {priority_fn!r}.")
+    _check.function("priority_fn", priority_fn)
     buffer_dtype = storage_dtype("buffer_dtype", buffer_dtype)
-    if fifo_probability is not None:
-        _check.number("fifo_probability", fifo_probability, 0, 1)
-    if isinstance(seed, (bool, str, float, type(None))):
-        raise ValueError(f"seed must be an integer, but is {seed!r}.")
+    fifo_probability = _check.number(
+        "fifo_probability", fifo_probability, 0, 1, optional=True
+    )
+    seed = _check.integer("seed", seed, -(2**63), 2**63 - 1, traced=True)
     _check.choice("holding", holding, (None, *holding_.WAYS))
     if holding == "select" and topc != 1:
         raise ValueError(f"holding='select' is for topc=1, but topc is {topc}.")
@@ -203,19 +201,13 @@ def capacity(topc) -> int:
         return 5
     if isinstance(topc, jax.Array):
         raise ValueError(
-            f"topc must be a static integer, but is traced or an array ({topc}): it "
+            f"topc must be a static integer, but is traced or an array ({topc!r}): it "
             "sets the shape of the state. Under optax.inject_hyperparams pass "
             "static_args='topc'."
         )
-    if isinstance(topc, bool) or not isinstance(topc, (int, np.integer)) or topc < 0:
-        raise ValueError(f"topc must be an integer of at least 0, but is {topc!r}.")
-    return int(topc)
+    return _check.integer("topc", topc, 0)
 
 
 def storage_dtype(name: str, dtype):
     """A dtype that values can be stored in, or None, once it has been checked."""
-    if dtype is None:
-        return None
-    known = _check.dtype_name(dtype)
-    _check.choice(name, known, storage.DTYPES)
-    return jnp.dtype(known)
+    return _check.stored_dtype(name, dtype, storage.DTYPES)

@@ -108,7 +108,7 @@ def _are_norms(numbers) -> bool:
 
 
 def _are_misplaced(entries) -> bool:
-    """Whether a row has neither every entry once nor zeros alone, as a new state may."""
+    """Whether a row has neither every entry once nor, as zeros do, none of them."""
     if entries is None:
         return False
     rows = np.sort(np.asarray(entries), axis=1)

@@ -98,7 +98,7 @@ def fresh_error(norms, units):
 
 @jax.custom_jvp
 def rebuild(totals, stacks, spares, wanted):
-    """The sums, taken from the slots if ``wanted``; their derivative does not change."""
+    """The sums, from the slots if ``wanted``; their derivative does not change."""
     return from_slots(totals, stacks, spares, wanted)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memoptax._tensors import tiles
 from memoptax._tensors.tiles import Box
@@ -20,26 +21,51 @@ def name(path: Any) -> str:
     return jax.tree_util.keystr(path) or "the parameter"
 
 
+def check_cover(cover: Any) -> None:
+    """Refuses what cannot be a cover, whatever the parameters are."""
+    if cover is None or callable(cover):
+        return
+    if not (isinstance(cover, (list, tuple)) and all(map(_may_be_a_box, cover))):
+        raise ValueError(
+            "cover must be None, a function (path, leaf) -> list of box shapes or a "
+            f"list of box shapes, but is {cover!r}."
+        )
+
+
+def _may_be_a_box(box: Any) -> bool:
+    return isinstance(box, (list, tuple)) and all(
+        isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0
+        for n in box
+    )
+
+
 def resolve(cover: Any, path: Any, leaf: Any) -> tuple[Box, ...]:
     """The box shapes a cover gives a parameter, checked and cut to its shape."""
     boxes: Any = cover(path, leaf) if callable(cover) else cover
     of, shape = name(path), tuple(leaf.shape)
+    if not isinstance(boxes, (list, tuple)):
+        raise ValueError(
+            f"The cover of {of} with shape {shape} is {boxes!r}: it must be a list of "
+            "box shapes."
+        )
     if not boxes:
         raise ValueError(
             f"The cover leaves every entry of {of} with shape {shape} uncovered: "
             "its list of box shapes is empty."
         )
     for box in boxes:
-        if len(box) != len(shape) or not all(
-            isinstance(b, int) and (b >= 1 or n == 0) for b, n in zip(box, shape)
+        if not (
+            _may_be_a_box(box)
+            and len(box) == len(shape)
+            and all(b >= 1 or n == 0 for b, n in zip(box, shape))
         ):
             raise ValueError(
                 f"The cover of {of} with shape {shape} contains the box shape "
-                f"{tuple(box)!r}: a box needs one positive integer per axis, or it "
+                f"{box!r}: a box needs one positive integer per axis, or it "
                 "leaves entries uncovered."
             )
     return tuple(
-        tuple(min(max(b, 1), max(n, 1)) for b, n in zip(x, shape)) for x in boxes
+        tuple(int(min(max(b, 1), max(n, 1))) for b, n in zip(x, shape)) for x in boxes
     )
 
 

@@ -1,0 +1,75 @@
+"""What every building block takes and is: real arrays in, extra arguments allowed.
+
+Parameters may be Python numbers or NumPy arrays, as in optax. A leaf that is no real
+floating-point number is refused by the path at which it stands.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from memoptax._tensors import row_sparse
+
+
+def transformation(init_fn, update_fn) -> optax.GradientTransformationExtraArgs:
+    """A transformation whose functions meet real arrays only.
+
+    Extra arguments are for others in a chain.
+    """
+
+    def checked_init_fn(params):
+        return init_fn(real_arrays(params))
+
+    def checked_update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        return update_fn(real_arrays(updates, "gradient"), state, params)
+
+    return optax.GradientTransformationExtraArgs(checked_init_fn, checked_update_fn)
+
+
+def real_arrays(tree, kind: str = "parameter"):
+    """The tree with arrays for numbers, once every leaf is known to be real."""
+
+    def checked(path, leaf):
+        _check_real(kind, path, leaf)
+        return _array(leaf)
+
+    return jax.tree_util.tree_map_with_path(
+        checked, tree, is_leaf=row_sparse.is_row_sparse
+    )
+
+
+def _array(leaf):
+    """Of the dtype that JAX gives it, never weak; shapes and JAX's arrays as they are.
+
+    What is made from a NumPy array in float64 would warn without x64, and the array
+    that JAX makes of it does not.
+    """
+    if isinstance(leaf, (float, np.ndarray, np.generic)):
+        return jnp.asarray(leaf, jax.dtypes.canonicalize_dtype(jnp.result_type(leaf)))
+    return leaf
+
+
+def _check_real(kind, path, leaf):
+    name = jax.tree_util.keystr(path)
+    name = f"The {kind} {name}" if name else f"The {kind}"
+    if isinstance(leaf, (bool, int, float, complex)):
+        dtype = jnp.result_type(leaf)
+    else:
+        dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        raise ValueError(
+            f"{name} is no array but {leaf!r}: take the arrays out of the tree, with "
+            "equinox.filter(model, equinox.is_inexact_array) or with optax.masked."
+        )
+    try:
+        real = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # the dtype of another library
+        real = False
+    if not real:
+        raise ValueError(
+            f"{name} has dtype {dtype}, and must be real and floating-point: leave it "
+            "out with optax.masked or optax.partition; for complex parameters see "
+            "optax.contrib.split_real_and_imaginary."
+        )

@@ -1,0 +1,379 @@
+"""Every argument of every optimizer and building block, good and bad.
+
+A new argument joins with a line in ``ARGUMENTS``.
+"""
+
+import inspect
+import math
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import memoptax
+
+FACTORIES = [
+    memoptax.critical_gradients,
+    memoptax.sgd_c,
+    memoptax.rmsprop_c,
+    memoptax.adam_c,
+    memoptax.adamw_c,
+    memoptax.critical_momenta,
+    memoptax.scale_by_adam_cm,
+    memoptax.sgd_cm,
+    memoptax.adam_cm,
+    memoptax.adamw_cm,
+    memoptax.scale_by_sm3,
+    memoptax.sm3,
+]
+BUFFERED = [f for f in FACTORIES if "topc" in inspect.signature(f).parameters]
+each_factory = pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
+
+
+def alike(*values):
+    """These numbers as Python, NumPy and JAX have them."""
+    kinds = [float, np.float32, np.array, jnp.asarray, jnp.bfloat16]
+    return [kind(value) for value in values for kind in kinds]
+
+
+def two_arguments(count, total):
+    return 0.1 * count / total
+
+
+NO_NUMBERS = [
+    "x",
+    True,
+    1j,
+    [0.5],
+    {},
+    np.array([0.5, 0.5]),
+    jnp.array([0.5, 0.5]),
+    np.bool_(True),
+    jnp.array(True),
+    np.complex64(1),
+    jnp.array(1j),
+    np.array("x"),
+    *alike(math.nan, math.inf, -math.inf),
+]
+NO_SCHEDULES = [(x for x in [0.1]), two_arguments, lambda: 0.1]
+
+
+def numbers(*outside, good=0.5):
+    """Good and bad values of a number, of which these are outside of its range."""
+    return alike(good), [*NO_NUMBERS, None, lambda count: 0.5, *alike(*outside)]
+
+
+def optional(*outside):
+    good, bad = numbers(*outside)
+    return [None, *good], [value for value in bad if value is not None]
+
+
+def rates():
+    schedules = [optax.constant_schedule(0.5), jax.jit(lambda count: 0.5)]
+    good = [*alike(0.0, 0.5), *schedules, lambda count=0, power=2: 0.5]
+    return good, [*NO_NUMBERS, None, *alike(-5.0), *NO_SCHEDULES]
+
+
+FLAGS = [True, False, np.bool_(True)], ["x", None, 1, 0.0, [], jnp.array(True)]
+MASKS = (
+    [None, {"w": True}, {"w": np.bool_(True)}, lambda p: {"w": True}],
+    ["x", {"w": "x"}, {"w": 1}, 1, [0.5], {"w": np.array([True, False])}],
+)
+STORAGE = (
+    [None, "int8", "bfloat16", jnp.float16, np.float32],
+    ["int4", "x", 3, ["float32"], jnp.int32, {}, "complex64", np.array([1.0, 2.0])],
+)
+FLOATING = (
+    [None, "bfloat16", jnp.float16, np.dtype("float32")],
+    ["int8", "x", 3, ["float32"], jnp.int32, {}, "complex64", np.array([1.0, 2.0])],
+)
+FUNCTIONS = [None, optax.tree.norm], ["x", 2, [], jnp.array(1.0)]
+BETA = numbers(-0.1, 1.0, 5.0)
+
+ARGUMENTS = {
+    "learning_rate": rates(),
+    "weight_decay": rates(),
+    "momentum": optional(-0.1, 1.5),
+    "dampening": numbers(-3.0, 1.5),
+    "nesterov": FLAGS,
+    "centered": FLAGS,
+    "amsgrad": FLAGS,
+    "skip_first": FLAGS,
+    "synced": FLAGS,
+    "accumulator_dtype": FLOATING,
+    "mu_dtype": STORAGE,
+    "momentum_dtype": STORAGE,
+    "buffer_dtype": STORAGE,
+    "b1": BETA,
+    "b2": BETA,
+    "alpha": numbers(-0.1, 1.5),
+    "beta": optional(0.0, 1.0, 2.0, -0.5),
+    "eps": numbers(-1.0),
+    "eps_root": numbers(-5.0),
+    "initial_scale": numbers(-1.0),
+    "mask": MASKS,
+    "decay": numbers(-0.1, 1.5),
+    "kappa": numbers(),
+    "fifo_probability": optional(-0.1, 1.5),
+    "priority_fn": FUNCTIONS,
+    "aggr": (
+        ["sum", "mid", "mean", lambda u, mean, fill: u],
+        ["x", None, {}, [], 1, ["sum"], np.array(["sum"])],
+    ),
+    "topc": (
+        [None, 0, 1, np.int64(3), np.uint8(3), np.array(3)],
+        [-1, 2.5, "x", True, [3], np.array([3, 3]), np.float32(3), 3j, jnp.array(3)],
+    ),
+    "seed": (
+        [0, -1, np.int64(3), np.array(3), jnp.array(3), 2**40],
+        [1.5, "x", None, True, [3], np.array([3, 3]), jnp.array(1.0), 10**30],
+    ),
+    "holding": ([None, "read", "sum"], ["x", 1, [], {}, True]),
+    "variant": (["I", "II"], ["III", ["I"], None, 2, {}]),
+    "cover": (
+        [None, memoptax.covers.rows, [(1, 1)], [(np.int64(1), 1)], ((1, 1),)],
+        ["x", 4, [4], [["x"]], [(1.5, 1)], [(-1, 1)], [(True, 1)], {}, jnp.ones(2)],
+    ),
+}
+# Only these dtypes for SM3's accumulators.
+WIDE = ([None, "float32", jnp.float32], [*FLOATING[1], "bfloat16"])
+
+
+def arguments_of(factory):
+    """Name, good and bad values of every argument."""
+    sm3 = factory in (memoptax.sm3, memoptax.scale_by_sm3)
+    for name in inspect.signature(factory).parameters:
+        good, bad = ARGUMENTS[name]
+        if sm3 and name == "accumulator_dtype":
+            good, bad = WIDE
+        if sm3 and name == "momentum":
+            bad = [*bad, *alike(1.0)]
+        yield name, good, bad
+
+
+def build(factory, **options):
+    if "learning_rate" in inspect.signature(factory).parameters:
+        options = {"learning_rate": 0.1, **options}
+    return factory(**options)
+
+
+def refuse(factory, name, value, **options):
+    with pytest.raises(ValueError) as error:
+        build(factory, **{**options, name: value})
+    sentence = str(error.value)
+    assert sentence.startswith(f"{name} must "), (name, value, sentence)
+    assert repr(value) in sentence, (name, value, sentence)
+
+
+@each_factory
+def test_bad_values_are_refused_by_name(factory):
+    for name, _, bad in arguments_of(factory):
+        for value in bad:
+            refuse(factory, name, value)
+
+
+@pytest.mark.parametrize("factory", BUFFERED, ids=lambda f: f.__name__)
+def test_bad_values_are_refused_where_nothing_uses_them(factory):
+    """Without a buffer; and without momentum, which is the default."""
+    for name, _, bad in arguments_of(factory):
+        for value in bad:
+            for nothing in {"topc", "kappa"} - {name}:
+                refuse(factory, name, value, **{nothing: 0})
+
+
+@each_factory
+def test_good_values_are_taken(factory):
+    for name, good, _ in arguments_of(factory):
+        for value in good:
+            tx = build(factory, **{name: value})
+            jax.eval_shape(tx.init, {"w": jnp.zeros((2, 2))})
+
+
+@each_factory
+def test_tracers_are_taken(factory):
+    """Whatever their value is, which nobody knows."""
+    for name, good, _ in arguments_of(factory):
+        if any(isinstance(value, float) for value in good):
+
+            def init(value, name=name):
+                return build(factory, **{name: value}).init({"w": jnp.zeros((2, 2))})
+
+            jax.eval_shape(init, -5.0)
+            with pytest.raises(ValueError, match=f"{name} must .*2"):
+                jax.eval_shape(init, jnp.zeros(2))
+
+
+@each_factory
+def test_numpy_numbers_are_pythons(factory):
+    """They decide what a state holds, as Python's own do."""
+    params = {"w": jnp.zeros((2, 2))}
+    for name, good, _ in arguments_of(factory):
+        for value in good:
+            if type(value) is not float:
+                continue
+            for number in (0.0, value):
+                if name == "beta" and number == 0:
+                    continue
+                want, *others = (
+                    jax.eval_shape(build(factory, **{name: kind(number)}).init, params)
+                    for kind in (float, np.float32, np.array)
+                )
+                assert all(found == want for found in others), name
+
+
+def test_a_momentum_of_zero_is_none():
+    for zero in (0, 0.0, np.float32(0), np.array(0.0), None):
+        state = memoptax.scale_by_sm3(zero).init({"w": jnp.zeros((2, 2))})
+        assert state.momentum is None
+    # What is a tracer under jit must give the same state outside of it.
+    state = memoptax.scale_by_sm3(jnp.array(0.0)).init({"w": jnp.zeros((2, 2))})
+    assert state.momentum is not None
+
+
+# What functions of the user return
+
+
+@pytest.mark.parametrize("factory", BUFFERED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "returned",
+    ["x", None, [1.0], True, {}, 1j, np.ones(1), jnp.ones(1), jnp.array(1j)],
+    ids=repr,
+)
+def test_a_priority_must_be_a_scalar(factory, returned):
+    tx, params = build(factory, priority_fn=lambda g: returned), {"w": jnp.ones(2)}
+    state = jax.eval_shape(tx.init, params)
+    with pytest.raises(ValueError, match="priority_fn must return a real scalar, but"):
+        jax.eval_shape(tx.update, params, state, params)
+
+
+@pytest.mark.parametrize("priority", [1, 0.5, np.float32(2), np.array(2), jnp.array(1)])
+def test_a_priority_may_be_any_real_scalar(priority):
+    tx = memoptax.critical_gradients(priority_fn=lambda g: priority)
+    _, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+    assert float(jnp.max(state.buffer.keys)) == pytest.approx(0.7 * float(priority))
+
+
+@pytest.mark.parametrize("factory", BUFFERED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "aggr",
+    [lambda u, b, n: u[0], lambda u, b, n: None, lambda u, b, n: "x"],
+    ids=["shape", "None", "string"],
+)
+def test_an_aggregate_must_have_the_shape_of_its_update(factory, aggr):
+    tx, params = build(factory, aggr=aggr), {"w": jnp.ones(2)}
+    state = jax.eval_shape(tx.init, params)
+    with pytest.raises(ValueError, match="aggr must return an array of the shape"):
+        jax.eval_shape(tx.update, params, state, params)
+
+
+# The page for those who come from elsewhere
+
+
+def test_the_page_for_newcomers_names_arguments_that_exist():
+    page = pathlib.Path(__file__).parent.parent / "docs" / "coming_from.md"
+    table = page.read_text().split("| argument of theirs |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1:4] for line in table.splitlines()[2:]]
+    theirs = {name for row in rows for name in re.findall(r"`(\w+)", row[0])}
+    ours = {name for row in rows for name in re.findall(r"`(\w+)", row[1])}
+    assert {"lr", "betas", "topC", "critical_test"} <= theirs
+    assert ours - set(ARGUMENTS) == {"adamw_c", "adamw_cm"}
+    for name in ("lr", "betas", "topC", "critical_test"):
+        assert not any(name in inspect.signature(f).parameters for f in FACTORIES)
+
+
+TWINS = {
+    memoptax.sgd_c: optax.sgd,
+    memoptax.adam_c: optax.adam,
+    memoptax.adamw_c: optax.adamw,
+    memoptax.adam_cm: optax.adam,
+    memoptax.adamw_cm: optax.adamw,
+}
+
+
+@pytest.mark.parametrize("factory", TWINS, ids=lambda f: f.__name__)
+def test_positions_are_those_of_the_twin_in_optax(factory):
+    ours, theirs = (
+        [name for name, p in inspect.signature(f).parameters.items() if p.kind == 1]
+        for f in (factory, TWINS[factory])
+    )
+    assert ours == theirs
+
+
+# Parameters
+
+
+def leaf_signature(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, bool(x.weak_type)), tree)
+
+
+@each_factory
+def test_numbers_do_not_widen_updates(factory):
+    """Whatever kind of number an argument is: NumPy's and JAX's are not weak."""
+    half = {"w": jnp.ones((2, 2), jnp.bfloat16)}
+    for name, good, _ in arguments_of(factory):
+        for value in good:
+            if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+                tx = build(factory, **{name: value})
+                state = jax.eval_shape(tx.init, half)
+                updates, after = jax.eval_shape(tx.update, half, state, half)
+                assert updates["w"].dtype == jnp.bfloat16, (name, value)
+                assert leaf_signature(after) == leaf_signature(state), (name, value)
+
+
+NOTHING = [{}, {"topc": 0}, {"kappa": 0}]
+
+
+def variants(factory):
+    """Without options, and without a buffer."""
+    for options in NOTHING if factory in BUFFERED else NOTHING[:1]:
+        yield build(factory, **options)
+
+
+@each_factory
+def test_parameters_may_be_numbers(factory):
+    """Of Python and NumPy, as in optax; float64 without x64 gives no warning."""
+    array = {"w": jnp.float32(1), "v": jnp.ones(3)}
+    for params in (
+        {"w": 1.0, "v": np.ones(3)},
+        {"w": np.float64(1), "v": np.ones(3, np.float64)},
+        {"w": np.array(1.0), "v": np.ones(3, np.float32)},
+    ):
+        for tx in variants(factory):
+            state, want = tx.init(params), tx.init(array)
+            if jax.tree.leaves(want):
+                assert leaf_signature(state) == leaf_signature(want)
+            updates, state = tx.update(params, state, params)
+            expected, want = tx.update(array, want, array)
+            for found, wanted in ((updates, expected), (state, want)):
+                jax.tree.map(np.testing.assert_array_equal, found, wanted)
+            optax.apply_updates(params, updates)
+
+
+@each_factory
+@pytest.mark.parametrize(
+    "leaf",
+    [jax.nn.relu, "x", 1, True, 1j, jax.random.key(0), np.array("x"), np.arange(3)],
+    ids=lambda leaf: type(leaf).__name__,
+)
+def test_the_path_of_what_is_no_parameter_is_named(factory, leaf):
+    tx, good = build(factory), {"layers": [jnp.ones(2), jnp.ones(2)]}
+    bad = {"layers": [jnp.ones(2), leaf]}
+    with pytest.raises(ValueError, match=r"parameter \['layers'\]\[1\] (has|is no)"):
+        tx.init(bad)
+    with pytest.raises(ValueError, match=r"gradient \['layers'\]\[1\] (has|is no)"):
+        tx.update(bad, tx.init(good), good)
+
+
+@each_factory
+def test_extra_arguments_are_for_others(factory):
+    params = {"w": jnp.ones((2, 2))}
+    for tx in variants(factory):
+        assert isinstance(tx, optax.GradientTransformationExtraArgs)
+        state = jax.eval_shape(tx.init, params)
+        jax.eval_shape(
+            lambda g, s, p, tx=tx: tx.update(g, s, p, loss=1), params, state, params
+        )
