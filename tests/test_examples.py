@@ -169,6 +169,7 @@ def test_other_benchmarks_run(name, tmp_path):
     assert ratios and all(ratio > 0 for ratio in ratios)
 
 
+@pytest.mark.cpu_only("it reads what XLA makes for a CPU")
 def test_the_kernels_of_a_step_are_counted(tmp_path):
     kernels = load("benchmarks/kernels.py")
     arguments = ["--quick", "--output", str(tmp_path / "results.json")]
@@ -214,6 +215,7 @@ def test_embeddings_learn_from_touched_rows(tmp_path):
         assert len(set(others)) == len(others) >= 3 and word not in others
 
 
+@pytest.mark.cpu_only("a mesh of eight devices")
 def test_the_language_model_learns_on_a_mesh_and_is_drawn(tmp_path, capsys):
     model = load("examples/language_model.py")
     output, folder = tmp_path / "language_model.png", tmp_path / "checkpoints"
