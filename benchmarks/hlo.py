@@ -75,6 +75,13 @@ class Instruction(NamedTuple):
         found = re.search(rf"\b(?:{'|'.join(keys)})=%?([\w.-]+)", self.attributes)
         return found and found[1]
 
+    @property
+    def free(self):
+        """Does it only give a name to what is there?"""
+        named = self.opcode in _FREE or self.opcode.endswith("-done")
+        # A TPU's views of slices that lie side by side.
+        return named or 'custom_call_target="ConcatBitcast"' in self.attributes
+
     def branches(self):
         """The computations of a conditional."""
         many = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
@@ -175,7 +182,7 @@ class Program:
         """
         found = []
         for i in self.running():
-            if i.opcode in _CONTROL | _FREE or i.opcode.endswith(("-start", "-done")):
+            if i.free or i.opcode.endswith("-start"):
                 continue
             for array, opcode in self._made(i):
                 stack = array.size > min(leaves) and array.size not in leaves
@@ -255,9 +262,7 @@ class Program:
         return sum(self.moved(self.computations[name]) for name in bodies)
 
     def _cost(self, within, i):
-        if i.opcode in _FREE or i.opcode.endswith("-done"):
-            return 0
-        if i.opcode == "custom-call" and "ConcatBitcast" in i.attributes:
+        if i.free:
             return 0
         sources = [
             array

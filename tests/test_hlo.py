@@ -164,7 +164,9 @@ def test_stacks_made_anew_are_found_and_those_in_place_are_not():
         "%chosen = (f32[8,128]{1,0}, f32[2,8,128]{2,1,0}) fusion(%kept, %leaf), "
         "kind=kLoop, calls=%choose",
         "%new = f32[2,8,128]{2,1,0} get-tuple-element(%chosen), index=1",
-        "ROOT %both = f32[2,8,128]{2,1,0} multiply(%new, %new)",
+        "%view = f32[2,8,128]{2,1,0} custom-call(%new), "
+        'custom_call_target="ConcatBitcast"',
+        "ROOT %both = f32[2,8,128]{2,1,0} multiply(%view, %view)",
         before="""
 %choose (p: f32[2,8,128], q: f32[8,128]) -> (f32[8,128], f32[2,8,128]) {
   %p = f32[2,8,128]{2,1,0} parameter(0)
