@@ -18,12 +18,14 @@ with itself, which tries out the command.
 """
 
 import argparse
+import math
 import re
 import statistics
 import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from cases import OPTIMIZERS
@@ -118,31 +120,36 @@ def compare(name, device, params, gradients):
 # --- memory ---------------------------------------------------------------------------
 
 
-def peaks(names, device, gradients):
+def peaks(names, device, size):
     """A row of bytes for each optimizer.
 
     The peak of a process never falls. So optimizers run from the least to the most, and
     one that does not raise it has no figure.
     """
-    size = sum(x.size for x in jax.tree.leaves(gradients[0]))
-    held = {
-        name: nbytes(jax.eval_shape(OPTIMIZERS[name]().init, gradients[0]))
+    side = math.isqrt(size // LEAVES)
+    gradients = {f"leaf{i}": jnp.ones((side, side)) for i in range(LEAVES)}
+    size = LEAVES * side * side
+    states = {
+        name: nbytes(jax.eval_shape(OPTIMIZERS[name]().init, gradients))
         for name in names
     }
-    rows, highest = [], 0
-    for name in tqdm(sorted(names, key=held.get), desc="memory"):
-        runner = optimizer_runner(OPTIMIZERS[name], gradients[0])
+
+    def peak():
+        return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+    rows, highest = [], peak()
+    for name in tqdm(sorted(names, key=states.get), desc="memory"):
+        runner = optimizer_runner(OPTIMIZERS[name], gradients)
         for _ in range(2):
-            runner.run(gradients[0])
+            runner.run(gradients)
         row = {
             "optimizer": name,
-            "held B/param": (held[name] + 2 * nbytes(gradients[0])) / size,
+            "held B/param": (states[name] + 2 * nbytes(gradients)) / size,
             "temporaries B/param": runner.temporaries / size,
         }
-        peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
-        if peak > highest:
-            row["peak B/param"] = peak / size
-        highest = max(peak, highest)
+        if peak() > highest:
+            highest = peak()
+            row["peak B/param"] = highest / size
         rows.append(row)
         del runner
     return rows
@@ -254,8 +261,14 @@ def main(argv=None):
     size, rounds, queued = (4096, 2, 2) if args.quick else (size, args.rounds, QUEUED)
     # Memory before the rest, which would leave its own peak.
     if "memory" in args.parts:
-        rows["memory"] = peaks(names, device, make_gradients(size, LEAVES, 1))
+        rows["memory"] = peaks(names, device, size)
     if "numbers" in args.parts:
+        try:
+            jax.devices("cpu")
+        except RuntimeError:
+            raise SystemExit(
+                "The numbers need a CPU too: leave JAX_PLATFORMS unset, or add cpu."
+            ) from None
         params, gradients = stream(args.steps)
         bar = tqdm(names, desc="numbers")
         rows["numbers"] = [compare(n, device, params, gradients) for n in bar]
