@@ -47,9 +47,19 @@ LEAVES = 4
 QUEUED = 20  # steps sent off before the host waits
 
 NUMBERS = ("optimizer", "steps", "millionths", "at most", "counts", "verdict")
-MEMORY = ("optimizer", "held B/param", "temporaries B/param", "peak B/param")
-TIMES = ("optimizer", "ms", "adam ms", "/ adam", "compile s")
+MEMORY = ("optimizer", "held B/param", "temporaries B/param", "peak B/param", "verdict")
+TIMES = ("optimizer", "ms", "adam ms", "/ adam", "compile s", "verdict")
 NOTEBOOKS = ("notebook", "seconds", "verdict")
+DIFFERS, FAILED = "DIFFERS", "FAILED: "
+
+
+def attempt(name, measure):
+    """A row of what ``measure`` finds, or of the error that the device raises."""
+    try:
+        return {"optimizer": name, "verdict": "ran"} | measure()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
+        return {"optimizer": name, "verdict": FAILED + reason[:200]}
 
 
 # --- numbers --------------------------------------------------------------------------
@@ -98,14 +108,13 @@ def counts(state):
 
 
 def compare(name, device, params, gradients):
-    """One row: the device beside the CPU."""
+    """The device beside the CPU."""
     cpu = jax.devices("cpu")[0]
     there, here = (
         run_on(d, OPTIMIZERS[name](), params, gradients) for d in (device, cpu)
     )
     few = "int8" in name or "bfloat16" in name
     row = {
-        "optimizer": name,
         "steps": len(gradients),
         "millionths": difference(params, here[0], there[0]),
         "at most": FEW_BITS if few else TOLERANCE,
@@ -114,7 +123,22 @@ def compare(name, device, params, gradients):
         else "differ",
     }
     agree = row["counts"] == "equal" and row["millionths"] <= row["at most"]
-    return row | {"verdict": "agrees" if agree else "DIFFERS"}
+    return row | {"verdict": "agrees" if agree else DIFFERS}
+
+
+def comparisons(names, device, steps):
+    """A row for each optimizer."""
+    try:
+        jax.devices("cpu")
+    except RuntimeError:
+        raise SystemExit(
+            "The numbers need a CPU too: leave JAX_PLATFORMS unset, or add cpu."
+        ) from None
+    params, gradients = stream(steps)
+    return [
+        attempt(name, lambda name=name: compare(name, device, params, gradients))
+        for name in tqdm(names, desc="numbers")
+    ]
 
 
 # --- memory ---------------------------------------------------------------------------
@@ -137,22 +161,19 @@ def peaks(names, device, size):
     def peak():
         return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
 
-    rows, highest = [], peak()
-    for name in tqdm(sorted(names, key=states.get), desc="memory"):
+    def measure(name):
+        before = peak()
         runner = optimizer_runner(OPTIMIZERS[name], gradients)
         for _ in range(2):
             runner.run(gradients)
         row = {
-            "optimizer": name,
             "held B/param": (states[name] + 2 * nbytes(gradients)) / size,
             "temporaries B/param": runner.temporaries / size,
         }
-        if peak() > highest:
-            highest = peak()
-            row["peak B/param"] = highest / size
-        rows.append(row)
-        del runner
-    return rows
+        return row | ({"peak B/param": peak() / size} if peak() > before else {})
+
+    ordered = tqdm(sorted(names, key=states.get), desc="memory")
+    return [attempt(name, lambda name=name: measure(name)) for name in ordered]
 
 
 # --- times ----------------------------------------------------------------------------
@@ -167,11 +188,12 @@ def seconds(runner, gradient, steps):
     return (time.perf_counter() - begin) / steps
 
 
-def ratios(names, gradients, rounds, steps):
+def ratios(names, size, rounds, steps):
     """A row of times for each optimizer, which takes turns with adam."""
+    gradients = make_gradients(size, LEAVES)
     adam = optimizer_runner(OPTIMIZERS["optax.adam"], gradients[0])
-    rows = []
-    for name in tqdm(names, desc="times"):
+
+    def measure(name):
         other = optimizer_runner(OPTIMIZERS[name], gradients[0])
         taken = {adam: [], other: []}
         for turn in range(rounds + 1):
@@ -179,17 +201,15 @@ def ratios(names, gradients, rounds, steps):
                 found.append(seconds(runner, gradients[turn % len(gradients)], steps))
         # The first round touches new memory.
         ours, base = (statistics.median(taken[r][1:]) for r in (other, adam))
-        rows.append(
-            {
-                "optimizer": name,
-                "ms": 1e3 * ours,
-                "adam ms": 1e3 * base,
-                "/ adam": ours / base,
-                "compile s": other.compile_seconds,
-            }
-        )
-        del other, taken
-    return rows
+        return {
+            "ms": 1e3 * ours,
+            "adam ms": 1e3 * base,
+            "/ adam": ours / base,
+            "compile s": other.compile_seconds,
+        }
+
+    bar = tqdm(names, desc="times")
+    return [attempt(name, lambda name=name: measure(name)) for name in bar]
 
 
 # --- notebooks ------------------------------------------------------------------------
@@ -215,7 +235,7 @@ def execute(paths, timeout):
             client.execute()
         except Exception as error:  # a failing cell, a kernel that is not there or died
             lines = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()
-            verdict = f"FAILED: {type(error).__name__}: {' '.join(lines[-1:])}"
+            verdict = f"{FAILED}{type(error).__name__}: {' '.join(lines[-1:])}"
         taken = time.perf_counter() - begin
         rows.append({"notebook": path.name, "seconds": taken, "verdict": verdict})
     return rows
@@ -247,10 +267,10 @@ def main(argv=None):
         for name in OPTIMIZERS
         if not args.only or any(text in name for text in args.only)
     ]
-    rows = {}
     # First, for a notebook's process needs the device, and a TPU serves one at a time.
-    if "notebooks" in args.parts:
-        rows["notebooks"] = execute(args.notebooks, args.timeout)
+    executed = (
+        execute(args.notebooks, args.timeout) if "notebooks" in args.parts else []
+    )
     machine, device = describe_machine(), jax.devices()[0]
     print(f"{machine['device']}, jax {machine['jax']}, memoptax {machine['memoptax']}")
     if not (args.output or args.quick):
@@ -259,31 +279,24 @@ def main(argv=None):
         args.output = Path(__file__).parent / "results" / file
     size = args.size or (1 << 22 if device.platform == "cpu" else 1 << 26)
     size, rounds, queued = (4096, 2, 2) if args.quick else (size, args.rounds, QUEUED)
-    # Memory before the rest, which would leave its own peak.
-    if "memory" in args.parts:
-        rows["memory"] = peaks(names, device, size)
-    if "numbers" in args.parts:
-        try:
-            jax.devices("cpu")
-        except RuntimeError:
-            raise SystemExit(
-                "The numbers need a CPU too: leave JAX_PLATFORMS unset, or add cpu."
-            ) from None
-        params, gradients = stream(args.steps)
-        bar = tqdm(names, desc="numbers")
-        rows["numbers"] = [compare(n, device, params, gradients) for n in bar]
-    if "times" in args.parts:
-        rows["times"] = ratios(names, make_gradients(size, LEAVES), rounds, queued)
-    columns = dict(zip(PARTS, (NUMBERS, MEMORY, TIMES, NOTEBOOKS)))
-    for part in rows:
-        print(f"\n{part}")
-        report(args, part, machine, rows[part], columns[part])
-    failed = [
-        row.get("optimizer") or row["notebook"]
-        for part in ("numbers", "notebooks")
-        for row in rows.get(part, [])
-        if row["verdict"].startswith(("DIFFERS", "FAILED"))
-    ]
+    measures = {
+        "notebooks": (NOTEBOOKS, lambda: executed),
+        # Before the rest, which would leave its own peak.
+        "memory": (MEMORY, lambda: peaks(names, device, size)),
+        "numbers": (NUMBERS, lambda: comparisons(names, device, args.steps)),
+        "times": (TIMES, lambda: ratios(names, size, rounds, queued)),
+    }
+    rows, failed = {}, []
+    for part, (columns, measure) in measures.items():
+        if part in args.parts:
+            rows[part] = measure()
+            print(f"\n{part}")
+            report(args, part, machine, rows[part], columns)
+            failed += [
+                f"{part} of {row.get('optimizer') or row['notebook']}"
+                for row in rows[part]
+                if row["verdict"].startswith((DIFFERS, FAILED))
+            ]
     if failed:
         raise SystemExit(f"Not as on the CPU, or failed: {'; '.join(failed)}.")
     return rows

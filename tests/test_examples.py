@@ -396,7 +396,7 @@ def test_a_device_is_tried_out_by_one_command(tmp_path, capsys):
     # Parameters, gradients, a momentum of one byte; accumulators and scales of rows.
     assert memory["held B/param"] == pytest.approx(9, abs=0.5)
     assert [row["verdict"] for row in rows["notebooks"]] == ["ran"]
-    with pytest.raises(SystemExit, match="failed: bad.ipynb"):
+    with pytest.raises(SystemExit, match="failed: notebooks of bad.ipynb"):
         on_device.main(["--parts", "notebooks", "--notebooks", str(bad), *arguments])
     assert "FAILED: CellExecutionError: NameError" in capsys.readouterr().out
 
@@ -408,5 +408,13 @@ def test_a_device_that_differs_is_found():
     other = {"a": np.array([3.0, 4.5]), "b": np.ones(1) + 1e-3}
     # Half of five; a thousandth of one.
     assert on_device.difference(start, one, other) == pytest.approx(1e5)
+
+    def broken():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: of memory\nat 0x0")
+
+    assert on_device.attempt("sm3", broken) == {
+        "optimizer": "sm3",
+        "verdict": "FAILED: RESOURCE_EXHAUSTED: of memory",
+    }
     state = {"slots": np.ones(2, np.int8), "count": np.int32(4), "mean": np.ones(3)}
     assert on_device.counts(state) == [4]
