@@ -4,7 +4,7 @@
         [--only TEXT ...] [--size 67108864] [--rounds 7]
 
 numbers     The same steps on the device and on the CPU. The parameters may differ by
-            10 millionths of the distance travelled, by 1,000 where slots or moments
+            50 millionths of the distance travelled, by 1,000 where slots or moments
             have fewer bits than float32; what the state counts must be equal.
 memory      Bytes per parameter at the peak, where the device tells, beside those of
             parameters, gradients and state and of XLA's temporaries.
@@ -42,7 +42,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 PARTS = ("numbers", "memory", "times", "notebooks")
 SHAPES = {"matrix": (256, 384), "vector": (1000,), "kernel": (3, 3, 16, 32)}
-TOLERANCE, FEW_BITS = 10.0, 1000.0  # millionths of the distance travelled
+# Millionths of the distance travelled. Between float32 and float64 there are up to 7:
+# 1 - .999 ** t has few digits.
+TOLERANCE, FEW_BITS = 50.0, 1000.0
 LEAVES = 4
 QUEUED = 20  # steps sent off before the host waits
 
@@ -66,9 +68,16 @@ def attempt(name, measure):
 
 
 def stream(steps):
-    """Parameters and gradients of very different norms, the same on every device."""
+    """Parameters and gradients of very different norms, the same on every device.
+
+    The parameters are small beside the steps: else their own rounding would be what is
+    compared.
+    """
     rng = np.random.default_rng(0)
-    params = {k: rng.normal(size=s).astype(np.float32) for k, s in SHAPES.items()}
+    params = {
+        key: 1e-3 * rng.normal(size=shape).astype(np.float32)
+        for key, shape in SHAPES.items()
+    }
     gradients = [
         {
             key: (np.exp(rng.normal()) * rng.normal(size=shape)).astype(np.float32)
