@@ -24,7 +24,8 @@ _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "afte
 _FREE |= {"partition-id", "replica-id"}
 _CONTROL = {"conditional", "while", "call", "async-start"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
-_IN_PLACE = {"dynamic-update-slice", "scatter"}
+# What overwrites a part of its first operand: where the new part is among operands.
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
 _COPIES = {"copy", "transpose", "reshape"}
 _COLLECTIVES = ("all-", "reduce-scatter", "collective-", "ragged-all-")
 
@@ -186,7 +187,7 @@ class Program:
                 continue
             for array, opcode in self._made(i):
                 stack = array.size > min(leaves) and array.size not in leaves
-                if stack and opcode not in _IN_PLACE | _COPIES | _FREE:
+                if stack and opcode not in {*_IN_PLACE, *_COPIES, *_FREE}:
                     found.append(f"{i.name}: {opcode} to {array}")
         return found
 
@@ -264,17 +265,14 @@ class Program:
     def _cost(self, within, i):
         if i.free:
             return 0
-        sources = [
-            array
-            for name in i.operands[:2]
-            for array in within.instructions[name].arrays[:1]
-        ]
         if i.opcode in ("copy-start", "slice-start"):
             return _transfer(min(a.nbytes for a in i.arrays[:2]), *i.arrays[:2])
-        if i.opcode == "dynamic-update-slice":
-            return _transfer(sources[1].nbytes, sources[1], i.arrays[0])
+        if i.opcode in _IN_PLACE:
+            part = within.instructions[i.operands[_IN_PLACE[i.opcode]]].arrays[0]
+            return _transfer(part.nbytes, part, i.arrays[0])
         if i.opcode in _SLICES:
-            return _transfer(i.arrays[0].nbytes, sources[0], i.arrays[0])
+            source = within.instructions[i.operands[0]].arrays[0]
+            return _transfer(i.arrays[0].nbytes, source, i.arrays[0])
         return self._read(within, i) + self._written(i)
 
     def _read(self, within, i):
@@ -299,7 +297,7 @@ class Program:
         for user, place in within.users.get(i.name, []):
             if user.opcode in _SLICES and place == 0:
                 total += user.arrays[0].size * array.itemsize
-            elif user.opcode == "dynamic-update-slice" and place == 0:
+            elif user.opcode in _IN_PLACE and place == 0:
                 pass
             elif user.opcode in ("bitcast", "copy", "convert") and not user.root:
                 total += self._used(within, user, array)
@@ -327,9 +325,9 @@ class Program:
                 i = within.instructions[i.operands[0]]
             if i.opcode == "fusion":
                 written += self._written_by_fusion(i)
-            elif i.opcode == "dynamic-update-slice":
-                update = within.instructions[i.operands[1]].arrays[0]
-                written.append(update.nbytes)
+            elif i.opcode in _IN_PLACE:
+                part = within.instructions[i.operands[_IN_PLACE[i.opcode]]].arrays[0]
+                written.append(part.nbytes)
             else:
                 written += [array.nbytes for array in i.arrays]
         return written

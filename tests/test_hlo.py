@@ -209,6 +209,27 @@ def test_a_slice_of_bytes_is_counted_in_bytes():
     assert program.moved() == LEAF + 4 + 2 * LEAF
 
 
+def test_of_a_scatter_only_what_it_writes_is_counted():
+    """A vmapped write of one slot is one on a GPU."""
+    program = entry(
+        "%slots = f32[3,4,8,128]{3,2,1,0} parameter(0)",
+        "%places = s32[3,2]{1,0} parameter(1)",
+        "%new = f32[3,8,128]{2,1,0} parameter(2)",
+        "ROOT %y = f32[3,4,8,128]{3,2,1,0} fusion(%slots, %places, %new), "
+        "kind=kInput, calls=%write",
+        before="""
+%write (p: f32[3,4,8,128], q: s32[3,2], r: f32[3,8,128]) -> f32[3,4,8,128] {
+  %p = f32[3,4,8,128]{3,2,1,0} parameter(0)
+  %q = s32[3,2]{1,0} parameter(1)
+  %r = f32[3,8,128]{2,1,0} parameter(2)
+  ROOT %s = f32[3,4,8,128]{3,2,1,0} scatter(%p, %q, %r), to_apply=%second
+}
+""",
+    )
+    assert program.moved() == 4 * 6 + 2 * 4 * 3 * LEAF
+    assert program.stacks({3 * LEAF}) == []
+
+
 @pytest.mark.parametrize(
     ("dtype", "nbytes"),
     [("s4", 0.5), ("pred", 1), ("f8e4m3fn", 1), ("bf16", 2), ("u32", 4), ("c64", 8)],
