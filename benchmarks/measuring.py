@@ -64,7 +64,8 @@ def optimizer_runner(make, like, *hyperparameters):
 
 
 def nbytes(tree):
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Bytes of arrays, or of what has their shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def make_gradients(size, leaves, count=3):

@@ -1,14 +1,40 @@
-"""Eight simulated devices, for every test; set before JAX starts."""
+"""Where the tests run: on eight simulated devices of a CPU, or on an accelerator.
+
+    pytest -n 2
+    MEMOPTAX_TEST_PLATFORM=cuda pytest        # or tpu, rocm: what JAX_PLATFORMS takes
+
+On an accelerator, tests marked ``cpu_only`` are skipped with the reason that the marker
+gives, and so are all that ask for the fixture ``mesh``. Matrix products have full
+precision there. A TPU serves one process, so leave out ``-n``; on a GPU several share
+its memory with ``XLA_PYTHON_CLIENT_PREALLOCATE=false``. All is set before JAX starts.
+"""
 
 import os
 
-flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+PLATFORM = os.environ.get("MEMOPTAX_TEST_PLATFORM") or "cpu"
+if PLATFORM == "cpu":
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+else:
+    # The CPU as well, for those who name it; JAX fails if the accelerator is not there.
+    os.environ["JAX_PLATFORMS"] = f"{PLATFORM},cpu"
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    if PLATFORM == "cpu":
+        return
+    for item in items:
+        if "mesh" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.cpu_only("a mesh of eight devices"))
+        marker = item.get_closest_marker("cpu_only")
+        if marker:
+            item.add_marker(pytest.mark.skip(reason=f"for a CPU: {marker.args[0]}"))
 
 
 @pytest.fixture

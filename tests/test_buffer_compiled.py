@@ -15,6 +15,8 @@ from compiled import (
     whole_buffer_operations,
 )
 
+pytestmark = pytest.mark.cpu_only("it reads what XLA makes for a CPU")
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONTEXTS)

@@ -111,6 +111,7 @@ def test_a_state_comes_back_bitwise_and_goes_on(tx, tmp_path):
     assert_bitwise(run(tx, *found, more), run(tx, params, state, more))
 
 
+@pytest.mark.cpu_only("a mesh of eight devices")
 @pytest.mark.parametrize("slots", SLOTS)
 def test_onto_another_mesh_and_another_capacity(slots, tmp_path):
     """What was saved on 4 × 2 devices with C = 5 goes on upon 2 × 4 with C = 2 or 8."""
@@ -218,6 +219,7 @@ language_model.train(name, settings, text, mesh, pathlib.Path(folder), every=1)
 """
 
 
+@pytest.mark.cpu_only("processes of simulated devices")
 def test_a_run_killed_while_it_saves_takes_the_same_steps(tmp_path):
     """Killed where it begins to write, and again where all is written but the name."""
     environment = os.environ | {

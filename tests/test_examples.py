@@ -1,9 +1,12 @@
 """The examples and the benchmark run, and give the numbers they are known for."""
 
 import importlib.util
+import inspect
 import json
 import pathlib
 
+import absent_devices
+import cases
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -169,6 +172,7 @@ def test_other_benchmarks_run(name, tmp_path):
     assert ratios and all(ratio > 0 for ratio in ratios)
 
 
+@pytest.mark.cpu_only("it reads what XLA makes for a CPU")
 def test_the_kernels_of_a_step_are_counted(tmp_path):
     kernels = load("benchmarks/kernels.py")
     arguments = ["--quick", "--output", str(tmp_path / "results.json")]
@@ -191,7 +195,7 @@ def test_a_missing_peer_is_reported_as_missing(tmp_path, monkeypatch):
 
 def test_the_results_are_drawn(tmp_path):
     plots = load("benchmarks/plots.py")
-    results = list((ROOT / "benchmarks/results").glob("*.json"))
+    results = list((ROOT / "benchmarks/results").glob("*-cores-jax*.json"))
     assert results
     for kept in results:
         copy = tmp_path / kept.name
@@ -214,6 +218,7 @@ def test_embeddings_learn_from_touched_rows(tmp_path):
         assert len(set(others)) == len(others) >= 3 and word not in others
 
 
+@pytest.mark.cpu_only("a mesh of eight devices")
 def test_the_language_model_learns_on_a_mesh_and_is_drawn(tmp_path, capsys):
     model = load("examples/language_model.py")
     output, folder = tmp_path / "language_model.png", tmp_path / "checkpoints"
@@ -293,3 +298,123 @@ def test_recipes_show_what_they_say():
     assert losses["reset"].mean() < losses["kept"].mean()
     last, averaged = recipes.polyak_average()
     assert averaged < last
+
+
+def test_steps_are_compiled_ahead_of_time(tmp_path, capsys):
+    """For the CPU that is there: the command, and what is counted."""
+    ahead = load("benchmarks/ahead_of_time.py")
+    output = tmp_path / "ahead-of-time-v5e.json"
+    arguments = ["--device", "cpu", "--quick", "--output", str(output)]
+    found = ahead.main([*arguments, "--only", "optax.adam", "--tables", "float32"])
+    found |= ahead.main([*arguments, "--only", "optax.adam", "--tables", "contexts"])
+    kept = json.loads(output.read_text())
+    assert {table: section["rows"] for table, section in kept.items()} == found
+    (row,) = found["float32"]
+    # Seven arrays at least; a CPU reads some of them twice.
+    assert 28 <= row["moved"] <= 41 and row["state"] == pytest.approx(8, abs=0.1)
+    assert row["copies"] == row["stacks"] == row["unaliased"] == row["sent"] == 0
+    by_context = {row["context"]: row for row in found["contexts"]}
+    assert set(by_context) == set(ahead.CONTEXTS)
+    # Parameters and both moments are made anew.
+    undonated = by_context["undonated"]
+    assert undonated["unaliased"] >= 12 * undonated["parameters"]
+    assert by_context["donated"]["unaliased"] == 0
+    # The steps of a scan are in its loop.
+    scan = by_context["scan"]
+    assert scan["loops"] == 1 and scan["moved"] < 0.01 and scan["in loops"] >= 28
+    assert "| `optax.adam`; vmap |" in ahead.markdown(tmp_path)
+    assert f"{row['moved']:.1f}" in capsys.readouterr().out
+
+
+def test_a_step_over_its_limit_is_named(capsys):
+    ahead = load("benchmarks/ahead_of_time.py")
+    limit = ahead.LIMITS["float32"]["sgd_c, C = 1"]
+    row = {"moved": 24.04, "temporaries": 0.0204, "copies": 0, "stacks": 0}
+    row |= {"unaliased": 0, "sent": 0, "largest sent": 0}
+    assert limit.exceeded(row, "v5e") == []
+    bad = row | {"moved": 48.0, "temporaries": 0.25, "copies": 2, "unaliased": 64}
+    over = [("float32", "sgd_c, C = 1", *x) for x in limit.exceeded(bad, "h100")]
+    ahead.print_exceeded(over)
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert [line.split()[-3:] for line in lines] == [
+        ["moved", "48.0", "24"],
+        ["temporaries", "0.25", "0.02"],
+        ["copies", "2", "0"],
+        ["unaliased", "64", "0"],
+    ]
+    assert limit.exceeded({"error": "too large"}, "v5e") == [
+        ("error", "too large", "none")
+    ]
+
+
+def test_a_missing_compiler_is_asked_for(monkeypatch):
+    ahead = load("benchmarks/ahead_of_time.py")
+    monkeypatch.setitem(absent_devices.COMPILERS, "tpu", (("none",), "jax[tpu]"))
+    with pytest.raises(SystemExit, match=r'pip install "jax\[tpu\]"'):
+        ahead.main(["--device", "v5e", "--check"])
+    with pytest.raises(SystemExit):
+        ahead.main(["--device", "cpu", "--check"])
+
+
+def test_every_optimizer_has_a_case_and_every_row_is_one():
+    first = {
+        name: next(iter(inspect.signature(function).parameters), "")
+        for name, function in vars(memoptax).items()
+        if inspect.isfunction(function)
+    }
+    public = {name for name, parameter in first.items() if parameter == "learning_rate"}
+    covered = {name.split(",")[0] for name in cases.OPTIMIZERS}
+    assert public and public <= covered
+    ahead = load("benchmarks/ahead_of_time.py")
+    rows = {name for table in ahead.TABLES.values() for name in table.names}
+    rows |= {name for limits in ahead.LIMITS.values() for name in limits}
+    assert {*rows, *ahead.CHECKED} <= set(cases.OPTIMIZERS)
+    for name, make in cases.OPTIMIZERS.items():
+        state = jax.eval_shape(make().init, {"w": jnp.ones((8, 8))})
+        assert jax.tree.leaves(state), name
+
+
+CELL = {"cell_type": "code", "source": "print(1 + VALUE)", "metadata": {}}
+CELL |= {"outputs": [], "execution_count": None}
+NOTEBOOK = {"cells": [CELL], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+
+
+def test_a_device_is_tried_out_by_one_command(tmp_path, capsys):
+    on_device = load("benchmarks/on_device.py")
+    good, bad = tmp_path / "good.ipynb", tmp_path / "bad.ipynb"
+    good.write_text(json.dumps(NOTEBOOK).replace("VALUE", "1"))
+    bad.write_text(json.dumps(NOTEBOOK).replace("VALUE", "no_such_name"))
+    output = tmp_path / "results.json"
+    arguments = ["--quick", "--steps", "4", "--output", str(output)]
+    arguments += ["--only", "sm3, momentum in int8"]
+    rows = on_device.main([*arguments, "--notebooks", str(good)])
+    kept = json.loads(output.read_text())
+    assert {part: kept[part]["rows"] for part in on_device.PARTS} == rows
+    assert all(row["verdict"] == "agrees" for row in rows["numbers"])
+    assert all(row["/ adam"] > 0 for row in rows["times"])
+    (memory,) = rows["memory"]
+    # Parameters, gradients, a momentum of one byte; accumulators and scales of rows.
+    assert memory["held B/param"] == pytest.approx(9, abs=0.5)
+    assert [row["verdict"] for row in rows["notebooks"]] == ["ran"]
+    with pytest.raises(SystemExit, match="failed: notebooks of bad.ipynb"):
+        on_device.main(["--parts", "notebooks", "--notebooks", str(bad), *arguments])
+    assert "FAILED: CellExecutionError: NameError" in capsys.readouterr().out
+
+
+def test_a_device_that_differs_is_found():
+    on_device = load("benchmarks/on_device.py")
+    start = {"a": np.zeros(2), "b": np.zeros(1)}
+    one = {"a": np.array([3.0, 4.0]), "b": np.ones(1)}
+    other = {"a": np.array([3.0, 4.5]), "b": np.ones(1) + 1e-3}
+    # Half of five; a thousandth of one.
+    assert on_device.difference(start, one, other) == pytest.approx(1e5)
+
+    def broken():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: of memory\nat 0x0")
+
+    assert on_device.attempt("sm3", broken) == {
+        "optimizer": "sm3",
+        "verdict": "FAILED: RESOURCE_EXHAUSTED: of memory",
+    }
+    state = {"slots": np.ones(2, np.int8), "count": np.int32(4), "mean": np.ones(3)}
+    assert on_device.counts(state) == [4]

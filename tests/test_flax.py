@@ -197,6 +197,7 @@ def nnx_losses(made, steps=4):
     return [float(step(*made)) for _ in range(steps)]
 
 
+@pytest.mark.cpu_only("a mesh of eight devices")
 @pytest.mark.parametrize(
     ("name", "kind", "jitted"),
     [

@@ -27,6 +27,7 @@ def run(output, *arguments, devices):
     return done.stdout, np.load(output)
 
 
+@pytest.mark.cpu_only("processes of simulated devices")
 @pytest.mark.slow
 def test_two_processes_of_two_devices_are_one_of_four(tmp_path):
     said, two = run(tmp_path / "two.npz", "--local", "2", devices=1)

@@ -508,6 +508,7 @@ def temporaries(tx, shapes, dtype):
     return compiled.compile().memory_analysis().temp_size_in_bytes / size
 
 
+@pytest.mark.cpu_only("it reads what XLA makes for a CPU")
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize(
     "options",
@@ -526,6 +527,7 @@ def test_no_temporary_of_the_size_of_the_parameters(kind, options, monkeypatch):
     assert temporaries(tx, SHAPES[kind], jnp.float32) <= 0.1
 
 
+@pytest.mark.cpu_only("it reads what XLA makes for a CPU")
 @pytest.mark.parametrize("kind", SHAPES)
 def test_no_temporary_of_that_size_where_there_are_more_devices(kind):
     tx = memoptax.sm3(1e-3, 0.9, momentum_dtype="int8")
@@ -541,6 +543,7 @@ ODD = {
 }
 
 
+@pytest.mark.cpu_only("it reads what XLA makes for a CPU")
 @pytest.mark.parametrize("kind", [*SHAPES, *ODD])
 def test_no_float32_copy_of_half_precision(kind, devices):
     """bfloat16 is widened entry by entry, where it is read."""
@@ -549,6 +552,7 @@ def test_no_float32_copy_of_half_precision(kind, devices):
     assert temporaries(memoptax.sm3(1e-3), shapes, jnp.bfloat16) <= limit
 
 
+@pytest.mark.cpu_only("it reads what XLA makes for a CPU")
 def test_no_temporary_behind_another_transformation(devices):
     """What can be computed entry by entry is computed by each reader."""
     tx = optax.chain(optax.scale(0.5), memoptax.sm3(1e-3))

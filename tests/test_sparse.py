@@ -196,6 +196,7 @@ def compiled_step(rows, columns=64, touched=1024):
     return step.lower(table, state, ids).compile()
 
 
+@pytest.mark.cpu_only("it reads what XLA makes for a CPU")
 def test_work_and_memory_follow_the_rows_touched():
     small, large = compiled_step(10_000), compiled_step(1_000_000)
     costs = [c.cost_analysis() for c in (small, large)]

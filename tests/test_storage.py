@@ -134,6 +134,7 @@ def test_no_derivative_flows_through_rounding_to_bits(dtype):
     np.testing.assert_array_equal(slope, 0)
 
 
+@pytest.mark.cpu_only("a mesh of eight devices")
 @pytest.mark.parametrize("explicit", [False, True])
 def test_scales_are_sharded_like_the_rows(explicit):
     kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto

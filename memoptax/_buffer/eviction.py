@@ -32,7 +32,7 @@ def fill(buffer) -> jax.Array:
 
 
 def ranks(buffer) -> jax.Array:
-    """The keys, and below all of them -1 for empty entries; a key of NaN counts as 0."""
+    """The keys, a NaN as 0, and below all of them -1 for empty entries."""
     keys = jnp.where(buffer.keys > 0, buffer.keys, 0)
     return jnp.where(held(buffer), keys, -1)
 

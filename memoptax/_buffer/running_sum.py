@@ -21,21 +21,22 @@ def exchange(buffer, values, stacks, stored, rows, decision, norms, across, writ
     decided on each leaf.
     """
     totals, treedef = jax.tree.flatten(buffer.total)
-    before, after, written = [], [], []
+    after, changes, written = [], [], []
     for leaf, (value, row, total) in enumerate(zip(values, rows, totals)):
         stacks[leaf], one = write(value, stacks[leaf], stored[leaf], row)
         written.append(one)
         new = storage.decode(one, total.dtype)
         old = storage.decode(storage.read(stacks[leaf], row.evicted), total.dtype)
         change = jnp.where(row.accepted, new - old, 0)
+        changes.append(change)
         after.append(total + change)
-        before.append(_before(total, after[-1], change))
     spares = [jnp.where(row.accepted, row.evicted, row.slots[-1]) for row in rows]
     bounds = storage.norm_bounds(norms, values, written, across)
     norms, error, inexact = bound(
         buffer, totals, eviction.here(decision, buffer.keys.shape), bounds
     )
     after = rebuild(after, stacks, spares, inexact)
+    before = list(map(_before, totals, after, changes))
     return (
         before,
         stacks,
