@@ -107,7 +107,7 @@ def scale_by_sm3_cm(
     {references}
 
     Differs from the authors' code in:
-      1. No original exists: the two papers do not mention each other.
+      1. No original exists: the equations join those of the two papers.
       2. What :func:`critical_momenta` lists of m and the buffer.
       3. The second moment is an average that starts at 0 and is corrected for it, as
          Adam's is; that of SM3 is a sum.
