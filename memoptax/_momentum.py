@@ -51,7 +51,7 @@ def is_sound(options, gradients, dtype, *hyperparameters, squares=False):
 
 def aggregate(
     options, gradients, state, b1, sound, *, skip_first=False
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, tuple[Any, Any], Any]:
     """The aggregate M, the two fields of m, and the buffer, after this step.
 
     With ``skip_first`` the first step is that of the authors' code: the bare gradient
