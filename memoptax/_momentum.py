@@ -1,6 +1,7 @@
 """The momentum m whose past values a buffer holds: made, averaged, joined, guarded."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,9 @@ def is_sound(options, gradients, dtype, *hyperparameters, squares=False):
     return sound
 
 
-def aggregate(options, gradients, state, b1, sound, *, skip_first=False):
+def aggregate(
+    options, gradients, state, b1, sound, *, skip_first=False
+) -> tuple[Any, tuple[Any, Any], Any]:
     """The aggregate M, the two fields of m, and the buffer, after this step.
 
     With ``skip_first`` the first step is that of the authors' code: the bare gradient

@@ -107,7 +107,7 @@ def scale_by_sm3_cm(
     {references}
 
     Differs from the authors' code in:
-      1. No original exists: the two papers do not mention each other.
+      1. No original exists: the equations join those of the two papers.
       2. What :func:`critical_momenta` lists of m and the buffer.
       3. The second moment is an average that starts at 0 and is corrected for it, as
          Adam's is; that of SM3 is a sum.
@@ -139,14 +139,14 @@ def scale_by_sm3_cm(
                 "pass the arguments that it was made with, or make a new one with init."
             )
         _momentum.check(options, updates, state, mu_dtype)
-        _sm3_rules.check_leaves(jax.tree.leaves(updates), state.accumulators)
+        boxes = _boxes(cover, updates, state.accumulators)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(state.accumulators))
         sound = _momentum.is_sound(options, updates, dtype, b1, b2, eps, squares=True)
         joined, momentum, buffer = _momentum.aggregate(  # M_t, B_{t+1}
             options, updates, state, b1, sound, skip_first=skip_first
         )
         count = jnp.where(sound, optax.safe_increment(state.count), state.count)
-        nu, accumulators = _second_moment(cover, joined, state, b2, sound)
+        nu, accumulators = _second_moment(boxes, joined, state, b2, sound)
         scaled = pytorch.normalize(  # u_t
             joined, nu, jnp.maximum(count, 1), b1, b2, eps
         )
@@ -156,16 +156,22 @@ def scale_by_sm3_cm(
     return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
-def _second_moment(cover, joined, state, b2, taken):
+def _boxes(cover, updates, accumulators):
+    """The boxes of every leaf, once they were found to be those of the accumulators."""
+    leaves = jax.tree.leaves_with_path(updates)
+    _sm3_rules.check_leaves(leaves, accumulators)
+    boxes = [families.resolve(cover, path, leaf) for path, leaf in leaves]
+    for one, leaf, numbers in zip(boxes, leaves, accumulators if leaves else ()):
+        families.check_shapes(one, *leaf, numbers)
+    return boxes
+
+
+def _second_moment(boxes, joined, state, b2, taken):
     """The nu of every entry, and the accumulators after this step."""
-    leaves, treedef = jax.tree.flatten_with_path(joined)
+    leaves, treedef = jax.tree.flatten(joined)
     if not leaves:
         return joined, state.accumulators
-    done = []
-    for (path, x), numbers in zip(leaves, state.accumulators):
-        boxes = families.resolve(cover, path, x)
-        families.check_shapes(boxes, path, x, numbers)
-        done.append(_leaf(boxes, x, numbers, b2, taken))
+    done = [_leaf(*each, b2, taken) for each in zip(boxes, leaves, state.accumulators)]
     nu, accumulators = zip(*done)
     return treedef.unflatten(nu), accumulators
 

@@ -97,6 +97,7 @@ OPTIMIZERS = {
     for slots in SLOTS
 } | {
     "adam_cm, unsynced": memoptax.adam_cm(0.1, synced=False),
+    "sm3_cm": memoptax.sm3_cm(0.1, topc=1, mu_dtype="int8", buffer_dtype="int8"),
     "sm3": memoptax.sm3(0.1, momentum=0.9, momentum_dtype="int8"),
 }
 

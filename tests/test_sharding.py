@@ -58,6 +58,7 @@ OPTIMIZERS = {
     "sgd_c": lambda: memoptax.sgd_c(0.01, momentum=0.9, **BUFFER),
     "adam_c": lambda: memoptax.adam_c(0.01, amsgrad=True, synced=False, **BUFFER),
     "adam_cm": lambda: memoptax.adam_cm(0.01, **BUFFER),
+    "sm3_cm": lambda: memoptax.sm3_cm(0.01, **BUFFER),
     "sm3": lambda: memoptax.sm3(0.1, **INT8),
     "inject_hyperparams": lambda: optax.inject_hyperparams(
         memoptax.adamw_c, static_args="topc"
@@ -239,7 +240,7 @@ def test_what_the_mesh_does_not_divide_is_not_sharded(mesh):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", ["sgd_c", "adam_cm", "sm3", "partition"])
+@pytest.mark.parametrize("name", ["sgd_c", "adam_cm", "sm3", "sm3_cm", "partition"])
 def test_init_follows_the_parameters(name, kind):
     """Eagerly, and jitted in explicit mode; in automatic mode it must be told."""
     tx, mesh = OPTIMIZERS[name](), mesh_of(kind)
@@ -333,7 +334,7 @@ def test_a_mesh_changes_nothing_and_costs_scalars(name, layout, mesh):
         for shape in re.findall(r"\[([\d,]*)\]", line)
     ]
     assert sizes and max(sizes) <= (
-        128 if name in ("sm3", "partition") else len(SHAPES)
+        128 if name in ("sm3", "sm3_cm", "partition") else len(SHAPES)
     )
 
 
