@@ -187,7 +187,7 @@ def _places(table, ids):
     if table.ndim == 0:
         raise ValueError(f"table must have an axis of rows, but is {table!r}.")
     try:
-        known = ids if hasattr(ids, "dtype") else np.asarray(ids)
+        known: Any = ids if hasattr(ids, "dtype") else np.asarray(ids)
     except ValueError as error:  # rows of different lengths
         raise ValueError(f"ids must be integers, but are {ids!r}.") from error
     if known.size == 0 and not hasattr(ids, "dtype"):  # NumPy takes [] for floats
@@ -197,9 +197,9 @@ def _places(table, ids):
     rows = table.shape[0]
     if isinstance(known, (np.ndarray, np.generic)):
         # JAX would cut 64 bits down to 32, and 2^32 would be row 0.
-        largest = min(np.iinfo(np.int64).max, np.iinfo(known.dtype).max)
-        known = np.minimum(known, known.dtype.type(largest)).astype(np.int64)
-        known = np.clip(known, -rows - 1, rows).astype(np.int32)
+        if known.dtype == np.uint64:
+            known = np.minimum(known, np.uint64(2**63 - 1))
+        known = np.clip(known.astype(np.int64), -rows - 1, rows).astype(np.int32)
     return row_sparse.places(jnp.asarray(known), rows)
 
 
