@@ -8,10 +8,12 @@ passes one. Its range is checked where it is known.
 
 import inspect
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def static(value) -> bool:
@@ -50,7 +52,7 @@ def number(
     below: bool = False,
     optional: bool = False,
     finite: bool = True,
-):
+) -> Any:
     """``value``, refused unless it is a number in [low, high].
 
     ``above`` leaves out the lower end, ``below`` the upper one.
@@ -65,7 +67,7 @@ def number(
     if not is_real(value):
         either = "None or " if optional else ""
         raise ValueError(f"{name} must be {either}a number, but is {value!r}.")
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return value
     found = _as_float(value)
     inside = low <= found <= high and (math.isfinite(found) or not finite)
@@ -79,15 +81,17 @@ def number(
     return _plain(value)
 
 
-def known(name: str, value, *bounds, **options) -> float:
+def known(name: str, value, *bounds, **options) -> Any:
     """The same of a number that must not be traced, as a number of Python."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise ValueError(f"{name} must be a static number, but is {value!r}.")
     value = number(name, value, *bounds, **options)
     return float(value) if isinstance(value, jax.Array) else value
 
 
-def integer(name: str, value, low=-math.inf, high=math.inf, *, traced: bool = False):
+def integer(
+    name: str, value, low=-math.inf, high=math.inf, *, traced: bool = False
+) -> Any:
     """``value`` as an integer in [low, high]; or, if it may be ``traced``, JAX's."""
     whole = _is_scalar_of(value, (jnp.integer,))
     if whole and traced and isinstance(value, jax.Array):
@@ -101,7 +105,7 @@ def integer(name: str, value, low=-math.inf, high=math.inf, *, traced: bool = Fa
     return int(value)
 
 
-def rate(name: str, value):
+def rate(name: str, value) -> Any:
     """``value``, refused unless it is a number of at least 0 or a schedule."""
     if not callable(value):
         if not is_real(value):
@@ -130,7 +134,7 @@ def _takes_a_step(function) -> bool:
     return True
 
 
-def learning_rate(value):
+def learning_rate(value) -> Any:
     return rate("learning_rate", value)
 
 

@@ -53,13 +53,13 @@ def critical_gradients(
     buffer, its keys and its ages as they were; its update is made as ever, so that
     ``optax.apply_if_finite`` can see it.
 
-    Memory: C + 2 copies of the parameters (C slots, a spare one, and their sum).
-    A step touches two slots whatever C is, if the state is donated
-    (``jax.jit(step, donate_argnums=...)``); otherwise XLA copies the buffer.
-    The sum is kept to 1e-5 of the summed norms of its leaf's slots (in float64 to
-    2e-14, and for C up to 1300): it is rebuilt from them before rounding could pass
-    that, about every hundred insertions. On the step on which an outlier arrives, the
-    sum before it is recovered to 2·eps·|outlier| per element.
+    Memory: one copy of the parameters for C = 1, else C + 1 copies, and one more where a
+    sum is kept (``holding``). Donate the state (``jax.jit(step, donate_argnums=...)``):
+    otherwise XLA copies the buffer on every step.
+
+    At the defaults nearly every gradient is accepted, so the buffer is about the last C
+    gradients; :func:`memoptax.buffer_stats` reports the acceptance. A larger ``decay`` or
+    C makes it choose.
 
     Under ``optax.partition`` each group has its own buffer and priority.
     ``optax.MultiSteps`` selects over the whole of its inner state, buffer included:
@@ -95,7 +95,7 @@ def critical_gradients(
       3. The running sum has a bounded error; theirs keeps what outliers leave behind.
       4. Sum and keys are float32 or better whatever ``buffer_dtype`` is.
       5. Gradients that are not finite are never stored, and arguments are checked.
-      6. C + 1 slots instead of C, so that nothing is copied.
+      6. C + 1 slots instead of C where C > 1, so that nothing is copied.
     """
     options = _options.options(**_options.among(locals()))
     if options.keeps_nothing:
@@ -146,7 +146,7 @@ def sgd_c(
     :func:`critical_gradients` followed by ``optax.sgd``. The default ``aggr='sum'``
     roughly doubles the step, so compare it with SGD at twice the rate.
 
-    Memory: C + 2 copies of the parameters, one more with momentum.
+    Memory: C + 1 copies of the parameters (1 for C = 1), one more with momentum.
 
     Args:
       learning_rate: η, a number or an optax schedule.
@@ -228,7 +228,8 @@ def rmsprop_c(
     :func:`critical_gradients` followed by ``optax.rmsprop`` with ``eps_in_sqrt=False``.
     Centered, :math:`v_t` loses the square of the mean of u, and is clamped at 0.
 
-    Memory: C + 3 copies of the parameters, one more with momentum and one if centered.
+    Memory: C + 2 copies of the parameters (2 for C = 1), one more with momentum and one
+    if centered.
 
     Args:
       learning_rate: η, a number or an optax schedule.
@@ -316,7 +317,8 @@ def adam_c(
 
     :func:`critical_gradients` followed by ``optax.adam``.
 
-    Memory: C + 4 copies of the parameters, one more with AMSGrad.
+    Memory: C + 3 copies of the parameters (3 for C = 1), one more with AMSGrad; less
+    with ``buffer_dtype``.
 
     Args:
       learning_rate: η, a number or an optax schedule. The authors tune it anew, from
@@ -405,7 +407,8 @@ def adamw_c(
     with the moments of :func:`adam_c` without its L2 term: :func:`critical_gradients`
     followed by ``optax.adamw``.
 
-    Memory: C + 4 copies of the parameters, one more with AMSGrad.
+    Memory: C + 3 copies of the parameters (3 for C = 1), one more with AMSGrad; less
+    with ``buffer_dtype``.
 
     Args:
       learning_rate: η, a number or an optax schedule.

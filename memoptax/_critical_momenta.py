@@ -69,7 +69,7 @@ def critical_momenta(
     written back into m. There is no bias correction. On a step whose gradient is not
     finite M is not finite there either, and the whole state stays as it was.
 
-    Memory: C + 3 copies of the parameters: C slots, a spare one, their sum, and m; less
+    Memory: C + 2 copies of the parameters (2 for C = 1): the slots and m; less
     with ``buffer_dtype`` and ``mu_dtype``. What :func:`critical_gradients` says of its
     buffer holds here too.
 
@@ -162,9 +162,9 @@ def scale_by_adam_cm(
     gradients. On a step whose gradient is not finite u is not finite there either, and
     the whole state stays as it was.
 
-    Memory: C + 4 copies of the parameters (slots, spare, sum, m and v), one more with
-    AMSGrad; less with ``buffer_dtype`` and ``mu_dtype``. C = 1 gives most of the
-    effect, at 20 bytes per float32 parameter.
+    Memory: C + 3 copies of the parameters (3 for C = 1): the slots, m and v; one more
+    with AMSGrad. With C = 1 and int8 for ``buffer_dtype`` and ``mu_dtype`` it is 6
+    bytes per float32 parameter, where Adam has 8.
 
     Args:
       b1: β₁ in [0, 1).
@@ -278,7 +278,7 @@ def sgd_cm(
     :func:`critical_momenta` at a learning rate. m is (1 − β₁)-weighted and has no bias
     correction, so its first steps are short.
 
-    Memory: C + 3 copies of the parameters.
+    Memory: C + 2 copies of the parameters (2 for C = 1).
 
     Args:
       learning_rate: η, a number or an optax schedule.
@@ -344,7 +344,7 @@ def adam_cm(
     :func:`scale_by_adam_cm`, which has the equations and the sources. The effect needs
     a rate that is not small; with a ``decay`` of .99 it escapes and settles.
 
-    Memory: C + 4 copies of the parameters, one more with AMSGrad.
+    Memory: C + 3 copies of the parameters (3 for C = 1), one more with AMSGrad.
 
     Args:
       learning_rate: η, a number or an optax schedule.
@@ -424,7 +424,7 @@ def adamw_cm(
     :math:`\theta_{t+1} = \theta_t - \eta\,(u_t + \lambda\,\theta_t)` with the u of
     :func:`scale_by_adam_cm`, which has the equations and the sources.
 
-    Memory: C + 4 copies of the parameters, one more with AMSGrad.
+    Memory: C + 3 copies of the parameters (3 for C = 1), one more with AMSGrad.
 
     Args:
       learning_rate: η, a number or an optax schedule.

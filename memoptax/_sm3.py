@@ -93,8 +93,7 @@ def scale_by_sm3(
         is that of the accumulators. The momentum is rounded to nearest as it is stored,
         and returned as stored: its error is at most :math:`1 / (1 - \mu)` times the
         rounding error of the storage (for int8, 1/254 of the largest in the row).
-        bfloat16 is stored as its bits in uint16; no derivative flows through them, or
-        through int8.
+        No derivative flows through int8.
 
     Returns:
       A :class:`optax.GradientTransformation`. Updates have the dtype of the gradients.

@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental.sparse import BCOO
 
-from memoptax._tensors import row_sparse
+from memoptax import _parameters
+from memoptax._tensors import families, row_sparse
 
-__all__ = ["apply_updates", "row_value_and_grad"]
+__all__ = ["apply_updates", "on_values", "row_value_and_grad"]
 
 
 def row_value_and_grad(
@@ -25,15 +27,19 @@ def row_value_and_grad(
     Args:
       loss: a function `(rows, *others) -> scalar`, where `rows` is `table[ids]`.
       table: shape `(n, ...)`, any floating dtype; or a pytree of tables.
-      ids: integers of any shape; or a pytree of them, one array per table. A negative
-        id counts from the end; an id outside of the table gives a row of zeros and no
-        gradient (use it for padding).
+      ids: integers of any shape and dtype; or a pytree of them, one array per table.
+        A negative id counts from the end. An id outside of [-n, n) gives a row of zeros
+        and no gradient (use it for padding).
       *others: pytrees of dense parameters, differentiated too.
 
     Returns:
       The value, and the gradient of the table: a BCOO array of shape `table.shape`
       with one sparse dimension and `ids.size` rows, in which an id may occur more than
       once. With `others`, a tuple of it and of their gradients.
+
+    Raises:
+      ValueError: if a table is not real and floating or has no axis, or if ids are no
+        integers.
 
     Examples:
       >>> import jax.numpy as jnp, memoptax
@@ -44,8 +50,9 @@ def row_value_and_grad(
       >>> print(value, grad.shape, grad.data.shape)
       8.0 (1000, 4) (2, 4)
     """
-    ids = jax.tree.map(lambda t, i: jnp.where(i < 0, i + t.shape[0], i), table, ids)
-    rows = jax.tree.map(lambda t, i: t.at[i].get(mode="fill", fill_value=0), table, ids)
+    table = _parameters.real_arrays(table, "table")
+    ids = jax.tree.map(_places, table, ids)
+    rows = jax.tree.map(row_sparse.take, table, ids)
     argnums = tuple(range(1 + len(others)))
     value, (by_rows, *by_others) = jax.value_and_grad(loss, argnums)(rows, *others)
 
@@ -85,13 +92,116 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
       ...         )
     """
 
-    def add(update, param):
+    def add(path, update, param):
         if not row_sparse.is_row_sparse(update):
             return optax.apply_updates(param, update)
+        row_sparse.check_indices(update, families.name(path))
+        param = jnp.asarray(param)
+        if param.size == 0:
+            return param
         values = update.data.astype(param.dtype)
-        return param.at[update.indices[:, 0]].add(values, mode="drop")
+        ids = row_sparse.places(update.indices[:, 0], param.shape[0])
+        return param.at[ids].add(values, mode="drop")
 
     def is_leaf(x):
         return x is None or row_sparse.is_row_sparse(x)
 
-    return jax.tree.map(add, updates, params, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(add, updates, params, is_leaf=is_leaf)
+
+
+def on_values(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Lets a transformation of optax go over trees with row-sparse leaves.
+
+    A row-sparse leaf has values and indices, and optax's own transformations would
+    change both. This one sums the rows that occur more than once, and hands `inner` the
+    values of the rows and the rows of the parameters. So a norm is that of the dense
+    gradient. For `optax.clip`, `clip_by_global_norm`, `scale`, `zero_nans` and the like
+    in front of :func:`memoptax.sm3` or after it.
+
+    `optax.apply_if_finite` goes around :func:`memoptax.sm3` without this.
+
+    Args:
+      inner: a transformation that holds nothing for each entry of a parameter.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: in `update`, if a leaf is row-sparse and `inner` holds something for
+        each entry of its parameter, as momenta and `optax.MultiSteps` do. In place of
+        the latter, look up the ids of all micro-batches at once.
+
+    Examples:
+      >>> import memoptax, optax
+      >>> tx = optax.chain(
+      ...     memoptax.sparse.on_values(optax.clip_by_global_norm(1.0)),
+      ...     memoptax.sm3(0.1, cover=memoptax.covers.rows),
+      ... )
+    """
+    extended = optax.with_extra_args_support(inner)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        def merged(path, update):
+            if not row_sparse.is_row_sparse(update):
+                return update
+            name = families.name(path)
+            _check_state(inner, state, name)
+            return row_sparse.merged(update, name)
+
+        updates = jax.tree_util.tree_map_with_path(
+            merged, updates, is_leaf=row_sparse.is_row_sparse
+        )
+        values = _map(lambda u: u.data if row_sparse.is_row_sparse(u) else u, updates)
+        rows = params
+        if params is not None:
+            rows = _map(_rows, updates, params)
+        values, state = extended.update(values, state, rows, **extra_args)
+        return _map(row_sparse.with_values, updates, values), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _rows(update, param):
+    if not row_sparse.is_row_sparse(update):
+        return param
+    return row_sparse.gather(jnp.asarray(param), update)
+
+
+def _check_state(inner, state, name):
+    """Refuses a state that holds something for each parameter."""
+    found = []
+    optax.tree.map_params(inner, found.append, state)
+    if found:
+        raise ValueError(
+            f"inner must hold nothing for each entry of a parameter, but {name} has a "
+            f"row-sparse gradient and inner is {inner!r}: an array as large as the "
+            "parameter cannot follow the rows. In place of optax.MultiSteps look up "
+            "the ids of all micro-batches at once."
+        )
+
+
+def _places(table, ids):
+    """The rows of a table that ids name, as integers of a known kind."""
+    if table.ndim == 0:
+        raise ValueError(f"table must have an axis of rows, but is {table!r}.")
+    try:
+        known: Any = ids if hasattr(ids, "dtype") else np.asarray(ids)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"ids must be integers, but are {ids!r}.") from error
+    if known.size == 0 and not hasattr(ids, "dtype"):  # NumPy takes [] for floats
+        known = known.astype(np.int32)
+    if not jnp.issubdtype(known.dtype, jnp.integer):
+        raise ValueError(f"ids must be integers, but are {ids!r}.")
+    rows = table.shape[0]
+    if isinstance(known, (np.ndarray, np.generic)):
+        # JAX would cut 64 bits down to 32, and 2^32 would be row 0.
+        if known.dtype == np.uint64:
+            known = np.minimum(known, np.uint64(2**63 - 1))
+        known = np.clip(known.astype(np.int64), -rows - 1, rows).astype(np.int32)
+    return row_sparse.places(jnp.asarray(known), rows)
+
+
+def _map(f, updates, *rest):
+    return jax.tree.map(f, updates, *rest, is_leaf=row_sparse.is_row_sparse)

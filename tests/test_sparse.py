@@ -170,6 +170,218 @@ def test_only_one_sparse_dimension():
         tx.update(gradient, tx.init(jnp.eye(3)))
 
 
+# Ids of any kind
+
+# All that a table of n rows can be asked for, as (id, row); None is padding.
+
+
+def known_ids(n):
+    inside = [(i, i % n) for i in (0, 1, n - 1, -1, -n) if -n <= i < n]
+    beyond = [n, n + 1, -n - 1, -n - 2, -2 * n, -2 * n - 1, -100, 2 * n, 10**6]
+    return inside + [(i, None) for i in beyond if not -n <= i < n]
+
+
+KINDS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+
+
+def of_kind(ids, kind):
+    """Those of the ids that such integers can be, and the ends of their range."""
+    info = np.iinfo(kind)
+    ends = [(i, None) for i in (info.min, info.max, info.max - 1)]
+    return [pair for pair in ids if info.min <= pair[0] <= info.max], ends
+
+
+@pytest.mark.parametrize(
+    "n, kind",
+    [(4, kind) for kind in KINDS]
+    + [(200, "int8"), (200, "uint8"), (60, "int32"), (1, "int32"), (0, "int32")],
+)
+def test_ids_outside_are_padding_whatever_their_dtype(n, kind):
+    possible, ends = of_kind(known_ids(n), kind)
+    pairs = possible + [(i, None) for i, _ in ends if not -n <= i < n]
+    numbers, rows = zip(*pairs)
+    table = jnp.arange(1.0, 2 * n + 1).reshape(n, 2)
+    expected = np.zeros((n, 2))
+    for row in rows:
+        if row is not None:
+            expected[row] += 1
+    tx = memoptax.sm3(0.1, cover=memoptax.covers.rows)
+    ids = [np.array(numbers, kind)]
+    if max(map(abs, numbers)) < 2**31:
+        ids += [list(numbers), jnp.asarray(numbers, kind)]
+    elif kind == "uint32":
+        ids += [jnp.asarray(ids[0])]
+    for given in ids:
+        value, grad = memoptax.sparse.row_value_and_grad(jnp.sum, table, given)
+        read = sum(float(table[row].sum()) for row in rows if row is not None)
+        np.testing.assert_allclose(value, read)
+        np.testing.assert_array_equal(grad.todense(), expected)
+        updates, state = tx.update(grad, tx.init(table))
+        moved = memoptax.sparse.apply_updates(table, updates)
+        np.testing.assert_array_equal(np.any(moved != table, 1), expected[:, 0] > 0)
+        np.testing.assert_array_equal(
+            state[0].accumulators[0][0].ravel(), expected[:, 0] ** 2
+        )
+
+
+def test_ids_of_64_bits(x64):
+    signed = jnp.array([2**32, -(2**32), 2**32 + 1, -1, 1])
+    for ids in (signed, signed.astype(jnp.uint64)):
+        _, grad = memoptax.sparse.row_value_and_grad(jnp.sum, jnp.ones((4, 1)), ids)
+        touched = [0, 1, 0, float(ids.dtype == jnp.int64)]
+        np.testing.assert_array_equal(grad.todense().ravel(), touched)
+
+
+@pytest.mark.parametrize(
+    "ids", [[0.5], jnp.array([1.0]), "x", [[1], [1, 2]], [True], jnp.array([True])]
+)
+def test_ids_that_are_no_integers_are_refused(ids):
+    with pytest.raises(ValueError, match="ids must be integers, but are"):
+        memoptax.sparse.row_value_and_grad(jnp.sum, jnp.ones((4, 2)), ids)
+
+
+def test_no_ids():
+    tx, table = memoptax.sm3(0.1, cover=memoptax.covers.rows), jnp.ones((4, 2))
+    for ids in ([], jnp.zeros((0, 3), jnp.int32)):
+        _, grad = memoptax.sparse.row_value_and_grad(jnp.sum, table, ids)
+        updates, _ = tx.update(grad, tx.init(table))
+        moved = memoptax.sparse.apply_updates(table, updates)
+        np.testing.assert_array_equal(moved, table)
+
+
+@pytest.mark.parametrize("table", [jnp.ones(()), jnp.ones((4, 2), jnp.int32), "x"])
+def test_what_is_no_table_is_refused(table):
+    with pytest.raises(ValueError, match="[Tt]able .*(axis|int32|'x')"):
+        memoptax.sparse.row_value_and_grad(jnp.sum, table, [0])
+
+
+@pytest.mark.parametrize("promised", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "int32", "uint8"])
+def test_aliases_of_a_row_merge(kind, promised):
+    """Also where the indices were said to be unique, and each is, as a number."""
+    n = 100
+    ids = [-1, n - 1, n, -n - 1] if kind != "uint8" else [n - 1, n - 1, n, 255]
+    indices = jnp.asarray(ids, kind)[:, None]
+    data = jnp.array([[1.0], [2.0], [jnp.nan], [jnp.nan]])
+    gradient = BCOO((data, indices), shape=(n, 1), unique_indices=promised)
+    tx = memoptax.sm3(0.1, cover=memoptax.covers.rows)
+    table = jnp.ones((n, 1))
+    updates, state = jax.jit(tx.update)(gradient, tx.init(table))
+    accumulators = state[0].accumulators[0][0].ravel()
+    np.testing.assert_array_equal(accumulators, [0.0] * (n - 1) + [9.0])
+    moved = memoptax.sparse.apply_updates(table, updates)
+    np.testing.assert_allclose(moved.ravel(), [1.0] * (n - 1) + [0.9])
+    # A raw update, with aliases in it, is added row by row.
+    raw = BCOO((jnp.ones((4, 1)), indices), shape=(n, 1))
+    added = memoptax.sparse.apply_updates(table, raw)
+    np.testing.assert_array_equal(added.ravel(), [1.0] * (n - 1) + [3.0])
+
+
+# optax's transformations around it
+
+TABLES = {"table": jnp.ones((6, 2)), "w": jnp.ones(3)}
+
+
+def duplicated():
+    """A gradient with a row that occurs twice, an alias and padding."""
+    data = jnp.array([[3.0, 0.0], [1.0, 2.0], [4.0, 1.0], [1.0, 1.0], [9.0, 9.0]])
+    return {"table": sparse([1, 5, 1, -1, 6], data, 6), "w": jnp.array([2.0, 0.0, 1.0])}
+
+
+def densely(gradient):
+    table = jnp.zeros((6, 2))
+    ids = jnp.array([1, 5, 1, 5])
+    table = table.at[ids].add(gradient["table"].data[:4])
+    return {"table": table, "w": gradient["w"]}
+
+
+ELEMENTWISE = {
+    "clip": optax.clip(2.5),
+    "clip_by_global_norm": optax.clip_by_global_norm(1.0),
+    "clip_by_block_rms": optax.clip_by_block_rms(10.0),
+    "scale": optax.scale(3.0),
+    "scale_by_schedule": optax.scale_by_schedule(lambda count: 0.5),
+    "zero_nans": optax.zero_nans(),
+    "chain": optax.chain(optax.clip(2.5), optax.clip_by_global_norm(1.0)),
+}
+
+
+@pytest.mark.parametrize("name", [n for n in ELEMENTWISE if n != "zero_nans"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_what_is_of_the_values_is_as_on_the_dense_gradient(name, before):
+    inner, sm3 = ELEMENTWISE[name], memoptax.sm3(0.1, cover=cover_of_tables)
+    ours = memoptax.sparse.on_values(inner)
+    order = slice(None) if before else slice(None, None, -1)
+    tx, dense = (optax.chain(*[first, sm3][order]) for first in (ours, inner))
+    gradient = duplicated()
+    updates, _ = jax.jit(tx.update)(gradient, tx.init(TABLES), TABLES)
+    moved = memoptax.sparse.apply_updates(TABLES, updates)
+    updates, _ = dense.update(densely(gradient), dense.init(TABLES), TABLES)
+    expected = optax.apply_updates(TABLES, updates)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6), moved, expected
+    )
+
+
+def cover_of_tables(path, leaf):
+    table = "table" in jax.tree_util.keystr(path)
+    return (memoptax.covers.rows if table else memoptax.covers.axes)(path, leaf)
+
+
+def test_rows_of_the_parameters_are_handed_on():
+    tx = memoptax.sparse.on_values(optax.add_decayed_weights(0.5))
+    gradient = duplicated()
+    updates, _ = tx.update(gradient, tx.init(TABLES), TABLES)
+    decayed = densely(gradient)["table"].at[jnp.array([1, 5])].add(0.5)
+    np.testing.assert_allclose(updates["table"].todense(), decayed)
+
+
+def test_apply_if_finite_goes_around_it():
+    tx = optax.apply_if_finite(
+        optax.chain(
+            memoptax.sparse.on_values(optax.clip_by_global_norm(1.0)),
+            memoptax.sm3(0.1, cover=cover_of_tables),
+        ),
+        3,
+    )
+    state, good, step = tx.init(TABLES), duplicated(), jax.jit(tx.update)
+    updates, state = step(good, state, TABLES)
+    moved = memoptax.sparse.apply_updates(TABLES, updates)
+    assert np.all(moved["table"][1] < 1) and np.all(moved["table"][0] == 1)
+    bad = {**good, "table": sparse([1, 2], jnp.full((2, 2), jnp.nan), 6)}
+    updates, after = step(bad, state, TABLES)
+    still = memoptax.sparse.apply_updates(moved, updates)
+    jax.tree.map(np.testing.assert_array_equal, still, moved)
+    jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
+    assert int(after.total_notfinite) == 1
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [optax.trace(0.9), optax.scale_by_adam(), optax.MultiSteps(optax.sgd(0.1), 2)],
+    ids=["trace", "adam", "MultiSteps"],
+)
+def test_what_holds_numbers_for_every_entry_is_refused(inner):
+    tx = memoptax.sparse.on_values(inner)
+    with pytest.raises(ValueError, match=r"inner must hold nothing .*\['table'\] has"):
+        tx.update(duplicated(), tx.init(TABLES), TABLES)
+    dense = densely(duplicated())
+    tx.update(dense, tx.init(TABLES), TABLES)
+
+
+@pytest.mark.parametrize("name", ["clip", "scale"])
+def test_optax_without_the_wrapper_is_refused_with_its_cure(name):
+    sm3 = memoptax.sm3(0.1, cover=cover_of_tables)
+    tx = optax.chain(ELEMENTWISE[name], sm3)
+    cure = r"\['table'\] has indices of dtype float32.*memoptax.sparse.on_values"
+    with pytest.raises(ValueError, match=cure):
+        tx.update(duplicated(), tx.init(TABLES), TABLES)
+    tx = optax.chain(sm3, ELEMENTWISE[name])
+    updates, _ = tx.update(duplicated(), tx.init(TABLES), TABLES)
+    with pytest.raises(ValueError, match=cure):
+        memoptax.sparse.apply_updates(TABLES, updates)
+
+
 def test_apply_updates_is_optax_elsewhere():
     params = {"a": jnp.ones(3, jnp.bfloat16), "b": None, "c": [jnp.float32(1)]}
     updates = {"a": jnp.ones(3), "b": None, "c": [jnp.float32(2)]}

@@ -35,16 +35,22 @@ priority_fn: what makes a gradient critical, a function from the gradients (from
   there take :func:`memoptax.sharded_norm`, with a rule of your own if you have one.
 buffer_dtype: dtype of the slots: None (the parameters'), float64, float32, bfloat16,
   float16, int8. Sum and priorities stay in float32 or better, and a leaf is refused
-  if its norm is beyond the dtype's range (65504 in float16). bfloat16 is stored as
-  uint16 bits, int8 with one float32 scale per row of the last axis (one for a tensor
+  if its norm is beyond the dtype's range (65504 in float16). int8 is stored
+  with one float32 scale per row of the last axis (one for a tensor
   of rank 0 or 1), by which an entry is off by at most 1/254 of its row's largest (rows
-  below 1.5e-36 become 0). No derivative flows through either. On digits (300 steps,
+  below 1.5e-36 become 0); no derivative flows through it. On digits (300 steps,
   one rate, 96 seeds) int8 changed the test accuracy of ``adam_c`` by -.03 ± .09 points
   (mean and its standard error; bfloat16: .04 ± .05), of ``sgd_c`` by .01 ± .02, of
   ``adam_cm`` by .17 ± .12.
 fifo_probability: None, or the probability with which a step replaces the oldest entry
   instead of asking for the priority; drawn once per step.
-seed: of those draws."""
+seed: of those draws.
+holding: how the C values are held. ``'select'`` is for C = 1: one slot shaped like its
+  parameter. ``'read'`` has C + 1 slots and reads C of them on every step. ``'sum'`` has
+  C + 1 slots and their sum, and reads two slots whatever C is; the sum is kept to 1e-5
+  of the summed norms of its leaf's values (in float64 to 2e-14). None takes the first
+  for C = 1, the second for up to 20 bytes of slots per parameter, and else the third.
+  On a CPU ``'sum'`` is faster from about C = 5 in float32 and C = 20 in int8."""
 
 _RETURNS = """\
 Returns:
@@ -67,7 +73,7 @@ mu_dtype: dtype in which m is stored between steps: None (float32 or better), fl
   that 96 seeds would show (int8: .02 ± .14 points, bfloat16: .01 ± .07). Without a
   buffer (a concrete κ or C of 0) Adam or the average keeps m so too; then the update
   is from m before it is rounded, and in int8 takes a copy of the parameters as a
-  temporary. No derivative flows through bfloat16 and int8."""
+  temporary. No derivative flows through int8."""
 
 
 class Options(NamedTuple):

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def is_row_sparse(leaf: Any) -> bool:
@@ -18,26 +19,77 @@ def is_row_sparse(leaf: Any) -> bool:
     return isinstance(leaf, getattr(sparse, "BCOO", ()))
 
 
+def places(ids, rows: int) -> jax.Array:
+    """Row numbers in [0, rows), and `rows` for what is outside of [-rows, rows).
+
+    A negative id counts from the end. The result is int32 at least, so that it can say
+    `rows` whatever the dtype of the ids is.
+    """
+    wide = jnp.int64 if ids.dtype.itemsize == 8 else jnp.int32
+    if jnp.issubdtype(ids.dtype, jnp.unsignedinteger):
+        # Beyond the signed numbers it would turn negative, and count from the end.
+        ids = jnp.minimum(ids, min(jnp.iinfo(wide).max, jnp.iinfo(ids.dtype).max))
+    ids = ids.astype(wide)
+    inside = (ids >= -rows) & (ids < rows)
+    return jnp.where(inside, jnp.where(ids < 0, ids + rows, ids), rows)
+
+
 def merged(gradient, name: str) -> Any:
-    """The gradient with every row once; rows left over point outside of the table."""
+    """The gradient with every row once, under a number that is not negative.
+
+    Rows left over are 0 and point outside of the table. What JAX is told of the indices
+    stays, so that the type does: `lax.cond` compares it.
+    """
     if gradient.n_batch or gradient.n_sparse != 1:
         raise ValueError(
             f"The row-sparse gradient of {name} has {gradient.n_batch} batch and "
             f"{gradient.n_sparse} sparse dimensions; 0 and 1 are needed."
         )
-    if gradient.unique_indices:
-        return gradient
-    return gradient.sum_duplicates(nse=gradient.nse)
+    check_indices(gradient, name)
+    from jax.experimental.sparse import BCOO
+
+    rows = gradient.shape[0]
+    indices, data = places(gradient.indices, rows), gradient.data
+    inside = (indices < rows).reshape(-1, *[1] * (data.ndim - 1))
+    data = jnp.where(inside, data, 0)
+    if rows and gradient.nse:
+        # A promise of unique indices may overlook that -1 is the last row.
+        once = BCOO((data, indices), shape=gradient.shape)
+        once = once.sum_duplicates(nse=gradient.nse)
+        data, indices = once.data, once.indices
+    return BCOO(
+        (data, indices),
+        shape=gradient.shape,
+        indices_sorted=gradient.indices_sorted,
+        unique_indices=gradient.unique_indices,
+    )
+
+
+def check_indices(update, name: str) -> None:
+    """Refuses indices that a transformation of values has gone over."""
+    if not jnp.issubdtype(update.indices.dtype, jnp.integer):
+        raise ValueError(
+            f"The row-sparse gradient of {name} has indices of dtype "
+            f"{update.indices.dtype}: an optax transformation has changed them like "
+            "values. Put it into memoptax.sparse.on_values."
+        )
 
 
 def gather(x: jax.Array, gradient) -> jax.Array:
     """The rows of `x` that the gradient touches."""
-    return x.at[gradient.indices[:, 0]].get(mode="fill", fill_value=0)
+    return take(x, gradient.indices[:, 0])
+
+
+def take(x: jax.Array, ids: jax.Array) -> jax.Array:
+    """`x[ids]`, of which rows outside of `x` are 0."""
+    if x.shape[0] == 0:
+        return jnp.zeros((*ids.shape, *x.shape[1:]), x.dtype)
+    return x.at[ids].get(mode="fill", fill_value=0)
 
 
 def scatter(x: jax.Array, gradient, rows: jax.Array) -> jax.Array:
     """`x` with these rows in the places that the gradient touches."""
-    return x.at[gradient.indices[:, 0]].set(rows, mode="drop")
+    return x.at[gradient.indices[:, 0]].set(rows, mode="drop") if x.size else x
 
 
 def with_values(update, values) -> Any:
