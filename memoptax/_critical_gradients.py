@@ -53,13 +53,14 @@ def critical_gradients(
     buffer, its keys and its ages as they were; its update is made as ever, so that
     ``optax.apply_if_finite`` can see it.
 
-    Memory: one copy of the parameters for C = 1, else C + 1 copies, and one more where a
-    sum is kept (``holding``). Donate the state (``jax.jit(step, donate_argnums=...)``):
-    otherwise XLA copies the buffer on every step.
+    Memory: one copy of the parameters for C = 1, else C + 1 copies, and one more where
+    a sum is kept (``holding``). Donate the state
+    (``jax.jit(step, donate_argnums=...)``): otherwise XLA copies the buffer on every
+    step.
 
-    At the defaults nearly every gradient is accepted, so the buffer is about the last C
-    gradients; :func:`memoptax.buffer_stats` reports the acceptance. A larger ``decay`` or
-    C makes it choose.
+    At the defaults nearly every gradient is accepted, so the buffer is about the last
+    C gradients; :func:`memoptax.buffer_stats` reports the acceptance. A larger
+    ``decay`` or C makes it choose.
 
     Under ``optax.partition`` each group has its own buffer and priority.
     ``optax.MultiSteps`` selects over the whole of its inner state, buffer included:

@@ -53,8 +53,8 @@ def state_partition_specs(tx, params, specs):
       >>> params = {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
       >>> tx = memoptax.critical_gradients()
       >>> specs = memoptax.state_partition_specs(tx, params, {"w": P("data", "model")})
-      >>> print(specs.buffer.slots["w"], specs.buffer.total["w"], specs.buffer.keys)
-      P(None, 'data', 'model') P('data', 'model') P()
+      >>> print(specs.buffer.slots["w"], specs.buffer.keys)
+      P(None, 'data', 'model') P()
     """
     leaves, treedef = jax.tree.flatten_with_path(params)
     every = treedef.flatten_up_to(jax.tree.broadcast(specs, params, is_leaf=_is_spec))
