@@ -377,3 +377,40 @@ def test_extra_arguments_are_for_others(factory):
         jax.eval_shape(
             lambda g, s, p, tx=tx: tx.update(g, s, p, loss=1), params, state, params
         )
+
+
+DECAYING = [memoptax.adamw_c, memoptax.adamw_cm, memoptax.sm3, memoptax.sgd_c]
+
+
+@pytest.mark.parametrize("factory", DECAYING, ids=lambda f: f.__name__)
+def test_a_weight_decay_may_be_a_schedule(factory):
+    """At the count of steps before this one, as in optax."""
+    params = {"w": jnp.full((2, 2), 3.0)}
+    scheduled = build(factory, weight_decay=lambda count: 0.5 * (count == 1))
+    plain = [build(factory, weight_decay=rate) for rate in (0.0, 0.5, 0.0)]
+    state = scheduled.init(params)
+    states = [tx.init(params) for tx in plain]
+    for step, tx in enumerate(plain):
+        updates, state = scheduled.update(params, state, params)
+        wanted, states[step] = tx.update(params, states[step], params)
+        if step < 2:  # the memory of the third step has another decay in it
+            np.testing.assert_allclose(updates["w"], wanted["w"], rtol=1e-6)
+        for other in range(step + 1, 3):
+            _, states[other] = plain[0].update(params, states[other], params)
+
+
+@pytest.mark.parametrize("factory", [memoptax.adam_c, memoptax.adamw_c])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_a_moment_in_few_bytes_is_the_moment(factory, amsgrad, dtype):
+    params = {"w": jnp.linspace(0.5, 1.0, 6).reshape(2, 3)}
+    few, full = (
+        factory(0.1, mu_dtype=mu_dtype, amsgrad=amsgrad) for mu_dtype in (dtype, None)
+    )
+    state, wide = few.init(params), full.init(params)
+    for _ in range(5):
+        updates, state = few.update(params, state, params)
+        wanted, wide = full.update(params, wide, params)
+        np.testing.assert_allclose(updates["w"], wanted["w"], rtol=2e-2)
+    (moment,) = jax.tree.leaves(optax.tree.get(state, "moment"))
+    assert moment.dtype == dtype
