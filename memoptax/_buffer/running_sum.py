@@ -67,7 +67,7 @@ def _before(total, after, change):
 
 def units(totals, dtype):
     """The unit roundoff of every sum, (L,)."""
-    return jnp.asarray([jnp.finfo(t.dtype).eps / 2 for t in totals], dtype)
+    return jnp.asarray([jnp.finfo(t.dtype).eps / 2 for t in totals] or [0], dtype)
 
 
 def bound(buffer, totals, new, incoming):
