@@ -158,7 +158,7 @@ COLUMNS = {
     "state": (7, ".2f"),
     "copies": (7, "d"),
     "stacks": (7, "d"),
-    "unaliased": (10, "d"),
+    "unaliased": (12, "d"),
     "sent": (5, "d"),
     "largest sent": (13, "d"),
     "loops": (6, "d"),
