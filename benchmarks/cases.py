@@ -42,6 +42,9 @@ OPTIMIZERS = {
         RATE, topc=20, **INT8_AND_M
     ),
     "adamw_cm, C = 5": lambda: mo.adamw_cm(RATE, topc=5),
+    "sm3_cm, C = 1, int8 slots and m": lambda: mo.sm3_cm(RATE, topc=1, **INT8_AND_M),
+    "sm3_cm, C = 5, int8 slots and m": lambda: mo.sm3_cm(RATE, topc=5, **INT8_AND_M),
+    "sm3_cm, C = 5": lambda: mo.sm3_cm(RATE, topc=5),
     "sm3": lambda: mo.sm3(RATE),
     "sm3, momentum": lambda: mo.sm3(RATE, 0.9),
     "sm3, momentum in int8": lambda: mo.sm3(RATE, 0.9, momentum_dtype="int8"),
