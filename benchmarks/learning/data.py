@@ -110,7 +110,7 @@ def read_flights(table) -> Flights:
 
     table = table.dropna(subset=["arr_delay"])
     day = pandas.to_datetime(table[["year", "month", "day"]])
-    table = table.assign(weekday=day.dt.dayofweek, day=day)
+    table = table.assign(weekday=day.dt.day_of_week, day=day)
     table = table.sort_values(["day", "sched_dep_time"], kind="stable")
     columns = ["carrier", "origin", "dest", "hour", "weekday"]
     codes = [np.unique(table[c], return_inverse=True)[1] for c in columns]

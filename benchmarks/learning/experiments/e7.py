@@ -103,10 +103,9 @@ def task(name, true_labels):
 
 def plan():
     rows = [
-        *o.bases("plain sgd", "sgd", "adam"),
+        *o.bases("plain sgd", "adam"),
         *o.sgd_c(momentum=None),
-        *o.adam_c(),
-        *o.adam_cm(),
+        *o.adam_c(((5, 0.7), (5, "FIFO"))),
     ]
     names = {"shuttle, true labels": True, "shuttle, independent labels": False}
     return [(task(name, true), rows) for name, true in names.items()]
