@@ -103,5 +103,6 @@ EXPERIMENT = Experiment(
         "20 MNIST-1D tasks in one pass, with and without reset_buffer",
         "drift generators",
         "20 seeds (10 were run)",
+        "random keys, κ = 1e-6, C of 1, an average of the weights, adam_c",
     ),
 )

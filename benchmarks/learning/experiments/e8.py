@@ -32,6 +32,6 @@ EXPERIMENT = Experiment(
         "4,000 steps and 20 seeds (1,000 steps and 10 seeds were run)",
         "the constant schedule",
         "the small CNN",
-        "decay .9 at C = 5 and 20, .7 at C = 20",
+        "C of 1 and 20, decay .9, κ = 1e-6",
     ),
 )

@@ -133,6 +133,6 @@ EXPERIMENT = Experiment(
         "flips of 0, .1 and .4",
         "batches of 1 and 64",
         "20 seeds (10 were run)",
-        "sgd_c",
+        "C of 1 and 20, κ = 1e-6, AdEMAMix, sgd_c, an average of the weights",
     ),
 )
