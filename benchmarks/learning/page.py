@@ -28,9 +28,22 @@ def tables(experiment: Experiment, folder: Path, quick=False) -> str:
         if lines
     ]
     notes = [f"Bounds: {experiment.bounds}."]
+    if not quick:
+        notes += [
+            "Their rates are chosen and their fresh seeds not run, so these are no "
+            f"results (**{task.name}**, validation at the chosen rate, mean of the "
+            "seeds that chose it): " + "; ".join(map(_waiting, waiting)) + "."
+            for task, waiting in summary.pending(experiment, folder)
+            if waiting
+        ]
     if experiment.not_run:
         notes.append(f"Not run: {'; '.join(experiment.not_run)}.")
     return "\n\n".join([*made, *notes])
+
+
+def _waiting(row) -> str:
+    edge = "*" if row.choice.at_edge else ""
+    return f"{row.name} {row.validation:.4g} (rate {row.choice.rate:.3g}{edge})"
 
 
 def table(task, lines) -> str:

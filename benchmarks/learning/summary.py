@@ -73,6 +73,33 @@ def lines(experiment: Experiment, folder: Path, quick=False):
         yield task, made
 
 
+class Pending(NamedTuple):
+    """A row whose rate is chosen and which has met no fresh seed."""
+
+    name: str
+    choice: protocol.Choice
+    validation: float  # the mean by which the rate was chosen: the best of several
+
+
+def pending(experiment: Experiment, folder: Path):
+    """The tasks of an experiment, each with what waits for its fresh seeds."""
+    results = Results(folder / f"{experiment.name}.csv")
+    for task, rows in experiment.plan():
+        waiting = []
+        for row in rows:
+            choice = protocol.choose(task, row, results)
+            if choice and not _scores(task, row.name, choice.rate, results):
+                runs = results.select(
+                    task=task.name,
+                    optimizer=row.name,
+                    rate=choice.rate,
+                    steps=task.steps,
+                )
+                mean = float(np.mean([run["validation"] for run in runs]))
+                waiting.append(Pending(row.name, choice, mean))
+        yield task, waiting
+
+
 def _times(factor):
     return "½" if factor == 0.5 else f"{factor:g}"
 
