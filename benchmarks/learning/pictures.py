@@ -58,6 +58,7 @@ def _forest(axis, task, lines):
             mean, place, xerr=half, fmt=mark, color=colour, ms=5, lw=1.2, capsize=2
         )
     axis.axvline(0, color="black", lw=0.8)
+    axis.set_xlim(*_limits([line for line in shown if line.tried], shown))
     names = [f"{line.name} − {line.base}" for line in reversed(shown)]
     axis.set_yticks(range(len(shown)), names, fontsize=8)
     axis.set_ylim(-0.6, len(shown) - 0.4)
@@ -72,6 +73,13 @@ def _forest(axis, task, lines):
         colour, mark = KINDS[name]
         axis.plot([], [], mark, color=colour, ms=5, label=name)
     axis.legend(fontsize=7, loc="best", framealpha=0.8)
+
+
+def _limits(optimizers, shown):
+    """Room for all optimizers; a base at a hopeless rate stands in the table alone."""
+    reach = [abs(x.over_base.mean) + x.over_base.half for x in optimizers or shown]
+    widest = 1.2 * max(reach, default=1)
+    return -widest, widest
 
 
 CURVES = {

@@ -98,6 +98,7 @@ EXPERIMENT = Experiment(
     ),
     plan=plan,
     size=Size(seeds=10),
+    quick=("adam", "adam_cm C=5 FIFO"),
     not_run=(
         "batches of 32 (10,000 steps; batches of 64 were run)",
         "20 MNIST-1D tasks in one pass, with and without reset_buffer",
