@@ -7,7 +7,7 @@
 
 Runs are appended to ``benchmarks/learning/results``, and a run that is there already is
 not repeated: an experiment that was stopped resumes. ``--cost`` measures the time of a
-step and the bytes of the state, which the tables show beside every score.
+step, which the tables show beside every score, as they do the bytes of the state.
 """
 
 import argparse
@@ -27,7 +27,9 @@ def main(argv=None) -> None:
     )
     parser.add_argument("experiments", nargs="*", help="e7 to e13; none means all")
     parser.add_argument("--quick", action="store_true", help="20 steps, kept nowhere")
-    parser.add_argument("--cost", action="store_true", help="measure time and bytes")
+    parser.add_argument(
+        "--cost", action="store_true", help="measure the time of a step"
+    )
     parser.add_argument("--table", action="store_true", help="print the tables")
     parser.add_argument("--docs", action="store_true", help="write docs/evidence.md")
     parser.add_argument(

@@ -54,7 +54,9 @@ def table(task, lines) -> str:
         if any(math.isfinite(line.means.get(name, math.nan)) for line in lines)
     }
     heads = ["optimizer", "rate (tried)", task.unit, "− base", "− FIFO"]
-    heads += ["accepted", "mean age", *extras.values(), "bytes/param", "ms/step (×)"]
+    heads += ["accepted", "mean age", *extras.values(), "bytes/param"]
+    timed = any(line.time for line in lines)
+    heads += ["ms/step (×)"] if timed else []
     rows = [
         [
             line.name,
@@ -69,8 +71,8 @@ def table(task, lines) -> str:
             number(line.means.get("acceptance", math.nan), 2),
             number(line.means.get("age", math.nan), 1),
             *(number(line.means.get(name, math.nan), 3) for name in extras),
-            number(line.cost.get("bytes", math.nan), 2),
-            _time(line.cost),
+            number(line.bytes, 2),
+            *([_time(line.time)] if timed else []),
         ]
         for line in lines
     ]
@@ -106,8 +108,8 @@ def _digits(half):
     return min(4, max(0, 1 - math.floor(math.log10(half))))
 
 
-def _time(cost):
-    return f"{cost['ms']:.2f} ({cost['ratio']:.2f})" if cost else ""
+def _time(time):
+    return f"{time['ms']:.2f} ({time['ratio']:.2f})" if time else ""
 
 
 def fill(page: str, made: dict[str, str]) -> str:

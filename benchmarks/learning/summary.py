@@ -26,13 +26,14 @@ class Line(NamedTuple):
     over_fifo: Interval | None
     base: str
     means: dict[str, float]  # of the other columns
-    cost: dict[str, float]
+    bytes: float  # of state per parameter; NaN where another line says it
+    time: dict[str, float]  # of a step, ms and ratio; empty where it was not measured
 
 
 def lines(experiment: Experiment, folder: Path, quick=False):
     """The tasks of an experiment, each with its lines, as far as they were run."""
     results = Results(folder / f"{experiment.name}.csv")
-    costs = cost.read(folder / f"{experiment.name}-cost.csv")
+    times = cost.read(folder / f"{experiment.name}-cost.csv")
     plan = experiment.quick_plan() if quick else experiment.plan()
     by_name = {task.name: (task, rows) for task, rows in plan}
     for task, rows in plan:
@@ -67,7 +68,10 @@ def lines(experiment: Experiment, folder: Path, quick=False):
                         over_fifo=_over(found, task, _row(rows, row.fifo), results),
                         base=against,
                         means=_means(task, row.name, choice.rate * factor, results),
-                        cost=costs.get((task.name, row.name), {}) if alone else {},
+                        bytes=(
+                            cost.bytes_per_parameter(task, row) if alone else math.nan
+                        ),
+                        time=times.get((task.name, row.name), {}) if alone else {},
                     )
                 )
         yield task, made
