@@ -11,7 +11,7 @@ SMALL, LARGE = 32, 48  # widths: 19,968 and 39,168 parameters with 103 character
 
 def plan():
     small = o.bases("adam", "sm3", "ademamix", "adafactor", "sm3 momentum, int8")
-    small += o.bases("sm3, own schedule", "sm3_cm")
+    small += o.bases("sm3, own schedule", "adam, own schedule", "sm3_cm")
     large = o.bases("adam", "sm3", "sm3 momentum, int8", "sm3_cm")
     return [
         (characters.task("characters", STEPS, BATCH, SMALL), small),
