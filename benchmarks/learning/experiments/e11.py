@@ -43,7 +43,7 @@ def sharpness(loss, params, key) -> dict:
 def score(split, params, losses, key):
     some = jax.tree.map(lambda x: x[:EXAMPLES], split.train)
     found = sharpness(
-        lambda p: mnist.loss(p, some), params, jax.random.fold_in(key, -1)
+        lambda p: mnist.loss(p, some), params, jax.random.fold_in(key, 2**31 - 1)
     )
     return (
         mnist.score(split, params, losses, key)

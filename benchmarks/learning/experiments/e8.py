@@ -11,7 +11,8 @@ SETTINGS = ((5, 0.7), (5, 0.99), (5, "FIFO"), (5, "random"))
 def plan():
     rows = [
         *o.bases("adam", "sgd", "ademamix", "adam, averaged", "sgd, averaged"),
-        *o.bases("sm3", "sm3 momentum", "sm3, own schedule", "sm3_cm"),
+        *o.bases("sm3", "sm3 momentum", "sm3_cm"),
+        *o.bases("sm3, own schedule", "adam, own schedule"),
         *o.adam_c(SETTINGS),
         *o.adam_cm(SETTINGS),
         *o.sgd_c(SETTINGS),
