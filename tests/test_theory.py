@@ -139,5 +139,5 @@ def test_regret_of_sm3_is_below_its_bound(x64, variant, loss):
             bound = (distance**2 / (2 * rate) + rate) * roots
             assert regret <= bound * (1 + 1e-9)
             # It is not the bound that holds for any points at such distances.
-            if distance < 20 * rate:
+            if distance < 8 * rate:
                 assert bound < distance * np.abs(gradients).sum()
