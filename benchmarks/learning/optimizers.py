@@ -132,7 +132,7 @@ BASES = {
         "sm3, own schedule",
         _alone(memoptax.sm3),
         SM3,
-        "adam",
+        "adam, SM3's schedule",
         schedule=tasks.cooldown,
     ),
     "adam, own schedule": Row(
