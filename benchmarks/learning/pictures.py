@@ -32,7 +32,7 @@ def draw(experiment: Experiment, folder: Path, path: Path) -> None:
     curved = made[0][0].curve is not None
     most = max(sum(line.over_base is not None for line in lines) for _, lines in made)
     height = 1.2 + 0.24 * most
-    figure = Figure(figsize=(5.6 * len(made), height + (3 if curved else 0)))
+    figure = Figure(figsize=(6.4 * len(made), height + (3 if curved else 0)))
     grid = figure.subplots(
         2 if curved else 1,
         len(made),
@@ -63,7 +63,7 @@ def _forest(axis, task, lines):
     axis.set_yticks(range(len(shown)), names, fontsize=8)
     axis.set_ylim(-0.6, len(shown) - 0.4)
     better = "better to the right" if task.largest else "better to the left"
-    axis.set_xlabel(f"{task.unit}: paired difference, {better}", fontsize=8)
+    axis.set_xlabel(f"{task.unit}: difference, {better}", fontsize=8)
     axis.set_title(task.name, fontsize=10)
     axis.grid(axis="x", alpha=0.3)
     axis.tick_params(axis="x", labelsize=8)
@@ -77,9 +77,11 @@ def _forest(axis, task, lines):
 
 def _limits(optimizers, shown):
     """Room for all optimizers; a base at a hopeless rate stands in the table alone."""
-    reach = [abs(x.over_base.mean) + x.over_base.half for x in optimizers or shown]
-    widest = 1.2 * max(reach, default=1)
-    return -widest, widest
+    found = [line.over_base for line in optimizers or shown]
+    low = min([0.0, *(mean - half for mean, half in found)])
+    high = max([0.0, *(mean + half for mean, half in found)])
+    margin = 0.1 * (high - low) or 1.0
+    return low - margin, high + margin
 
 
 CURVES = {
