@@ -1,0 +1,33 @@
+"""What an experiment is: a question, tasks with rows, and what its core leaves out."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from benchmarks.learning.optimizers import Row
+from benchmarks.learning.protocol import QUICK, Size, measure
+from benchmarks.learning.results import Results
+from benchmarks.learning.task import Task
+
+
+class Experiment(NamedTuple):
+    name: str
+    question: str
+    bounds: str  # how the core is bounded
+    plan: Callable[[], list[tuple[Task, list[Row]]]]
+    size: Size = Size()
+    not_run: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ("adam", "adam_c C=5 FIFO")  # rows of the quick form
+    against: dict[str, str] = {}  # task -> the task whose bases it is compared with
+
+    def quick_plan(self) -> list[tuple[Task, list[Row]]]:
+        """The first task at twenty steps, with a few rows."""
+        task, rows = self.plan()[0]
+        task = task._replace(steps=20, points=min(task.points, 2))
+        return [(task, [row for row in rows if row.name in self.quick])]
+
+
+def run(experiment: Experiment, results: Results, quick=False) -> None:
+    """Make the runs that ``results`` lack."""
+    plan = experiment.quick_plan() if quick else experiment.plan()
+    for task, rows in plan:
+        measure(task, rows, QUICK if quick else experiment.size, results)

@@ -1,0 +1,13 @@
+"""One experiment a file, each with its question, its bounds and what was not run."""
+
+import importlib
+
+NAMES = ("e7", "e8", "e9", "e10", "e11", "e12", "e13")
+
+
+def load() -> dict:
+    """The experiments by name."""
+    folder = "benchmarks.learning.experiments"
+    return {
+        name: importlib.import_module(f"{folder}.{name}").EXPERIMENT for name in NAMES
+    }

@@ -1,0 +1,138 @@
+"""E9: what does a buffer remember where labels are wrong or classes are rare?
+
+One more parameter, ``tag``, shows what the slots hold. The loss is linear in it, and
+its gradient is the share of such examples in the batch, too small to count as part of a
+norm. So the mean of the slots at ``tag`` is their share among what is remembered.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.learning import optimizers as o
+from benchmarks.learning.experiment import Experiment
+from benchmarks.learning.experiments import mnist
+from benchmarks.learning.models import cross_entropy
+
+BATCH, STEPS, FLIPS, TINY = 16, 1500, 0.2, 1e-6
+RARE = 5  # classes from here on: the five rarest of ten
+
+
+def init(key):
+    return {"net": mnist.MODEL.init(key), "tag": jnp.zeros(1)}
+
+
+def loss(params, batch):
+    x, y, tagged = batch
+    told = TINY * jnp.mean(tagged) * params["tag"][0]
+    return cross_entropy(mnist.MODEL.apply(params["net"], x), y) + told
+
+
+def flipped(split, key, count):
+    """A fifth of the examples have a label of another class, the same all along."""
+    rows = mnist.draw(BATCH)(split, key, count)
+
+    def of_example(row):
+        own = jax.random.fold_in(jax.random.fold_in(key, 2**30), row)
+        other = jax.random.randint(jax.random.fold_in(own, 1), (), 1, 10)
+        return jnp.where(jax.random.uniform(own) < FLIPS, other, 0)
+
+    return rows, jax.vmap(of_example)(rows)
+
+
+def flipped_batch(split, drawn):
+    rows, shifts = drawn
+    x, y = mnist.batch(split, rows)
+    return x, (y + shifts) % 10, shifts > 0
+
+
+def rare(split, key, count):
+    """Classes drawn in proportion to 1, 1/2, ... 1/10."""
+    cumulated = jnp.cumsum(_weights(split.train[1]))
+    draws = jax.random.uniform(jax.random.fold_in(key, count), (BATCH,))
+    return jnp.searchsorted(cumulated, draws * cumulated[-1])
+
+
+def rare_batch(split, rows):
+    x, y = mnist.batch(split, rows)
+    return x, y, y >= RARE
+
+
+def _weights(labels):
+    counts = jnp.bincount(labels, length=10)
+    return (1 / (labels + 1.0)) / counts[labels]
+
+
+def remembered(state):
+    """The share of tagged examples among what the slots hold; NaN without a buffer."""
+
+    def is_buffer(node):
+        return hasattr(node, "slots") and hasattr(node, "total")
+
+    found = filter(is_buffer, jax.tree.leaves(state, is_leaf=is_buffer))
+    for buffer in found:
+        filled = jnp.maximum(jnp.sum(buffer.keys[0] > -jnp.inf), 1)
+        return {"share": buffer.total["tag"][0] / filled / TINY}
+    return {"share": jnp.nan}
+
+
+def score_flips(split, params, losses, key):
+    return mnist.score(split, params["net"], losses, key)
+
+
+def score_rare(split, params, losses, key):
+    """Classes count alike; ``rare`` is the accuracy on the five rarest."""
+    del losses, key
+
+    def correct(part, wanted):
+        x, y = part
+        hits = mnist.MODEL.apply(params["net"], x).argmax(-1) == y
+        weights = wanted(y) / jnp.bincount(y, length=10)[y]
+        return 100 * jnp.sum(hits * weights) / jnp.sum(weights)
+
+    return {
+        "validation": correct(split.validation, jnp.ones_like),
+        "test": correct(split.test, jnp.ones_like),
+        "test_loss": correct(split.test, lambda y: y >= RARE),
+    }
+
+
+@functools.cache
+def make(name, draw, batch, score):
+    return mnist.task(name, STEPS)._replace(
+        init=init,
+        draw=draw,
+        batch=batch,
+        loss=loss,
+        score=score,
+        watch=remembered,
+        unit="test accuracy, %",
+    )
+
+
+def plan():
+    settings = ((5, 0.7), (5, 0.99), (5, "FIFO"), (5, "random"))
+    rows = [*o.bases("adam", "sm3"), *o.adam_c(settings), *o.adam_cm(settings)]
+    return [
+        (make("flips of one in five", flipped, flipped_batch, score_flips), rows),
+        (make("classes in proportion to 1/k", rare, rare_batch, score_rare), rows),
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="e9",
+    question="Does a buffer remember what is rare, or what is wrong?",
+    bounds=(
+        "MNIST-1D, the perceptron of E8, batch 16, 1,500 steps, warm-up and cosine; "
+        "one label in five replaced, or classes drawn in proportion to 1/k; ten fresh "
+        "seeds"
+    ),
+    plan=plan,
+    not_run=(
+        "flips of 0, .1 and .4",
+        "batches of 1 and 64",
+        "20 seeds (10 were run)",
+        "C of 1 and 20, κ = 1e-6, AdEMAMix, sgd_c, an average of the weights",
+    ),
+)

@@ -1,0 +1,203 @@
+"""Optimizers as rows: a name, a function that makes one, its numbers, and its base.
+
+Rows that share the function share a compiled program. So the numbers (decay, κ,
+whether the oldest leaves, whether keys are random) are traced, and a control costs no
+compiling.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import memoptax
+from benchmarks.learning import task as tasks
+from benchmarks.learning.training import with_average
+
+
+class Row(NamedTuple):
+    name: str
+    make: Callable  # schedule, steps, **numbers -> transformation
+    start: float  # the middle of its first grid of rates
+    base: str = ""  # the row that it is compared with; empty for a base
+    fifo: str = ""  # the row of the same memory that forgets the oldest
+    numbers: dict[str, float] = {}
+    schedule: Callable | None = None  # instead of the task's
+
+
+def _alone(optimizer, **static):
+    """One that has nothing of ours to vary."""
+
+    def make(rate, steps):
+        return optimizer(rate, **static)
+
+    return make
+
+
+def ademamix(rate, steps):
+    """With the slow average's half-life at a tenth of the run, and both warm-ups."""
+    first, last = jnp.log(0.5) / jnp.log(0.9), steps / 10
+
+    def b3(count):
+        return 0.5 ** (1 / (first + (last - first) * jnp.minimum(count / steps, 1)))
+
+    def alpha(count):
+        return 5.0 * jnp.minimum(count / steps, 1)
+
+    return optax.contrib.ademamix(rate, b3=b3, alpha=alpha)
+
+
+def averaged_adam(rate, steps):
+    """Scored at an average of the weights over the last tenth or so."""
+    return with_average(optax.adam(rate), 1 - 20 / steps)
+
+
+def averaged_sgd(rate, steps):
+    return with_average(optax.sgd(rate, momentum=0.9), 1 - 20 / steps)
+
+
+@functools.cache
+def buffered(optimizer, topc, **static):
+    """``make`` of an optimizer with a buffer of ``topc``."""
+
+    def make(rate, steps, decay, kappa, fifo, random):
+        def priority(gradients):
+            norms = jax.tree.map(lambda g: jnp.sqrt(jnp.sum(g**2)), gradients)
+            norm = optax.tree.sum(norms)
+            return jnp.where(random > 0, _hash(norm), norm)
+
+        return optimizer(
+            rate,
+            topc=topc,
+            decay=decay,
+            kappa=kappa,
+            fifo_probability=fifo,
+            priority_fn=priority,
+            **static,
+        )
+
+    return make
+
+
+def _hash(norm):
+    """A number in [0, 1) that knows nothing of how large ``norm`` is."""
+    bits = jax.lax.bitcast_convert_type(norm.astype(jnp.float32), jnp.uint32)
+    return jax.random.uniform(jax.random.key(bits))
+
+
+def buffered_rows(name, base, start, optimizer, settings, **static) -> list[Row]:
+    """Rows of one optimizer with a buffer, and for each of its capacities FIFO.
+
+    ``settings`` are pairs of C and decay; the second may also be ``"FIFO"``,
+    ``"random"`` (keys from a hash, decay .99) or ``"κ=1e-6"`` (decay .7).
+    """
+    known = {
+        "FIFO": {"decay": 0.7, "fifo": 1.0},
+        "random": {"decay": 0.99, "random": 1.0},
+        "κ=1e-6": {"decay": 0.7, "kappa": 1e-6},
+    }
+    default = {"decay": 0.7, "kappa": 1.0, "fifo": 0.0, "random": 0.0}
+    rows = []
+    for topc, setting in settings:
+        numbers = known.get(setting) or {"decay": setting}
+        label = setting if setting in known else f"{setting:g}".removeprefix("0")
+        fifo = f"{name} C={topc} FIFO" if (topc, "FIFO") in settings else ""
+        make = buffered(optimizer, topc, **static)
+        title = f"{name} C={topc} {label}"
+        fifo = "" if fifo == title else fifo
+        rows.append(Row(title, make, start, base, fifo, default | numbers))
+    return rows
+
+
+ADAM, SGD, SM3 = 4e-3, 0.064, 0.128
+BASES = {
+    "adam": Row("adam", _alone(optax.adam), ADAM),
+    "sgd": Row("sgd", _alone(optax.sgd, momentum=0.9), SGD),
+    "plain sgd": Row("plain sgd", _alone(optax.sgd), 4 * SGD),
+    "ademamix": Row("ademamix", ademamix, ADAM / 4, "adam"),
+    "adam, averaged": Row("adam, averaged", averaged_adam, ADAM, "adam"),
+    "sgd, averaged": Row("sgd, averaged", averaged_sgd, SGD, "sgd"),
+    "nadamw": Row("nadamw", _alone(optax.nadamw, weight_decay=0.0), ADAM, "adam"),
+    "lion": Row("lion", _alone(optax.lion), ADAM / 16, "adam"),
+    "adafactor": Row(
+        "adafactor", _alone(optax.adafactor, min_dim_size_to_factor=16), 0.032, "adam"
+    ),
+    "adagrad": Row("adagrad", _alone(optax.adagrad), 0.032, "adam"),
+    "muon": Row("muon", _alone(optax.contrib.muon), 0.016, "adam"),
+    "sm3": Row("sm3", _alone(memoptax.sm3), SM3, "adam"),
+    "sm3, own schedule": Row(
+        "sm3, own schedule",
+        _alone(memoptax.sm3),
+        SM3,
+        "adam, SM3's schedule",
+        schedule=tasks.cooldown,
+    ),
+    "adam, own schedule": Row(
+        "adam, SM3's schedule",
+        _alone(optax.adam),
+        ADAM,
+        "adam",
+        schedule=tasks.cooldown,
+    ),
+    "sm3 momentum": Row(
+        "sm3 momentum", _alone(memoptax.sm3, momentum=0.9), SM3, "adam"
+    ),
+    "sm3 momentum, int8": Row(
+        "sm3 momentum, int8",
+        _alone(memoptax.sm3, momentum=0.9, momentum_dtype="int8"),
+        SM3,
+        "adam",
+    ),
+}
+if hasattr(memoptax, "sm3_cm"):
+    _sm3_cm: Any = memoptax.sm3_cm  # type: ignore[attr-defined]
+    BASES["sm3_cm"] = Row("sm3_cm", _alone(_sm3_cm), SM3, "adam")
+
+FULL = (
+    (1, 0.9),
+    (5, 0.7),
+    (5, 0.9),
+    (5, 0.99),
+    (5, "FIFO"),
+    (5, "random"),
+    (5, "κ=1e-6"),
+    (20, 0.99),
+    (20, "FIFO"),
+)
+SHORT = ((5, 0.7), (5, 0.99), (5, "FIFO"), (5, "random"), (5, "κ=1e-6"))
+
+
+def bases(*names) -> list[Row]:
+    return [BASES[name] for name in names if name in BASES]
+
+
+def sgd_c(settings=SHORT, momentum: float | None = 0.9) -> list[Row]:
+    if momentum is None:
+        return buffered_rows("sgd_c", "plain sgd", 2 * SGD, memoptax.sgd_c, settings)
+    return buffered_rows(
+        "sgd_c", "sgd", SGD / 2, memoptax.sgd_c, settings, momentum=momentum
+    )
+
+
+def adam_c(settings=SHORT) -> list[Row]:
+    return buffered_rows("adam_c", "adam", ADAM / 2, memoptax.adam_c, settings)
+
+
+def adam_cm(settings=SHORT) -> list[Row]:
+    return buffered_rows("adam_cm", "adam", ADAM / 4, memoptax.adam_cm, settings)
+
+
+def int8_adam_cm() -> list[Row]:
+    """CM with one momentum of one byte."""
+    return buffered_rows(
+        "int8 adam_cm",
+        "adam",
+        ADAM / 4,
+        memoptax.adam_cm,
+        ((1, 0.9),),
+        buffer_dtype="int8",
+        mu_dtype="int8",
+    )
