@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from memoptax import _check, _flax_metadata
 from memoptax._buffer import algorithm, eviction, resizing
@@ -180,7 +181,7 @@ def check_state(tx, params, state) -> None:
 def _check_numbers(buffer):
     """Refuse a buffer whose numbers cannot be, where they are known."""
     numbers = buffer._replace(slots=None, scales=None, total=None)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(numbers)):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(numbers)):
         return
     flat = jax.tree.map(lambda x: np.reshape(x, (-1, *np.shape(x)[-1:])), numbers)
     if problem := resizing.problem(flat):
