@@ -354,6 +354,8 @@ def run(
                 direction = bases[leaf](u)
             if decoupled:
                 direction = direction + weight_decay * params[leaf]
+            if name.endswith("_cm") and not all_finite(step_grads):
+                direction = np.full_like(direction, np.nan)
             if guarded:
                 direction = np.where(np.isfinite(direction), direction, 0)
             params[leaf] = params[leaf] - learning_rate * direction

@@ -416,10 +416,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name, steps, bad):
     gradient = jax.tree.map(lambda g: g[steps], grads)
     spoiled = {**gradient, "b": gradient["b"].at[1].set(bad)}
     updates, after = update(spoiled, state)
-    # Not finite where the gradient is not, and there alone.
-    chex.assert_trees_all_equal(
-        jax.tree.map(jnp.isfinite, updates), jax.tree.map(jnp.isfinite, spoiled)
-    )
+    assert all(np.isnan(u).all() for u in updates.values())
     assert_same_state(after, state)
 
 
