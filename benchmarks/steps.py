@@ -72,7 +72,7 @@ FLAT_COLUMNS = (
 ACCEPTING, REJECTING = 0.5, 1.0
 
 
-def make_runner(name, gradients, topc=None, dtype=None):
+def make_runner(name, gradients, topc=None, dtype=None, **chosen):
     """A runner whose arguments are gradients and the decay of keys, which is traced."""
 
     def make(decay):
@@ -80,7 +80,7 @@ def make_runner(name, gradients, topc=None, dtype=None):
             function, options = PLAIN[name]
             return function(RATE, **options)
         function, options = BUFFERED[name]
-        buffer = {"topc": topc, "decay": decay, "buffer_dtype": dtype}
+        buffer = {"topc": topc, "decay": decay, "buffer_dtype": dtype, **chosen}
         return function(RATE, **options, **buffer)
 
     return optimizer_runner(make, gradients, jnp.float32(ACCEPTING))
@@ -160,14 +160,14 @@ def measure_steps(sizes, leaves, topc, dtypes, steps):
 
 
 def measure_flat(size, topc, steps):
-    """Rows of sgd_c over many accepted steps, rebuilds included."""
+    """Rows of sgd_c with running sums over many accepted steps, rebuilds included."""
     rows = []
     with tqdm(total=steps * len(topc) * len(FLAT_LEAVES), unit="step") as bar:
         for leaves, c in itertools.product(FLAT_LEAVES, topc):
             gradients = make_gradients(size, leaves)
             adam = make_runner("optax.adam", gradients[0])
             bar.set_description(f"C = {c}")
-            runner = make_runner("sgd_c", gradients[0], c)
+            runner = make_runner("sgd_c", gradients[0], c, holding="sum")
             for k in range(c + 2):
                 adam.run(gradients[k % len(gradients)], jnp.float32(ACCEPTING))
                 runner.run(gradients[k % len(gradients)], jnp.float32(ACCEPTING))

@@ -104,9 +104,8 @@ def _blended(gradient, old, b1, rest, taken):
         return storage.saturate(m, old)
 
     operands = (gradient, *old)
-    return storage.encode_computed(
-        blend, lambda *numbers: numbers, operands, old, taken
-    )
+    new = storage.encode_computed(blend, lambda *numbers: numbers, operands, old)
+    return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
 
 
 def or_nan(sound, updates, gradients):
