@@ -87,9 +87,10 @@ def make_runner(name, gradients, topc=None, dtype=None, **chosen):
 
 
 def counts(runner):
-    """Gradients accepted, and sums rebuilt, so far."""
+    """Gradients accepted, and sums rebuilt, so far; without sums 0."""
     buffer = optax.tree.get(runner.carry[1], "buffer")
-    return int(buffer.accepted.sum()), int(buffer.rebuilds)
+    rebuilds = 0 if buffer.rebuilds is None else int(buffer.rebuilds)
+    return int(buffer.accepted.sum()), rebuilds
 
 
 def alternate(adam, other, gradients, steps, turn=5, decay=ACCEPTING, bar=None):

@@ -188,6 +188,7 @@ def _check_numbers(buffer):
         raise ValueError(f"state has a buffer whose {problem}.")
 
 
+@jax.jit
 def _stats(buffer, updates):
     dtype = buffer.keys.dtype
     filled = eviction.held(buffer)
@@ -198,12 +199,9 @@ def _stats(buffer, updates):
     counts = _holding.per_leaf(list(jnp.maximum(fill, 1)), leaves)
     means, apart = [], []
     for leaf, count in zip(leaves, counts):
-        values = [
-            _holding.value(buffer, leaf, entry, dtype)
-            for entry in range(filled.shape[1])
-        ]
-        means.append(sum(values[1:], values[0]) / count)
-        apart.append(jnp.sum(norms.of(values, dtype)) / count)
+        total, lengths = _sums(buffer, leaf)
+        means.append(total / count)
+        apart.append(lengths / count)
     mean_norm = _norm(means, dtype)
     ages = jnp.where(filled, buffer.ages - 1, 0)
     stats = {
@@ -226,6 +224,20 @@ def _stats(buffer, updates):
         name: jnp.where(empty, 0, value).astype(jnp.float32)
         for name, value in stats.items()
     }
+
+
+def _sums(buffer, leaf):
+    """The sum of the values of a leaf, and of their norms, one value at a time."""
+
+    def add(sums, entry):
+        total, lengths = sums
+        value = _holding.value(buffer, leaf, entry, buffer.keys.dtype)
+        length = jnp.sqrt(jnp.sum(jnp.square(value)))
+        return (total + value, lengths + length), None
+
+    like = _holding.value(buffer, leaf, 0, buffer.keys.dtype)
+    start = jnp.zeros_like(like), jnp.zeros((), like.dtype)
+    return jax.lax.scan(add, start, jnp.arange(buffer.keys.shape[1]))[0]
 
 
 def _norm(leaves, dtype):
@@ -288,14 +300,17 @@ def _boxed(buffer, function):
     new = _for_each(function, bare)
     if not _flax_metadata.has_boxes(buffer):
         return new
-    boxes = jax.tree.leaves(buffer.slots, is_leaf=_flax_metadata.is_box)
 
-    def fit(tree):
+    def fit(name):
+        # A field that was not there is like another one.
+        old, tree = getattr(buffer, name), getattr(new, name)
+        like = buffer.slots if name == "total" else buffer.keys
+        boxes = jax.tree.leaves(like if old is None else old, is_leaf=is_box)
         leaves, treedef = jax.tree.flatten(tree)
         return treedef.unflatten(map(_flax_metadata.fit, boxes, leaves))
 
-    fields = {name: fit(getattr(new, name)) for name in ("slots", "scales", "total")}
-    return new._replace(**fields)
+    is_box = _flax_metadata.is_box
+    return algorithm.Buffer(*map(fit, algorithm.Buffer._fields))
 
 
 def _for_each(function, buffer, *rest):

@@ -59,11 +59,11 @@ def test_digits_train_and_are_drawn(tmp_path, capsys):
         assert name in table
         assert record["loss_curves"].shape == (2, 2)
         assert np.all(record["test_accuracy"] > 0.5), name
-    # C + 4 copies of float32 and a few numbers: adam_c at C = 5.
+    # C + 3 copies of float32 and a few numbers: adam_c at C = 5.
     assert results["adam"]["state_bytes"] == pytest.approx(8, abs=0.01)
-    assert results["adam_c"]["state_bytes"] == pytest.approx(36, abs=0.1)
-    assert results["adam_c, int8 slots"]["state_bytes"] < 19
-    assert results["sgd_c"]["state_bytes"] == pytest.approx(32, abs=0.1)
+    assert results["adam_c"]["state_bytes"] == pytest.approx(32, abs=0.1)
+    assert results["adam_c, int8 slots"]["state_bytes"] < 15
+    assert results["sgd_c"]["state_bytes"] == pytest.approx(28, abs=0.1)
 
 
 def test_digits_are_the_same_every_time():
@@ -180,8 +180,9 @@ def test_the_kernels_of_a_step_are_counted(tmp_path):
     touched = {r["optimizer"]: r["touches"] for r in rows if r["kernel"] == "the step"}
     # m and v from g, three each, and p from both: 4. A cleverer compiler needs 7.
     assert 7 <= touched["optax.adam"] <= 10
-    # g for the norm, a slot written, the sum changed, p changed: 1 + 2 + 4 + 5.
-    assert 10 <= touched["sgd_c"] <= 12
+    # g for the norm, a slot written, p changed by g and the slots, which count as one
+    # operand: 1 + 2 + 4.
+    assert 7 <= touched["sgd_c"] <= 8
 
 
 def test_a_missing_peer_is_reported_as_missing(tmp_path, monkeypatch):

@@ -219,7 +219,7 @@ def test_nnx_optimizers_take_the_names_of_the_variables(name, kind, jitted):
     if name == "sm3":
         expected = [P("data", "model"), P("data"), P(None, "model"), P("data")]
     else:
-        expected = [P(None, "data", "model"), P("data", "model"), P()]
+        expected = [P(None, "data", "model"), P()]
     assert made == expected
     assert after == expected
 

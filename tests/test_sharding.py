@@ -278,12 +278,12 @@ def test_a_device_holds_an_eighth(name, layout, mesh):
     large = small = held = 0
     for x in jax.tree.leaves(init(params)):
         held += x.addressable_shards[0].data.nbytes
-        if x.nbytes >= 64:  # the sum of the vector is the least of the large
+        if x.nbytes >= 64:  # a moment of the vector is the least of the large
             large += x.nbytes
         else:
             small += x.nbytes
     of_params = 4 * sum(math.prod(s) for s in SHAPES.values() if s)
-    copies = 3 + 2  # C and a spare, the sum, and a moment; adam_cm has one more
+    copies = 3 + 1  # C and a spare, and a moment; adam_cm has one more
     assert large >= (copies if name == "sgd_c" else copies + 1) * of_params
     assert held == large / 8 + small
     assert small < 600

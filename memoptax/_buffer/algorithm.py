@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from memoptax import _flax_metadata
 from memoptax._buffer import aggregation, eviction, holding, matching
-from memoptax._buffer.options import Options
+from memoptax._buffer.options import Options, check_scales
 from memoptax._tensors import norms as _norms
 from memoptax._tensors import storage
 
@@ -76,6 +76,7 @@ def recall_and_offer(
     Where the caller keeps the values in storage itself, ``stored`` are they.
     """
     matching.check(options, buffer, gradients)
+    check_scales(options, gradients, buffer.scales)
     offers, treedef = jax.tree.flatten(values)
     leaves, across = treedef.flatten_up_to(gradients), options.across
     norms = _norms.of(leaves, buffer.keys.dtype, across)

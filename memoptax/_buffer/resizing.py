@@ -77,7 +77,10 @@ def _summed(buffer, like, rebuilds):
 
 def reset(buffer):
     """The buffer, holding none; the key of its draws stays."""
-    return jax.tree.map(storage.emptied, buffer)._replace(draws=buffer.draws)
+    zeros = jax.tree.map(storage.emptied, buffer)._replace(draws=buffer.draws)
+    if buffer.entries is None:
+        return zeros
+    return zeros._replace(entries=holding.in_order(*buffer.keys.shape))
 
 
 def problem(buffer) -> str | None:
