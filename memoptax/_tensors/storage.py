@@ -128,11 +128,10 @@ def _rounded(x, like: Stored) -> Stored:
     """``x`` rounded to what ``like`` can store, still in a dtype of arithmetic."""
     if like.scale is not None:
         return _quantized(x, _row(jnp.max, jnp.abs(x), initial=0))
-    info = jnp.finfo(like.values.dtype)
-    if info.bits < 32:
+    if like.values.dtype == jnp.bfloat16:
         # A conversion there and back could be left out by the compiler.
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        x = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
+        x = jax.lax.reduce_precision(wide, 8, 7)
     return Stored(x, None)
 
 
@@ -201,7 +200,8 @@ def _rounding(x, stored):
         return 1, 0
     # The sum of no elements: a 0 that shard_map knows to be of this shard alone.
     lost = jnp.sum(jnp.atleast_1d(x)[:0], dtype=jnp.float32)
-    return 1 + float(info.eps) / 2, lost + float(info.smallest_subnormal) ** 2 * x.size
+    lost += float(info.smallest_subnormal) ** 2 / 4 * x.size
+    return 1 + float(info.eps) / 2, lost
 
 
 def _precision(stored):
