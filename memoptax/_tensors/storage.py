@@ -128,11 +128,23 @@ def _rounded(x, like: Stored) -> Stored:
     """``x`` rounded to what ``like`` can store, still in a dtype of arithmetic."""
     if like.scale is not None:
         return _quantized(x, _row(jnp.max, jnp.abs(x), initial=0))
-    if like.values.dtype == jnp.bfloat16:
-        # A conversion there and back could be left out by the compiler.
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        x = jax.lax.reduce_precision(wide, 8, 7)
+    if like.values.dtype in (jnp.bfloat16, jnp.float16):
+        x = _rounded_to(jnp.finfo(like.values.dtype), x)
     return Stored(x, None)
+
+
+def _rounded_to(info, x):
+    """``x`` as a dtype of 16 bits has it. XLA may leave out a conversion there and back,
+    and on a GPU it does: then the running sum would add what no slot holds.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    rounded = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
+    # Without the subnormal numbers, which float16 needs for what is below 6e-5.
+    step = float(info.smallest_subnormal)
+    if step < jnp.finfo(jnp.float32).tiny:
+        return rounded
+    small = jnp.abs(wide) < float(info.tiny)
+    return jnp.where(small, jnp.round(wide / step) * step, rounded)
 
 
 def _quantized(x, largest) -> Stored:

@@ -2,7 +2,8 @@
 
 One more parameter, ``tag``, shows what the slots hold. The loss is linear in it, and
 its gradient is the share of such examples in the batch, too small to count as part of a
-norm. So the mean of the slots at ``tag`` is their share among what is remembered.
+norm. So the norm of the mean of the slots at ``tag`` is their share among what is
+remembered.
 """
 
 import functools
@@ -10,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+import memoptax as mo
 from benchmarks.learning import optimizers as o
 from benchmarks.learning.experiment import Experiment
 from benchmarks.learning.experiments import mnist
@@ -68,12 +70,11 @@ def remembered(state):
     """The share of tagged examples among what the slots hold; NaN without a buffer."""
 
     def is_buffer(node):
-        return hasattr(node, "slots") and hasattr(node, "total")
+        return isinstance(node, mo.Buffer)
 
-    found = filter(is_buffer, jax.tree.leaves(state, is_leaf=is_buffer))
-    for buffer in found:
-        filled = jnp.maximum(jnp.sum(buffer.keys[0] > -jnp.inf), 1)
-        return {"share": buffer.total["tag"][0] / filled / TINY}
+    for buffer in filter(is_buffer, jax.tree.leaves(state, is_leaf=is_buffer)):
+        tags = buffer._replace(slots=buffer.slots["tag"])
+        return {"share": mo.buffer_stats(tags)["mean_norm"] / TINY}
     return {"share": jnp.nan}
 
 
