@@ -24,7 +24,7 @@ def step(rule, path, boxes, gradient, numbers, memory):
     del path
     if gradient.size == 0:
         return gradient, numbers, memory
-    dtype = numbers[0].dtype
+    numbers, dtype = tuple(numbers), numbers[0].dtype
     momentum, beta, eps = (hyperparameter(x, dtype) for x in rule[:3])
     g = gradient.astype(dtype)
     families = _families.Families(boxes, g.shape)

@@ -7,6 +7,9 @@ On an accelerator, tests marked ``cpu_only`` are skipped with the reason that th
 gives, and so are all that ask for the fixture ``mesh``. Matrix products have full
 precision there. A TPU serves one process, so leave out ``-n``; on a GPU several share
 its memory with ``XLA_PYTHON_CLIENT_PREALLOCATE=false``. All is set before JAX starts.
+
+``pytest`` runs the fast suite, ``-m long`` the rest, ``-m "long or not long"`` all.
+A test marked ``few(n)`` has n of its cases in the fast suite, spread evenly.
 """
 
 import os
@@ -26,7 +29,18 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not name
 def pytest_collection_modifyitems(items):
+    cases = {}
+    for item in items:
+        if item.get_closest_marker("few"):
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    for group in cases.values():
+        (count,) = group[0].get_closest_marker("few").args
+        fast = {k * len(group) // count for k in range(count)}
+        for place, item in enumerate(group):
+            if place not in fast:
+                item.add_marker(pytest.mark.long)
     if PLATFORM == "cpu":
         return
     for item in items:

@@ -179,6 +179,7 @@ def test_rows_of_their_own_decide_for_themselves(way):
 @pytest.mark.parametrize("synced", [True, False])
 @pytest.mark.parametrize(("way", "topc"), [*WAYS, ("read", 20), ("sum", 20)])
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+@pytest.mark.few(6)
 def test_agrees_with_the_oracle_on_streams_full_of_ties(way, topc, decay, synced, x64):
     random = np.random.default_rng(topc)
     shapes = {"a": (), "b": (3,), "c": (2, 2)}
@@ -230,6 +231,7 @@ def test_zeros_are_an_empty_buffer(way, topc):
 
 @each_way
 @pytest.mark.parametrize("factor", [0.0, 0.3, 0.5, 2.0])
+@pytest.mark.few(5)
 def test_a_buffer_that_was_scaled_goes_on(way, topc, factor):
     """Whoever averages or scales a whole state casts its numbers back as they were."""
     buffer = empty(jnp.zeros(3), topc, holding=way)
@@ -344,6 +346,7 @@ def outliers(random, steps, scale=1e4):
         (40, True, None),
     ],
 )
+@pytest.mark.few(1)
 def test_the_sum_stays_within_its_bound(topc, synced, dtype):
     random = np.random.default_rng(0)
     buffer = None
@@ -431,6 +434,7 @@ def test_the_rebuild_stays_a_loop_of_its_own_under_vmap_and_in_apply_if_finite()
 
 
 @pytest.mark.parametrize("topc", [1, 2, 4])
+@pytest.mark.few(1)
 def test_a_resized_sum_has_the_derivative_of_what_was_kept(topc, x64):
     def total(stream):
         buffer = empty(stream[0], 3, holding="sum")

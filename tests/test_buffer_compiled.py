@@ -15,7 +15,10 @@ from compiled import (
     whole_buffer_operations,
 )
 
-pytestmark = pytest.mark.cpu_only("it reads what XLA makes for a CPU")
+pytestmark = [
+    pytest.mark.cpu_only("it reads what XLA makes for a CPU"),
+    pytest.mark.few(5),
+]
 
 
 @pytest.mark.slow

@@ -103,6 +103,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.few(3)
 def test_a_state_comes_back_bitwise_and_goes_on(tx, tmp_path):
     params, state = trained(tx)
     save(tmp_path / "state", (params, state))
@@ -114,6 +115,7 @@ def test_a_state_comes_back_bitwise_and_goes_on(tx, tmp_path):
 
 @pytest.mark.cpu_only("a mesh of eight devices")
 @pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.long
 def test_onto_another_mesh_and_another_capacity(slots, tmp_path):
     """What was saved on 4 × 2 devices with C = 5 goes on upon 2 × 4 with C = 2 or 8."""
     tx = optax.chain(memoptax.critical_gradients(5, buffer_dtype=slots), optax.sgd(0.1))
@@ -151,6 +153,7 @@ def test_onto_another_mesh_and_another_capacity(slots, tmp_path):
     assert jax.jit(memoptax.buffer_stats)(after)["fill"] == 8
 
 
+@pytest.mark.long
 def test_an_nnx_optimizer_comes_back(tmp_path):
     def create():
         model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
@@ -223,6 +226,7 @@ language_model.train(name, settings, text, mesh, pathlib.Path(folder), every=1)
 
 
 @pytest.mark.cpu_only("processes of simulated devices")
+@pytest.mark.long
 def test_a_run_killed_while_it_saves_takes_the_same_steps(tmp_path):
     """Killed where it begins to write, and again where all is written but the name."""
     environment = os.environ | {

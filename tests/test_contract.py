@@ -1,13 +1,9 @@
-"""What every public optimizer promises, whatever it computes.
+"""What every public optimizer promises to JAX: transformations, dtypes, trees, descent.
 
-A new one joins with a line in ``OPTIMIZERS``. Those named like their factory stand for
-it where a property does not depend on options.
+The table of optimizers is in ``contract.py``.
 """
 
-import dataclasses
 import functools
-import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,226 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract import (
+    ADAM,
+    CG,
+    RMS,
+    SHAPES,
+    STEPS,
+    at,
+    close,
+    donating,
+    each_block,
+    each_factory,
+    each_memory,
+    each_optimizer,
+    expected,
+    gradients,
+    params_like,
+    signature,
+    steps_of,
+    trained,
+)
 
 import memoptax
 
 from compiled import step_of, train
 
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Optimizer:
-    """A line of the table: a factory, its options, and what is special about it."""
-
-    name: str
-    factory: Callable
-    options: dict = dataclasses.field(default_factory=dict)
-    rate: float = 0.01  # descends the test problems
-    needs_params: bool = False
-    memory: str | None = "buffer"  # field that no bad gradient ever enters
-
-    def __repr__(self):
-        return self.name
-
-    def accepts(self, argument):
-        return argument in inspect.signature(self.factory).parameters
-
-    @property
-    def rated(self):
-        return self.accepts("learning_rate")
-
-    @property
-    def squares(self):
-        """Whether it squares what it is given, and so refuses what overflows then."""
-        momenta = (memoptax.scale_by_adam_cm, memoptax.adam_cm, memoptax.adamw_cm)
-        return self.factory in momenta or self.memory == "accumulators"
-
-    def build(self, wrap=lambda factory: factory, **options):
-        options = {**self.options, **options}
-        if self.rated:
-            options.setdefault("learning_rate", self.rate)
-        return wrap(self.factory)(**options)
-
-    def descends(self):
-        """With a learning rate, if it has none of its own."""
-        tx = self.build()
-        if self.rated:
-            return tx
-        return optax.chain(tx, optax.scale_by_learning_rate(self.rate))
-
-
-def matrices(params):
-    """A mask: weight decay for whatever has two axes or more."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
-
-
-CG, SGD, RMS = memoptax.critical_gradients, memoptax.sgd_c, memoptax.rmsprop_c
-ADAM, ADAMW = memoptax.adam_c, memoptax.adamw_c
-NESTEROV = {"momentum": 0.9, "dampening": 0.1, "nesterov": True}
-CENTERED = {"centered": True, "momentum": 0.5, "alpha": 0.9}
-FIFO = {"topc": 2, "fifo_probability": 0.5, "seed": 3}
-BF16 = {"topc": 2, "buffer_dtype": "bfloat16"}
-
-OPTIMIZERS = [
-    Optimizer("critical_gradients", CG),
-    Optimizer("sgd_c", SGD),
-    Optimizer("rmsprop_c", RMS),
-    Optimizer("adam_c", ADAM),
-    Optimizer("adamw_c", ADAMW, needs_params=True),
-    Optimizer("critical_momenta", memoptax.critical_momenta),
-    Optimizer("scale_by_adam_cm", memoptax.scale_by_adam_cm),
-    Optimizer("sgd_cm", memoptax.sgd_cm),
-    Optimizer("adam_cm", memoptax.adam_cm),
-    Optimizer("adamw_cm", memoptax.adamw_cm, needs_params=True),
-    Optimizer("scale_by_sm3_cm", memoptax.scale_by_sm3_cm),
-    Optimizer("sm3_cm", memoptax.sm3_cm),
-    Optimizer("scale_by_sm3", memoptax.scale_by_sm3, rate=0.1, memory="accumulators"),
-    Optimizer("sm3", memoptax.sm3, rate=0.1, memory="accumulators"),
-    Optimizer(
-        "sm3 momentum",
-        memoptax.sm3,
-        {"momentum": 0.9, "momentum_dtype": "int8", "beta": 0.95, "variant": "I"},
-        rate=0.1,
-        memory="accumulators",
-    ),
-    Optimizer(
-        "sm3_cm int8",
-        memoptax.sm3_cm,
-        {"topc": 1, "mu_dtype": "int8", "buffer_dtype": "int8"},
-        memory="accumulators",
-    ),
-    Optimizer("unsynced", CG, {"topc": 2, "synced": False, "aggr": "mid"}),
-    Optimizer("fifo", CG, FIFO),
-    Optimizer("bf16 slots", CG, BF16),
-    Optimizer("int8 slots", CG, {"topc": 2, "buffer_dtype": "int8"}),
-    Optimizer("summed", CG, {"topc": 2, "holding": "sum"}),
-    Optimizer("one slot", CG, {"topc": 1}),
-    Optimizer("sgd_c momentum", SGD, {"momentum": 0.9}, rate=0.002),
-    Optimizer("sgd_c nesterov", SGD, {**NESTEROV, "topc": 1}, rate=0.002),
-    Optimizer("rmsprop_c centered", RMS, CENTERED, rate=0.001),
-    Optimizer(
-        "adam_cm released",
-        memoptax.adam_cm,
-        {"skip_first": True, "amsgrad": True, "synced": False, **BF16},
-    ),
-    Optimizer(
-        "adam_cm int8",
-        memoptax.adam_cm,
-        {"topc": 2, "mu_dtype": "int8", "buffer_dtype": "int8", "synced": False},
-    ),
-    Optimizer(
-        "adam_c amsgrad", ADAM, {"amsgrad": True, "synced": False, "mu_dtype": "int8"}
-    ),
-    Optimizer("adam_c L2", ADAM, {"weight_decay": 1e-3, **FIFO}, needs_params=True),
-    Optimizer("adamw_c mask", ADAMW, {"mask": matrices, **BF16}, needs_params=True),
-]
-
-each_optimizer = pytest.mark.parametrize("opt", OPTIMIZERS, ids=repr)
-each_factory = pytest.mark.parametrize(
-    "opt", [opt for opt in OPTIMIZERS if opt.name == opt.factory.__name__], ids=repr
-)
-# The buffer's own options are tried where nothing else costs time.
-each_block = pytest.mark.parametrize(
-    "opt",
-    [opt for opt in OPTIMIZERS if opt.name == opt.factory.__name__ or not opt.rated],
-    ids=repr,
-)
-each_capacity = pytest.mark.parametrize(
-    "opt", [opt for opt in OPTIMIZERS if opt.accepts("topc")], ids=repr
-)
-each_memory = pytest.mark.parametrize(
-    "opt", [opt for opt in OPTIMIZERS if opt.memory], ids=repr
-)
-
-STEPS = 8
-SHAPES = {"scalar": (), "vector": (3,), "rank 4": (2, 1, 2, 1)}
-
-
-def params_like(shapes, dtype=jnp.float32):
-    return {name: jnp.full(shape, 0.5, dtype) for name, shape in shapes.items()}
-
-
-def gradients(seed=0, shapes=SHAPES, steps=STEPS):
-    """A stream of gradients of very different sizes, the fourth of them zero."""
-    random = np.random.default_rng(seed)
-    size = np.exp2(random.uniform(-3, 3, steps))
-    size[3:4] = 0
-    return {
-        name: np.float32(random.normal(size=(steps, *shape)))
-        * np.float32(size).reshape(-1, *[1] * len(shape))
-        for name, shape in shapes.items()
-    }
-
-
-def trained(tx, params=None, stream=None):
-    params = params_like(SHAPES) if params is None else params
-    stream = gradients() if stream is None else stream
-    return jax.jit(functools.partial(train, tx))(params, stream)
-
-
-def at(stream, t):
-    return jax.tree.map(lambda g: g[t], stream)
-
-
-def steps_of(stream):
-    return [at(stream, t) for t in range(len(jax.tree.leaves(stream)[0]))]
-
-
-class Donating:
-    """A jitted step that donates, and counts how often it was traced."""
-
-    def __init__(self, tx):
-        self.traces = 0
-
-        def step(params, state, gradient):
-            self.traces += 1
-            return step_of(tx)(params, state, gradient)
-
-        self.tx, self.step = tx, jax.jit(step, donate_argnums=(0, 1))
-
-    def run(self, stream, also=lambda old, new: None):
-        """Final parameters and state of a Python loop."""
-        carry = params_like(SHAPES), self.tx.init(params_like(SHAPES))
-        for gradient in stream:
-            old, carry = carry, self.step(*carry, gradient)
-            also(old, carry)
-        return carry
-
-
-@functools.cache
-def donating(opt):
-    return Donating(opt.build())
-
-
-@functools.cache
-def expected(opt, seed=0):
-    """What all ways of running the optimizer should give: that of a Python loop."""
-    trajectory = []
-    _, state = donating(opt).run(
-        steps_of(gradients(seed)),
-        lambda old, new: trajectory.append(jax.device_get(new[0])),
-    )
-    return jax.tree.map(lambda *p: np.stack(p), *trajectory), state
-
-
-def close(got, want, rtol=1e-5, atol=1e-6):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(
-            np.asarray(a, np.float64), np.asarray(b, np.float64), rtol, atol
-        ),
-        got,
-        want,
-    )
-
-
-def signature(tree):
-    """All that a compiled step or a scan may object to."""
-
-    def leaf(x):
-        return x.shape, str(x.dtype), x.weak_type
-
-    return jax.tree.map(leaf, jax.eval_shape(lambda: tree))
-
+pytestmark = pytest.mark.few(4)
 
 # JAX's own transformations
 
@@ -440,221 +242,6 @@ def test_another_tree_than_at_birth_is_refused(opt):
     wider = {**params, "vector": jnp.zeros(4)}
     with pytest.raises(ValueError, match="updates have a leaf|'vector'"):
         jax.eval_shape(tx.update, wider, state, wider)
-
-
-# Optax
-
-
-def ending_at(step, rate):
-    """A schedule: the rate, and from this step on 0."""
-    return optax.piecewise_constant_schedule(rate, {step: 0.0})
-
-
-@each_factory
-@pytest.mark.parametrize("inject", [False, True], ids=["plain", "injected"])
-def test_schedules_and_traced_hyperparameters(opt, inject):
-    wrap = optax.inject_hyperparams if inject else lambda factory: factory
-    options = {"learning_rate": ending_at(5, opt.rate)} if opt.rated else {}
-    tx = opt.build(wrap, **options)
-    if inject:
-        traced = jax.eval_shape(tx.init, params_like(SHAPES)).hyperparams
-        floats = {
-            name
-            for name, p in inspect.signature(opt.factory).parameters.items()
-            if isinstance(p.default, float) or name == "learning_rate"
-        }
-        assert floats <= traced.keys()
-    trajectory, _ = trained(tx)
-    want = expected(opt)[0]
-    if opt.rated:
-        want = jax.tree.map(lambda p: np.asarray(p)[[0, 1, 2, 3, 4, 4, 4, 4]], want)
-    close(trajectory, want)
-
-
-def test_the_annotation_of_a_rate_is_the_type_of_optax():
-    """Optax's own tests look at it, and skip what has another, or a string."""
-    for factory in {opt.factory for opt in OPTIMIZERS if opt.rated}:
-        rate = inspect.signature(factory).parameters["learning_rate"]
-        assert rate.annotation is optax.ScalarOrSchedule, factory
-
-
-OPTIONAL = ("fifo", "sgd_c nesterov", "rmsprop_c centered", "adam_c L2")
-
-
-@pytest.mark.parametrize(
-    "opt", [opt for opt in OPTIMIZERS if opt.name in OPTIONAL], ids=repr
-)
-def test_numbers_that_may_be_none_may_be_traced(opt):
-    """Of these the type of the default does not tell that they are numbers."""
-    numbers = {k for k, value in opt.options.items() if isinstance(value, float)}
-    static = opt.options.keys() - numbers
-    tx = opt.build(lambda f: optax.inject_hyperparams(f, static_args=static))
-    state = jax.eval_shape(tx.init, params_like(SHAPES))
-    assert numbers and numbers <= state.hyperparams.keys()
-    close(trained(tx)[0], expected(opt)[0])
-
-
-@each_factory
-def test_hyperparameters_in_half_precision_are_not_kept_in_it(opt):
-    """Injected numbers have the dtype of the parameters; the state has not."""
-    params, tx = params_like(SHAPES, jnp.bfloat16), opt.build(optax.inject_hyperparams)
-    state = jax.eval_shape(tx.init, params)
-    updates, after = jax.eval_shape(tx.update, params, state, params)
-    assert signature(after) == signature(state)
-    assert signature(updates) == signature(params)
-    kept = jax.tree.leaves(optax.tree.get(state.inner_state, opt.memory))
-    slots = optax.tree.get(state.inner_state, "slots", default={})
-    names = [str(x.dtype) for x in kept]
-    assert names.count("bfloat16") <= len(jax.tree.leaves(slots))
-
-
-@each_factory
-def test_counters_stop_at_their_end(opt):
-    """And do not turn negative, as if there had been no step yet."""
-    runner, last = donating(opt), np.iinfo(np.int32).max
-
-    def counted(path, x):
-        counter = x.dtype == jnp.int32 and path[-1].name != "entries"
-        return jnp.full_like(x, last) if counter else x
-
-    params = params_like(SHAPES)
-    state = jax.tree.map_with_path(counted, runner.tx.init(params))
-    params, state = runner.step(params, state, at(gradients(), 0))
-    counters = [x for x in jax.tree.leaves(state) if x.dtype == jnp.int32]
-    assert any(np.any(x == last) for x in counters)
-    assert all(np.all(np.asarray(x) >= 0) for x in counters)
-    assert all(np.isfinite(p).all() for p in params.values())
-
-
-@each_capacity
-def test_a_traced_capacity_is_refused_with_its_cure(opt):
-    static = tuple(opt.options)
-    params = params_like(SHAPES)
-    traced = opt.build(
-        lambda factory: optax.inject_hyperparams(
-            factory, static_args=tuple(set(static) - {"topc"})
-        ),
-        topc=3,
-    )
-    with pytest.raises(ValueError, match="topc must be a static.*static_args='topc'"):
-        traced.init(params)
-    cured = opt.build(
-        lambda factory: optax.inject_hyperparams(
-            factory, static_args=(*static, "topc")
-        ),
-        topc=3,
-    )
-    slots = optax.tree.get(jax.eval_shape(cured.init, params), "slots")
-    assert slots["vector"].shape == (4, 3)
-
-
-INSIDE = ("scalar", "rank 4")
-
-
-def inside(tree):
-    return {name: tree[name] for name in INSIDE}
-
-
-def masked(tx):
-    return optax.masked(tx, {name: name in INSIDE for name in SHAPES})
-
-
-def partitioned(tx):
-    labels = {name: "ours" if name in INSIDE else "theirs" for name in SHAPES}
-    return optax.partition({"ours": tx, "theirs": optax.identity()}, labels)
-
-
-@functools.cache
-def trained_apart(opt):
-    return trained(opt.build(), inside(params_like(SHAPES)), inside(gradients()))[0]
-
-
-@each_factory
-@pytest.mark.parametrize("wrap", [masked, partitioned])
-def test_a_part_of_the_tree_is_as_if_it_were_alone(opt, wrap):
-    params, stream = params_like(SHAPES), gradients()
-    trajectory, _ = trained(wrap(opt.build()))
-    close(inside(trajectory), trained_apart(opt))
-    for name in SHAPES.keys() - set(INSIDE):
-        untouched = np.asarray(params[name]) + np.cumsum(stream[name], axis=0)
-        np.testing.assert_allclose(trajectory[name], untouched, rtol=1e-5)
-
-
-@each_factory
-def test_multi_steps_sees_the_mean_of_its_micro_batches(opt):
-    def micro(g):
-        noise = np.float32([0.5, -0.5]).reshape(-1, *[1] * (g.ndim - 1))
-        return (g[:, None] * (1 + noise)).reshape(-1, *g.shape[1:])
-
-    stream = jax.tree.map(micro, gradients())
-    tx = optax.MultiSteps(opt.build(), 2).gradient_transformation()
-    trajectory, _ = trained(tx, stream=stream)
-    close(jax.tree.map(lambda p: p[1::2], trajectory), expected(opt)[0])
-
-
-@each_factory
-def test_apply_if_finite_skips_a_step_and_goes_on(opt):
-    stream = jax.tree.map(
-        lambda g: np.insert(g, 5, np.nan, axis=0).astype(g.dtype), gradients()
-    )
-    trajectory, state = trained(optax.apply_if_finite(opt.build(), 2), stream=stream)
-    want, want_state = expected(opt)
-    close(at(trajectory, 5), at(trajectory, 4), rtol=0, atol=0)
-    close(jax.tree.map(lambda p: np.delete(p, 5, axis=0), trajectory), want)
-    close(state.inner_state, want_state)
-    assert int(state.total_notfinite) == 1
-
-
-def is_masked(node):
-    return isinstance(node, optax.MaskedNode)
-
-
-@each_optimizer
-@pytest.mark.parametrize("wrap", [lambda tx: tx, masked], ids=["plain", "masked"])
-def test_map_params_tells_parameters_from_the_rest(opt, wrap):
-    tx, params = wrap(opt.build()), params_like(SHAPES)
-    state = jax.eval_shape(tx.init, params)
-    specs = optax.tree.map_params(
-        tx,
-        lambda leaf, name: leaf if is_masked(leaf) else name,
-        state,
-        {name: name for name in SHAPES},
-        transform_non_params=lambda leaf: None,
-        is_leaf=is_masked,
-    )
-
-    def check(name, leaf):
-        if name is not None and not is_masked(name):
-            rank = len(SHAPES[name])
-            assert leaf.shape[leaf.ndim - rank :] == SHAPES[name]
-
-    jax.tree.map(check, specs, state, is_leaf=lambda x: x is None)
-    assert set(jax.tree.leaves(specs)) <= set(SHAPES)
-
-
-@each_memory
-def test_tree_get_finds_the_memory(opt):
-    state = jax.eval_shape(opt.build().init, params_like(SHAPES))
-    assert jax.tree.leaves(optax.tree.get(state, opt.memory))
-
-
-@each_optimizer
-def test_extra_arguments_pass_through_a_chain(opt):
-    def asks_for_value(updates, state, params=None, *, value, **extra_args):
-        del params, extra_args
-        return jax.tree.map(lambda u: u * value, updates), state
-
-    consumer = optax.GradientTransformationExtraArgs(
-        lambda params: optax.EmptyState(), asks_for_value
-    )
-    params = params_like(SHAPES)
-    for tx in (
-        optax.chain(opt.build(), consumer),
-        optax.apply_if_finite(optax.chain(opt.build(), consumer), 2),
-    ):
-        state = jax.eval_shape(tx.init, params)
-        updates, _ = jax.eval_shape(tx.update, params, state, params, value=2.0)
-        assert signature(updates) == signature(params)
 
 
 # Bad gradients

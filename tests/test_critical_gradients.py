@@ -21,6 +21,8 @@ import oracle
 from compiled import train
 from test_buffer import entries
 
+pytestmark = pytest.mark.few(3)
+
 nan, inf = float("nan"), float("inf")
 SHAPES = {"a": (), "b": (2, 3), "c": (4,)}
 PARAMS = {name: jnp.full(shape, 0.5) for name, shape in SHAPES.items()}

@@ -18,6 +18,8 @@ import oracle
 from compiled import CONTEXTS, PARAMS, assert_slots_stay_in_place
 from test_buffer import entries
 
+pytestmark = pytest.mark.few(2)
+
 nan, inf = float("nan"), float("inf")
 SHAPES = {"a": (), "b": (3,), "c": (2, 2)}
 

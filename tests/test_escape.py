@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 import numpy as np
+import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
@@ -60,6 +61,7 @@ def test_sgd_leaves_with_a_buffer_at_a_rate_at_which_it_stays_without():
     assert (plain < 0.35).all()
 
 
+@pytest.mark.long
 def test_the_example_runs_and_draws(tmp_path, capsys):
     figure = tmp_path / "escape.png"
     results = escape.main(["--steps", "2", "--starts", "2", "--output", str(figure)])

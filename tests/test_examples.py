@@ -35,6 +35,7 @@ def assert_picture(path):
     assert path.stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_surfaces_give_the_recorded_losses(tmp_path):
     surfaces = load("examples/surfaces.py")
     losses = surfaces.main(["--output", str(tmp_path / "surfaces.png")])
@@ -47,6 +48,7 @@ def test_surfaces_give_the_recorded_losses(tmp_path):
     np.testing.assert_allclose(doubled, [0, 3, -1.0316], atol=1e-4)
 
 
+@pytest.mark.long
 def test_digits_train_and_are_drawn(tmp_path, capsys):
     digits = load("examples/digits.py")
     output = tmp_path / "digits.png"
@@ -66,6 +68,7 @@ def test_digits_train_and_are_drawn(tmp_path, capsys):
     assert results["sgd_c"]["state_bytes"] == pytest.approx(28, abs=0.1)
 
 
+@pytest.mark.long
 def test_digits_are_the_same_every_time():
     digits = load("examples/digits.py")
     data = jax.tree.map(jnp.asarray, digits.load_digits(0))
@@ -135,6 +138,7 @@ def logistic_regression(tx, epochs=10):
     return np.asarray(run(jnp.arange(5)))
 
 
+@pytest.mark.long
 def test_label_noise_in_spirit():
     """Not the authors' draws, so only what is larger than their scatter."""
     sgd, doubled, sgd_c = (
@@ -148,6 +152,7 @@ def test_label_noise_in_spirit():
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["steps", "flat"])
+@pytest.mark.long
 def test_benchmark_runs(flat, tmp_path):
     steps = load("benchmarks/steps.py")
     output = tmp_path / "results.json"
@@ -163,6 +168,7 @@ def test_benchmark_runs(flat, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sm3", "training_step", "compile_time", "scaling"])
+@pytest.mark.long
 def test_other_benchmarks_run(name, tmp_path):
     output = tmp_path / "results.json"
     rows = load(f"benchmarks/{name}.py").main(["--quick", "--output", str(output)])
@@ -185,6 +191,7 @@ def test_the_kernels_of_a_step_are_counted(tmp_path):
     assert 7 <= touched["sgd_c"] <= 8
 
 
+@pytest.mark.long
 def test_a_missing_peer_is_reported_as_missing(tmp_path, monkeypatch):
     peers = load("benchmarks/peers.py")
     monkeypatch.setattr(peers, "PEERS", {"nothing": ("no_such_module", "No", {})})
@@ -220,6 +227,7 @@ def test_embeddings_learn_from_touched_rows(tmp_path):
 
 
 @pytest.mark.cpu_only("a mesh of eight devices")
+@pytest.mark.long
 def test_the_language_model_learns_on_a_mesh_and_is_drawn(tmp_path, capsys):
     model = load("examples/language_model.py")
     output, folder = tmp_path / "language_model.png", tmp_path / "checkpoints"
@@ -278,12 +286,14 @@ def test_the_language_model_computes_in_bfloat16():
 
 
 @pytest.mark.parametrize("name", ["linen_train_state", "equinox_mlp"])
+@pytest.mark.few(1)
 def test_small_examples_learn(name):
     accuracies = load(f"examples/{name}.py").main(["--steps", "200"])
     assert len(accuracies) == 2
     assert min(accuracies.values()) > 0.85
 
 
+@pytest.mark.long
 def test_recipes_show_what_they_say():
     recipes = load("examples/recipes.py")
     before, after, losses, memory = recipes.lora(100)
@@ -380,6 +390,7 @@ CELL |= {"outputs": [], "execution_count": None}
 NOTEBOOK = {"cells": [CELL], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
 
 
+@pytest.mark.long
 def test_a_device_is_tried_out_by_one_command(tmp_path, capsys):
     on_device = load("benchmarks/on_device.py")
     good, bad = tmp_path / "good.ipynb", tmp_path / "bad.ipynb"

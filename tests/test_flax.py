@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import memoptax
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.few(1)]
 
 BUFFER = {"topc": 3, "decay": 0.9}
 OPTIMIZERS = {

@@ -10,6 +10,8 @@ import memoptax
 
 from test_buffer import entries, exact_sums
 
+pytestmark = pytest.mark.few(2)
+
 
 def trained(tx, steps=12, seed=0):
     """The state after gradients of random scale, on a tree of two leaves."""

@@ -30,6 +30,7 @@ from benchmarks.learning.results import FOLDER, Results
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 def test_all_experiments_run_in_their_quick_form(capsys):
     command.main(["--quick"])
     printed = capsys.readouterr().out

@@ -11,6 +11,8 @@ import pytest
 
 from memoptax._tensors import tiles
 
+pytestmark = pytest.mark.few(4)
+
 # Around the lengths at which sections, repeats and slices change.
 LENGTHS = st.one_of(st.integers(1, 9), st.sampled_from([15, 33, 63, 64, 65, 130, 513]))
 

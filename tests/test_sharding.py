@@ -18,7 +18,7 @@ from memoptax import _sharding
 
 from compiled import compile_step, step_of, train
 
-pytestmark = pytest.mark.cpu_only("a mesh of eight devices")
+pytestmark = [pytest.mark.cpu_only("a mesh of eight devices"), pytest.mark.few(2)]
 
 SHAPES = {"matrix": (16, 32), "vector": (16,), "kernel": (2, 2, 16, 32), "scalar": ()}
 BOTH = ("data", "model")

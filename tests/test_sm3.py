@@ -22,6 +22,8 @@ import memoptax
 import goldens
 import oracle_sm3
 
+pytestmark = pytest.mark.few(2)
+
 
 def named(value):
     """A test's name, without the address of a function: workers must agree on it."""
@@ -403,6 +405,7 @@ def test_derivatives_are_finite_where_the_gradient_is_zero():
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (1030, 130)], ids=named)
+@pytest.mark.long
 def test_derivatives_follow_finite_differences(shape):
     with jax.enable_x64(True):
         tx = memoptax.scale_by_sm3()
@@ -631,6 +634,7 @@ def test_scan_and_loop_agree(options):
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (1030, 130)], ids=named)
+@pytest.mark.long
 def test_vmap_equals_one_by_one(shape):
     tx = memoptax.scale_by_sm3(0.9)
     g = jnp.asarray(normal(0, (3, *shape)), jnp.float32)
@@ -748,6 +752,7 @@ def test_nothing_warns_and_ranks_are_never_promoted():
             jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
 
 
+@pytest.mark.long
 def test_eight_devices():
     script = pathlib.Path(__file__).parent / "meshes_sm3.py"
     flags = "--xla_force_host_platform_device_count=8"

@@ -13,6 +13,8 @@ import goldens
 import oracle_sm3_cm
 from compiled import compile_step, step_of, temporaries
 
+pytestmark = pytest.mark.few(2)
+
 nan, inf = float("nan"), float("inf")
 SHAPES = {"a": (), "b": (3,), "c": (4, 6)}
 INT8 = {"mu_dtype": "int8", "buffer_dtype": "int8"}

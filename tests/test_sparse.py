@@ -14,6 +14,8 @@ import memoptax
 
 import oracle_sm3
 
+pytestmark = pytest.mark.few(3)
+
 
 def sparse(ids, values, rows):
     values = jnp.asarray(values)

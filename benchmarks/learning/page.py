@@ -98,7 +98,8 @@ def difference(value: Interval | None) -> str:
 
 
 def number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else ""
+    # First to nine digits: Python 3.12 and 3.11 differ in the last one of a sum.
+    return f"{round(value, 9):.{digits}f}" if math.isfinite(value) else ""
 
 
 def _digits(half):

@@ -29,10 +29,12 @@ def in_float32(inner: optax.GradientTransformation):
         wide = jax.tree.map(_widen, updates)
         params = _wide(params)
         wide, new_state = inner.update(wide, state, params, **extra_args)
-        return (
-            optax.tree.cast_like(wide, updates),
-            optax.tree.cast_like(new_state, state),
-        )
+        # By leaves: a restored state may have lists where a new one has tuples.
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(state)]
+        leaves, treedef = jax.tree.flatten(new_state)
+        leaves = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes)]
+        new_state = treedef.unflatten(leaves)
+        return optax.tree.cast_like(wide, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

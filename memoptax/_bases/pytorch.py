@@ -197,4 +197,4 @@ def bias_correction(decay, count):
         log = math.log(decay) if decay > 0 else -math.inf
     else:
         log = jnp.log(jnp.asarray(decay, jnp.promote_types(decay.dtype, jnp.float32)))
-    return -jnp.expm1(count * log)
+    return -jnp.expm1(count.astype(jnp.result_type(log, float)) * log)

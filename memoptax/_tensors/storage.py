@@ -134,8 +134,10 @@ def _rounded(x, like: Stored) -> Stored:
 
 
 def _rounded_to(info, x):
-    """``x`` as a dtype of 16 bits has it. XLA may leave out a conversion there and back,
-    and on a GPU it does: then the running sum would add what no slot holds.
+    """``x`` as a dtype of 16 bits has it.
+
+    A GPU leaves out a conversion there and back. The running sum would then add what no
+    slot holds.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     rounded = jax.lax.reduce_precision(wide, info.nexp, info.nmant)

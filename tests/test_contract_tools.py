@@ -1,0 +1,243 @@
+"""What every public optimizer promises to tools that take its state for plain numbers.
+
+They average it, scale it, cast it, restore it, and step without ``jax.jit``. The table
+of optimizers is in ``contract.py``.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contract import (
+    SHAPES,
+    at,
+    close,
+    donating,
+    each_capacity,
+    each_factory,
+    each_optimizer,
+    expected,
+    gradients,
+    params_like,
+    steps_of,
+    trained,
+)
+
+import memoptax
+
+pytestmark = pytest.mark.few(4)
+
+CAPACITY = 3  # the most slots that steps of these tests may have to fill
+
+
+def is_finite(tree):
+    return all(np.isfinite(np.asarray(x, float)).all() for x in jax.tree.leaves(tree))
+
+
+def after(opt, steps=5):
+    """A state that has seen a few gradients."""
+    return donating(opt).run(steps_of(gradients())[:steps])[1]
+
+
+def fill(state):
+    return {name: float(x) for name, x in memoptax.buffer_stats(state).items()}["fill"]
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that grows by each program that XLA compiles."""
+    seen = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+# Steps without jax.jit
+
+
+@each_optimizer
+def test_an_eager_step_compiles_nothing_after_the_second(opt):
+    tx, params = opt.build(), params_like(SHAPES)
+    state, stream = tx.init(params), steps_of(gradients())
+    # A third for what happens first when a buffer is full: the rows choose by data.
+    for gradient in stream[:2]:
+        updates, state = tx.update(gradient, state, params)
+    with compilations() as seen:
+        for gradient in stream[2:5]:
+            updates, state = tx.update(gradient, state, params)
+    assert not seen
+    assert is_finite(updates)
+
+
+def test_compilations_are_seen():
+    with compilations() as seen:
+        jax.jit(lambda x: x + 1)(jnp.ones(3))
+    assert seen
+
+
+@each_factory
+def test_eager_steps_equal_jitted_ones(opt):
+    tx, params = opt.build(), params_like(SHAPES)
+    state = tx.init(params)
+    for gradient in steps_of(gradients())[:4]:
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    close(params, at(expected(opt)[0], 3))
+
+
+# Arithmetic on a state
+
+
+@each_optimizer
+def test_a_state_never_holds_what_is_not_finite(opt):
+    with jax.debug_infs(True), jax.debug_nans(True):
+        params, state = donating(opt).run(steps_of(gradients())[:3])
+    assert is_finite((params, state))
+
+
+@each_optimizer
+def test_a_state_of_zeros_is_a_new_one(opt):
+    params, stream = params_like(SHAPES), steps_of(gradients())
+    zeros = jax.tree.map(lambda x: 0 * x, after(opt))
+    new = opt.build().init(params)
+    if opt.options.get("fifo_probability"):  # which draws otherwise, and no less well
+        zeros = optax.tree.set(zeros, draws=optax.tree.get(new, "draws"))
+    step = donating(opt).step
+    runs = []
+    for state in (zeros, new):
+        carry = params_like(SHAPES), state
+        for gradient in stream[:CAPACITY]:
+            carry = step(*carry, gradient)
+        runs.append(carry)
+    close(runs[0][0], runs[1][0])
+
+
+@each_capacity
+def test_what_lookahead_resets_remembers_again(opt):
+    """It multiplies the state by 0, every third step."""
+    tx = optax.lookahead(opt.build(), 3, 0.5, reset_state=True)
+    params = optax.LookaheadParams.init_synced(params_like(SHAPES))
+
+    @jax.jit
+    def step(params, state, gradient):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for gradient in steps_of(gradients()):
+        params, state = step(params, state, gradient)
+    assert is_finite((params, state))
+    assert 0 < fill(state)  # two steps after the last reset
+
+
+@each_capacity
+def test_a_mean_of_states_is_a_state(opt):
+    """As of members of an ensemble: whole numbers are cut."""
+    states = [after(opt), after(opt, 8)]
+    mean = jax.tree.map(lambda a, b: ((a + b) / 2).astype(a.dtype), *states)
+    carry = donating(opt).step(params_like(SHAPES), mean, at(gradients(), 5))
+    assert is_finite(carry)
+    assert fill(carry[1]) > 0
+
+
+@each_optimizer
+def test_a_state_cast_to_half_precision_and_back_goes_on(opt):
+    def half(x):
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(jnp.bfloat16).astype(x.dtype) if floating else x
+
+    params, gradient = params_like(SHAPES), at(gradients(), 5)
+    want, _ = donating(opt).step(params, after(opt), gradient)
+    params = params_like(SHAPES)
+    got, state = donating(opt).step(params, jax.tree.map(half, after(opt)), gradient)
+    assert is_finite(state)
+    # Of the way of one step, which is about a rate.
+    close(got, want, rtol=0, atol=0.05 * max(1.0, 10 * opt.rate))
+
+
+@each_factory
+def test_lists_serve_for_tuples(opt):
+    """As some checkpoints restore them."""
+
+    def listed(node):
+        if isinstance(node, tuple) and not hasattr(node, "_fields"):
+            return [listed(child) for child in node]
+        if isinstance(node, tuple):
+            return type(node)(*map(listed, node))
+        return node
+
+    tx, params, gradient = opt.build(), params_like(SHAPES), at(gradients(), 5)
+    state = after(opt)
+    want, _ = tx.update(gradient, state, params)
+    got, _ = tx.update(gradient, listed(state), params)
+    close(got, want)
+
+
+def test_sharpness_aware_minimization_keeps_the_memory():
+    """It resets or keeps the state of an optimizer that it is given."""
+    tx = optax.contrib.sam(
+        memoptax.adam_c(0.01, topc=CAPACITY),
+        optax.chain(optax.contrib.normalize(), optax.sgd(0.05)),
+        sync_period=2,
+        reset_state=True,
+    )
+    # optax.contrib.normalize divides by the norm, so none is 0.
+    stream = jax.tree.map(lambda g: g[4:], gradients(steps=10))
+    trajectory, state = trained(tx, stream=stream)
+    assert is_finite((trajectory, state))
+    assert fill(state) > 0
+
+
+# JAX's modes
+
+
+@each_factory
+def test_strict_promotion_of_dtypes_is_no_error(opt):
+    if opt.factory in (memoptax.adam_c, memoptax.adamw_c):
+        pytest.skip("optax.adam itself mixes dtypes")
+    params, tx = params_like(SHAPES), opt.build()
+    with jax.numpy_dtype_promotion("strict"):
+        state = jax.eval_shape(tx.init, params)
+        jax.eval_shape(tx.update, params, state, params)
+
+
+@each_factory
+def test_float64_of_numpy_gives_no_warning(opt):
+    """Where JAX has 32 bits; a warning is an error in these tests."""
+    params = {name: np.ones(shape) for name, shape in SHAPES.items()}
+    tx = opt.build()
+    tx.update(params, tx.init(params), params)
+
+
+# Numbers that leave their range while running
+
+
+@each_capacity
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1e10], ids=str)
+def test_a_traced_decay_out_of_range_spoils_nothing(opt, bad):
+    static = tuple(opt.options)
+    tx = opt.build(lambda f: optax.inject_hyperparams(f, static_args=static))
+    if "decay" in static:
+        pytest.skip("static here")
+    params, stream = params_like(SHAPES), steps_of(gradients())
+    update, state = jax.jit(tx.update), tx.init(params)
+    for turn, gradient in enumerate(stream):
+        good = state.hyperparams["decay"]
+        if turn == 3:
+            spoilt = state.hyperparams | {"decay": jnp.full_like(good, bad)}
+            _, state = update(gradient, state._replace(hyperparams=spoilt), params)
+            state.hyperparams["decay"] = good
+        else:
+            updates, state = update(gradient, state, params)
+    assert is_finite((updates, state))
+    assert fill(state) > 0
