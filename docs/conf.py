@@ -4,6 +4,8 @@ python -m sphinx -W -b html docs docs/_build/html
 """
 
 import importlib.metadata
+import inspect
+import re
 import shutil
 from pathlib import Path
 
@@ -30,9 +32,16 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 default_role = "code"
 
+# The version with which the equations were looked at.
+mathjax_path = "https://cdn.jsdelivr.net/npm/mathjax@3.2.2/es5/tex-mml-chtml.js"
+
 html_theme = "sphinx_book_theme"
 html_title = f"memoptax {release}"
-html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2}
+html_theme_options = {
+    "navbar_persistent": [],  # the sidebar has the search
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+}
 
 
 def copy_notebooks():
@@ -45,3 +54,16 @@ def copy_notebooks():
 
 
 copy_notebooks()
+
+
+def list_fields(app, what, name, obj, options, lines):
+    """The fields of a state, as the comments behind them say what they are."""
+    if what != "class" or not hasattr(obj, "_fields"):
+        return
+    found = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(obj), re.M)
+    lines += ["", *(f":param {field}: {text}" for field, text in found), ""]
+    lines[:] = [line.replace("*", r"\*") for line in lines]
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", list_fields)
