@@ -117,7 +117,7 @@ def test_state_sizes_of_the_readme(call, stated):
         "w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32),
         "b": jax.ShapeDtypeStruct((1024,), jnp.float32),
     }
-    tx = eval(call.strip("`"), vars(memoptax))
+    tx = eval(call.strip("`"), dict(vars(memoptax)))
     per_parameter = memoptax.memory_report(tx, params).per_parameter
     assert f"{per_parameter:.{1 if float(stated) >= 1 else 4}f}" == stated
 
