@@ -1,4 +1,4 @@
-"""Write the README's tables of speed anew, from the results that are kept.
+"""Write the tables of docs/benchmarks.md from the results that are kept.
 
     python benchmarks/tables.py
 
@@ -10,7 +10,23 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks/results/amd-epyc-2-cores-jax0.10.2.json"
+PAGE = ROOT / "docs/benchmarks.md"
+RESULTS = [
+    ROOT / "benchmarks/results" / name
+    for name in (
+        "amd-epyc-2-cores-jax0.10.2.json",
+        "on-device-nvidia-h200-jax0.11.2.json",
+    )
+]
+
+
+def sections():
+    """What the files of results have measured, by section."""
+    return {
+        name: section
+        for path in RESULTS
+        for name, section in json.loads(path.read_text()).items()
+    }
 
 
 def table(*rows):
@@ -134,7 +150,22 @@ def compile_time(rows):
     return table(*lines, ("`sm3`", *[f"{plain:.1f}"] * 3))
 
 
+def device(times, memory):
+    """Every optimizer on an accelerator: its time, and what it holds."""
+    lines = [("", "time / adam", "held", "temporaries")]
+    for row in times:
+        held = find(memory, optimizer=row["optimizer"])
+        name, _, rest = row["optimizer"].partition(",")
+        lines.append(
+            (f"`{name}`" + (rest and f",{rest}"), f"{row['/ adam']:.2f}")
+            + (f"{held['held B/param']:.1f}", f"{held['temporaries B/param']:.2f}")
+        )
+    return table(*lines)
+
+
+# A table's sections of the results, and the function that writes it from their rows.
 TABLES = {
+    "device": ("times", "memory", device),
     "flat": ("flat", flat),
     "steps": ("steps", steps),
     "sm3": ("sm3", sm3),
@@ -149,17 +180,16 @@ def fill(text, sections):
     """The text with its tables as these results have them."""
 
     def written(match):
-        section, write = TABLES[match["name"]]
-        return f"{match['begin']}\n{write(sections[section]['rows'])}\n<!-- end -->"
+        *names, write = TABLES[match["name"]]
+        rows = (sections[name]["rows"] for name in names)
+        return f"{match['begin']}\n{write(*rows)}\n<!-- end -->"
 
     block = r"(?P<begin><!-- speed: (?P<name>\w+) -->).*?<!-- end -->"
     return re.sub(block, written, text, flags=re.S)
 
 
 def main():
-    readme = ROOT / "README.md"
-    sections = json.loads(RESULTS.read_text())
-    readme.write_text(fill(readme.read_text(), sections))
+    PAGE.write_text(fill(PAGE.read_text(), sections()))
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def check_state(tx, params, state) -> None:
 
     Args:
       tx: the optimizer.
-      params: parameters, or ``jax.ShapeDtypeStruct``s like them.
+      params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
       state: what should be a state of them.
 
     Returns:

@@ -18,7 +18,7 @@ def state_bytes(tx, params) -> int:
 
     Args:
       tx: any optax transformation.
-      params: parameters, or ``jax.ShapeDtypeStruct``s like them.
+      params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
 
     Returns:
       The number of bytes, of all devices together.
@@ -82,7 +82,7 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
 
     Args:
       tx: any optax transformation, ours or not.
-      params: parameters, or ``jax.ShapeDtypeStruct``s like them.
+      params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
       shardings: a tree of ``jax.sharding.Sharding`` like the state, or a function
         ``(tx, params) -> tree`` that makes it, such as
         :func:`memoptax.state_shardings`. With it the report also counts the bytes on
@@ -187,7 +187,7 @@ def largest_topc(
     Args:
       optimizer: a function of ``topc`` and ``buffer_dtype``, by name, to the
         transformation, such as ``functools.partial(memoptax.adam_c, 1e-3)``.
-      params: parameters, or ``jax.ShapeDtypeStruct``s like them.
+      params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
       budget: bytes for the whole state, moments included; with ``shardings`` those of
         one device. Parameters, gradients and activations are not counted.
       at_most: the largest C to consider. The authors' grid ends at 20.

@@ -60,7 +60,7 @@ def critical_gradients(
 
     At the defaults nearly every gradient is accepted, so the buffer is about the last
     C gradients; :func:`memoptax.buffer_stats` reports the acceptance. A larger
-    ``decay`` or C makes it choose.
+    ``decay`` or a smaller C makes it choose.
 
     Under ``optax.partition`` each group has its own buffer and priority.
     ``optax.MultiSteps`` selects over the whole of its inner state, buffer included:

@@ -35,8 +35,8 @@ def state_partition_specs(tx, params, specs):
 
     Args:
       tx: any optax transformation.
-      params: parameters, or ``jax.ShapeDtypeStruct``s like them.
-      specs: a tree of ``PartitionSpec``s like ``params``, or a prefix of one, such as a
+      params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
+      specs: a tree like ``params`` of ``PartitionSpec``, or a prefix of one, such as a
         single spec for all. None is a replicated parameter.
 
     Returns:
@@ -96,8 +96,8 @@ def state_shardings(tx, params, mesh: Any = None, *, slots_memory_kind=None):
 
     Args:
       tx: any optax transformation.
-      params: arrays on a mesh, or ``jax.ShapeDtypeStruct``s that have a sharding. One
-        that lies on no mesh counts as replicated.
+      params: arrays on a mesh, or ``jax.ShapeDtypeStruct`` leaves that have a sharding.
+        One that is on no mesh counts as replicated.
       mesh: the ``Mesh`` of the shardings; None takes that of the parameters.
       slots_memory_kind: ``'pinned_host'`` puts the slots of buffers into the memory of
         the host, from which a step fetches one and writes one, whatever C is. The whole

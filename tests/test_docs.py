@@ -1,9 +1,15 @@
-"""What the README says is run, and what it counts is counted again."""
+"""What the README and the pages say is run, and what they count is counted again."""
 
+import fnmatch
+import functools
 import inspect
-import json
+import os
 import pathlib
 import re
+import shutil
+import subprocess
+import sys
+import tomllib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +20,8 @@ import memoptax
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 MODULES = {"": memoptax, "covers.": memoptax.covers, "sparse.": memoptax.sparse}
 PUBLIC = {
     prefix + name: value
@@ -25,40 +33,172 @@ FUNCTIONS = sorted(name for name, value in PUBLIC.items() if inspect.isfunction(
 STATES = sorted(
     name for name, value in vars(memoptax).items() if hasattr(value, "_fields")
 )
+API = "".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+# The Python on the pages
+
+WITH_PYTHON = sorted(
+    page.name for page in DOCS.glob("*.md") if blocks(page.read_text(), "python")
+)
+
+
+@functools.cache
+def run(page):
+    """What the Python of a page defines, once it has run from top to bottom."""
+    namespace = {}
+    for block in blocks(page.read_text(), "python"):
+        exec(block, namespace)
+    return namespace
 
 
 def test_the_python_of_the_readme_runs():
-    namespace = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.S):
-        exec(block, namespace)
+    namespace = run(ROOT / "README.md")
     assert float(namespace["loss"]) < 1e-3
-    assert jnp.isfinite(namespace["sharded_loss"])
-    # What the last block made is still where the one before had put it.
-    params = namespace["params"]
-    assert params.sharding.spec == namespace["P"]("data") and jnp.all(params != 0)
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_the_python_of_a_page_runs(page):
+    run(DOCS / page)
+
+
+def test_a_selection_without_buffers_keeps_all_that_is_held():
+    namespace = run(DOCS / "training_step.md")
+    step, params = namespace["guarded_step"], jnp.ones((64, 64))
+    params, state = step(params, namespace["tx"].init(params), jnp.ones((8, 64)))
+    before = jax.tree.map(jnp.copy, (params, state))
+    after = step(params, state, jnp.full((8, 64), jnp.nan))
+    # The spare slot holds no entry.
+    for _, state in (before, after):
+        assert memoptax.buffer_stats(state)["fill"] == 1
+    before, after = (
+        (params, state[1:], state[0].buffer._replace(slots=None))
+        for params, state in (before, after)
+    )
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, before, after)))
+
+
+# The numbers on the pages
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    commands = re.findall(r"```bash\n(.*?)\n```", README, re.S)
-    (tests,) = (line for line in commands if "venv" in line and "pytest" in line)
+    lines = "".join(blocks(README, "bash")).splitlines()
+    (tests,) = (line for line in lines if "venv" in line and "pytest" in line)
     assert tests in (ROOT / ".ci" / "run").read_text()
 
 
-def _sizes():
-    table = README.split("<!-- sizes -->")[1].split("<!-- end -->")[0]
-    rows = [line.split("|")[1:-1] for line in table.strip().splitlines()[2:]]
-    return [(cells[0].strip(" `"), float(cells[-1])) for cells in rows]
+def rows(text):
+    """The cells of a table in Markdown, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
 
 
-@pytest.mark.parametrize(("call", "stated"), _sizes())
+SIZES = rows(README.split("<!-- sizes -->")[1].split("<!-- end -->")[0])
+
+
+def name_of(call):
+    """A call as the benchmarks name it."""
+    name, _, arguments = call.strip("`").rstrip(")").partition("(")
+    if name.startswith("sm3") and "cm" not in name:
+        return name
+    capacity = re.search(r"topc=(\d+)", arguments)
+    few = " slots and m" if "mu_dtype" in arguments else ""
+    few = f", int8{few}" if "int8" in arguments else ""
+    return f"{name}, C = {capacity[1] if capacity else 5}{few}"
+
+
+@pytest.mark.parametrize(("call", "stated"), [(row[0], row[2]) for row in SIZES])
 def test_state_sizes_of_the_readme(call, stated):
     params = {
         "w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32),
         "b": jax.ShapeDtypeStruct((1024,), jnp.float32),
     }
-    tx = eval(call, vars(memoptax))
+    tx = eval(call.strip("`"), dict(vars(memoptax)))
     per_parameter = memoptax.memory_report(tx, params).per_parameter
-    assert f"{per_parameter:.{1 if stated >= 1 else 4}f}" == f"{stated}"
+    assert f"{per_parameter:.{1 if float(stated) >= 1 else 4}f}" == stated
+
+
+def test_times_of_the_readme_are_those_of_the_results():
+    times = tables.sections()["times"]["rows"]
+    for call, *_, stated in SIZES:
+        row = tables.find(times, optimizer=name_of(call))
+        assert f"{row['/ adam']:.2f}" == stated
+
+
+def test_bytes_moved_of_the_readme_are_those_of_the_page():
+    text = (DOCS / "holding.md").read_text()
+    moved = {row[0].replace("`", ""): row[1] for row in rows(text)}
+    assert {name_of(row[0]): row[3] for row in SIZES}.items() <= moved.items()
+
+
+def test_the_speed_on_the_page_is_that_of_the_results():
+    page = tables.PAGE.read_text()
+    assert all(f"<!-- speed: {name} -->" in page for name in tables.TABLES)
+    assert tables.fill(page, tables.sections()) == page
+
+
+# The pages as a whole
+
+
+def test_every_page_is_in_the_contents():
+    contents = blocks((DOCS / "index.md").read_text(), "{toctree}")
+    entries = "".join(contents).splitlines()
+    for page in [*DOCS.glob("*.md"), *DOCS.glob("api/*.md")]:
+        name = page.relative_to(DOCS).with_suffix("").as_posix()
+        assert name == "index" or any(fnmatch.fnmatch(name, e) for e in entries), name
+
+
+def test_links_of_the_readme_and_the_pages_lead_to_files():
+    pages = [*ROOT.glob("*.md"), *DOCS.glob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_citation_has_the_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {project['version']}\n" in citation
+
+
+# The diffs of CONTRIBUTING
+
+
+def apply(diff, folder):
+    """Apply a unified diff, whose hunks are found by their text."""
+    for part in re.split(r"^--- .*\n\+\+\+ b/", diff, flags=re.M)[1:]:
+        name, _, text = part.partition("\n")
+        for hunk in re.split(r"^@@\n", text, flags=re.M)[1:]:
+            lines = hunk.splitlines(keepends=True)
+            before = "".join(line[1:] or "\n" for line in lines if line[0] != "+")
+            after = "".join(line[1:] or "\n" for line in lines if line[0] != "-")
+            source = (folder / name).read_text()
+            assert source.count(before) == 1, f"{name} has no single {before!r}"
+            (folder / name).write_text(source.replace(before, after))
+
+
+def test_the_diffs_of_contributing_apply_and_run(tmp_path):
+    for name in ("memoptax", "docs/api", "tests/test_contract.py"):
+        target = tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, target)
+    for diff in blocks(CONTRIBUTING, "diff"):
+        apply(diff, tmp_path)
+    subprocess.run(
+        [sys.executable, "-c", "".join(blocks(CONTRIBUTING, "python"))],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+
+
+# The package itself
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -67,13 +207,14 @@ def test_public_functions_document_themselves(name):
     for heading in ("Args:", "Returns:", "Examples:"):
         assert re.search(rf"^\s*{heading}$", doc, re.M), f"{name} has no {heading}"
     assert "{" + "buffer}" not in doc
-    assert re.search(rf"(`|memoptax\.){name}\b", README), "not in the README"
+    assert re.search(rf"^\.\. autofunction:: (memoptax\.)?{name}$", API, re.M)
 
 
 @pytest.mark.parametrize("name", STATES)
 def test_states_document_themselves(name):
     # A NamedTuple without a docstring gets one that lists its fields.
     assert not PUBLIC[name].__doc__.startswith(f"{name}(")
+    assert f"autoclass:: {name}\n" in API
 
 
 @pytest.mark.parametrize("module", ["covers", "sparse"])
@@ -97,9 +238,3 @@ def test_every_state_is_exported():
 def test_the_face_is_thin():
     lines = (ROOT / "memoptax" / "__init__.py").read_text().splitlines()
     assert len(lines) < 60
-
-
-def test_the_speed_in_the_readme_is_that_of_the_results():
-    sections = json.loads(tables.RESULTS.read_text())
-    assert all(f"<!-- speed: {name} -->" in README for name in tables.TABLES)
-    assert tables.fill(README, sections) == README

@@ -21,9 +21,9 @@ decay: what the buffer's priorities are multiplied by at every step, in [0, 1]; 
   moment's decay. The papers' grid is 0.7, 0.9, 0.99: the larger, the longer a value may
   stay. Computed in float32 at least.
 kappa: κ, the weight of the buffer's term. A concrete 0 keeps no buffer.
-aggr: ``'sum'`` u + κ·mean(B), ``'mid'`` half of that, ``'mean'`` (u + κ·ΣB)/(|B| + 1),
+aggr: ``'sum'`` u + κ·mean(B), ``'mid'`` half of that, ``'mean'`` (u + κ·ΣB)/(n + 1),
   or a function ``(update, buffer_mean, fill) -> update`` of one leaf, whose
-  ``buffer_mean`` is κ·mean(B). |B| is the number of filled slots. ``'sum'`` roughly
+  ``buffer_mean`` is κ·mean(B). n is the number of filled slots. ``'sum'`` roughly
   doubles the step: compare it with its base at twice the learning rate, and tune from a
   tenth of the base's rate up.
 synced: if True, all leaves are kept or dropped together, by one priority; else each
