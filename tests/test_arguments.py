@@ -311,6 +311,7 @@ def leaf_signature(tree):
 
 
 @each_factory
+@pytest.mark.few(3)
 def test_numbers_do_not_widen_updates(factory):
     """Whatever kind of number an argument is: NumPy's and JAX's are not weak."""
     half = {"w": jnp.ones((2, 2), jnp.bfloat16)}
@@ -334,6 +335,7 @@ def variants(factory):
 
 
 @each_factory
+@pytest.mark.few(3)
 def test_parameters_may_be_numbers(factory):
     """Of Python and NumPy, as in optax; float64 without x64 gives no warning."""
     array = {"w": jnp.float32(1), "v": jnp.ones(3)}

@@ -290,6 +290,7 @@ RECORDED = [
 
 @pytest.mark.parametrize("way", [None, "read", "sum"])
 @pytest.mark.parametrize("case", RECORDED, ids=repr)
+@pytest.mark.few(7)
 def test_replays_the_recorded_streams(case, way):
     with jax.enable_x64(case.dtype == "float64"):
         _, chosen = goldens.ours(case)
@@ -385,6 +386,7 @@ def test_the_mean_used_is_exact_to_the_bound_and_the_arriving_outlier():
 
 
 @pytest.mark.parametrize("topc", [5, 100, 169, 334])
+@pytest.mark.few(1)
 def test_without_outliers_rebuilds_are_rare(topc):
     random = np.random.default_rng(0)
     stream = np.float32(random.normal(size=(1500, 50)))

@@ -17,7 +17,7 @@ from compiled import (
 
 pytestmark = [
     pytest.mark.cpu_only("it reads what XLA makes for a CPU"),
-    pytest.mark.few(5),
+    pytest.mark.few(3),
 ]
 
 

@@ -103,7 +103,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_a_state_comes_back_bitwise_and_goes_on(tx, tmp_path):
     params, state = trained(tx)
     save(tmp_path / "state", (params, state))
@@ -178,6 +178,7 @@ def test_an_nnx_optimizer_comes_back(tmp_path):
     assert_bitwise(steps(fresh, range(8, 12)), steps(nodes, range(8, 12)))
 
 
+@pytest.mark.long
 def test_a_linen_train_state_comes_back(tmp_path):
     model, tx = nn.Dense(2), memoptax.adam_cm(0.1)
 

@@ -36,7 +36,7 @@ import memoptax
 
 from compiled import step_of, train
 
-pytestmark = pytest.mark.few(4)
+pytestmark = pytest.mark.few(3)
 
 # JAX's own transformations
 
@@ -59,6 +59,7 @@ def test_a_scan_equals_a_loop(opt):
 
 
 @each_block
+@pytest.mark.few(2)
 def test_vmap_over_seeds_equals_runs_apart(opt):
     both = jax.tree.map(lambda *g: jnp.stack(g), gradients(0), gradients(1))
     run = functools.partial(train, opt.build())
@@ -165,6 +166,7 @@ def test_a_decay_near_one_stays_below_one(tx, field, expected):
 
 
 @each_factory
+@pytest.mark.few(2)
 def test_half_precision_follows_full_precision(opt):
     half = trained(opt.build(), params_like(SHAPES, jnp.bfloat16))[0]
     largest = max(float(jnp.max(jnp.abs(p))) for p in jax.tree.leaves(half))

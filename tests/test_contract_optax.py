@@ -28,7 +28,7 @@ from contract import (
     trained,
 )
 
-pytestmark = pytest.mark.few(4)
+pytestmark = pytest.mark.few(2)
 
 
 def ending_at(step, rate):

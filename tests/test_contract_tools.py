@@ -28,7 +28,7 @@ from contract import (
 
 import memoptax
 
-pytestmark = pytest.mark.few(4)
+pytestmark = pytest.mark.few(2)
 
 CAPACITY = 3  # the most slots that steps of these tests may have to fill
 

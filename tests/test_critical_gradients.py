@@ -21,7 +21,7 @@ import oracle
 from compiled import train
 from test_buffer import entries
 
-pytestmark = pytest.mark.few(3)
+pytestmark = pytest.mark.few(2)
 
 nan, inf = float("nan"), float("inf")
 SHAPES = {"a": (), "b": (2, 3), "c": (4,)}

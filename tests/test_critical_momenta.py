@@ -234,6 +234,7 @@ def test_agrees_with_the_oracle(rule, x64, grads, decay, kappa, b1):
 
 
 @pytest.mark.parametrize("topc", [1, 5])
+@pytest.mark.long
 def test_half_precision_slots_cost_their_rounding_and_no_more(topc, x64):
     # Who is kept depends on gradients alone, so the same momenta are averaged, each
     # off by at most 2**-8 of itself.
@@ -383,6 +384,7 @@ def test_an_empty_row_has_a_scale_in_int8():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.long
 def test_no_step_copies_what_is_in_int8(name, mesh):
     params = {k: jnp.zeros(shape) for k, shape in PARAMS["many"].items()}
     tx = memoptax.adam_cm(0.1, mu_dtype="int8", buffer_dtype="int8")
@@ -472,6 +474,7 @@ def test_no_step_copies_the_buffer(topc, name, mesh):
         memoptax.sgd_cm,
     ],
 )
+@pytest.mark.long
 def test_nor_does_any_variant_with_many_leaves(make, mesh):
     params = {k: jnp.zeros(shape) for k, shape in PARAMS["many"].items()}
     tx = make(0.1, topc=5)

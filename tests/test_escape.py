@@ -22,6 +22,7 @@ def test_adam_stays_whatever_is_usually_tried():
     np.testing.assert_array_equal(tried, 0)
 
 
+@pytest.mark.long
 def test_critical_gradients_leave_only_very_sharp_minima():
     usual, small = escaped(escape.adam_cg, (0.1,), (0.01,))
     np.testing.assert_allclose(usual, [0, 0, 0, 0.24, 1], atol=0.05)
@@ -44,6 +45,7 @@ def test_one_slot_leaves_the_sharper_ones():
     np.testing.assert_allclose(one, [0, 0.31, 0.76, 1, 1], atol=0.05)
 
 
+@pytest.mark.long
 def test_after_a_warm_up_it_is_the_buffer_that_leaves():
     with_buffer, without = escaped(
         escape.adam_cm(5, skip_first=False),

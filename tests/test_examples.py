@@ -216,6 +216,7 @@ def test_the_results_are_drawn(tmp_path):
         plt.close("all")
 
 
+@pytest.mark.long
 def test_embeddings_learn_from_touched_rows(tmp_path):
     embeddings = load("examples/embeddings.py")
     found = embeddings.main(300, 2, str(tmp_path / "embeddings.png"))
@@ -267,6 +268,7 @@ def test_the_language_model_learns_on_a_mesh_and_is_drawn(tmp_path, capsys):
         model.Checkpoints(folder, {"seed": 1}).restore(None)
 
 
+@pytest.mark.long
 def test_the_language_model_computes_in_bfloat16():
     model = load("examples/language_model.py")
     args, settings = model.parse(["--quick", "--bf16", "--optimizer", "sm3"])

@@ -239,6 +239,7 @@ def of_kernel(name, opt_state):
     return [x.get_value() for x in found]
 
 
+@pytest.mark.long
 def test_the_names_of_an_nnx_model_stay_its_own(mesh):
     with jax.set_mesh(mesh):
         model, optimizer = nnx_made("adam_c", named=True)

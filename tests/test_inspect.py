@@ -10,7 +10,7 @@ import memoptax
 
 from test_buffer import entries, exact_sums
 
-pytestmark = pytest.mark.few(2)
+pytestmark = pytest.mark.few(1)
 
 
 def trained(tx, steps=12, seed=0):
@@ -154,6 +154,7 @@ def test_a_resized_buffer_keeps_the_most_critical_entries(topc, synced, dtype):
         np.testing.assert_allclose(total, exact, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_a_resized_state_goes_on_as_one_of_that_size():
     """Grown while it was not full, a buffer is the one that was always large."""
     small, large = (memoptax.adam_c(0.1, topc=c) for c in (5, 8))

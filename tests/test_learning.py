@@ -166,6 +166,7 @@ def _steps(tx, gradients):
 
 
 @pytest.mark.parametrize("setting", [0.7, "FIFO", "random", "κ=1e-6"])
+@pytest.mark.few(1)
 def test_rows_do_what_they_are_called(setting):
     """The traced numbers give the optimizer that the package makes of static ones."""
     gradients = jax.random.normal(jax.random.key(0), (40, 3))

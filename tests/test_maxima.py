@@ -11,7 +11,7 @@ import pytest
 
 from memoptax._tensors import tiles
 
-pytestmark = pytest.mark.few(4)
+pytestmark = pytest.mark.few(2)
 
 # Around the lengths at which sections, repeats and slices change.
 LENGTHS = st.one_of(st.integers(1, 9), st.sampled_from([15, 33, 63, 64, 65, 130, 513]))
@@ -26,11 +26,9 @@ def problems(draw):
     return tuple(shape), spanned, draw(st.integers(0, 99))
 
 
-@pytest.fixture(autouse=True, params=[1, 8], ids=lambda n: f"of {n} devices")
-def devices(request, monkeypatch):
-    """How many there are: of an axis that may be divided only pairs are compared."""
-    monkeypatch.setattr(jax, "device_count", lambda: request.param)
-    # However small: and what is not folded is not tested here.
+@pytest.fixture(autouse=True)
+def folded(monkeypatch):
+    """However small: and what is not folded is not tested here."""
     monkeypatch.setattr(tiles, "_SMALL", 1)
     folds = []
     fold = tiles._fold

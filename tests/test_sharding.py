@@ -18,7 +18,7 @@ from memoptax import _sharding
 
 from compiled import compile_step, step_of, train
 
-pytestmark = [pytest.mark.cpu_only("a mesh of eight devices"), pytest.mark.few(2)]
+pytestmark = [pytest.mark.cpu_only("a mesh of eight devices"), pytest.mark.few(1)]
 
 SHAPES = {"matrix": (16, 32), "vector": (16,), "kernel": (2, 2, 16, 32), "scalar": ()}
 BOTH = ("data", "model")
@@ -602,6 +602,7 @@ def test_a_rule_that_is_no_function_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sgd_c", "adam_cm"])
+@pytest.mark.long
 def test_slots_may_lie_in_the_memory_of_the_host(name, mesh):
     """The numbers stay, and a step still copies no buffer, on the device or to it."""
     make = {"sgd_c": memoptax.sgd_c, "adam_cm": memoptax.adam_cm}[name]

@@ -14,7 +14,7 @@ import memoptax
 
 import oracle_sm3
 
-pytestmark = pytest.mark.few(3)
+pytestmark = pytest.mark.few(2)
 
 
 def sparse(ids, values, rows):

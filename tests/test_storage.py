@@ -31,6 +31,7 @@ def normal(shape, seed=0):
 
 @pytest.mark.parametrize("dtype", storage.DTYPES[1:])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.few(8)
 def test_what_is_stored_has_its_shape_and_dtype(shape, dtype):
     x = jnp.asarray(normal(shape))
     stored, empty = storage.encode(x, like(x, dtype)), like(x, dtype)
@@ -98,6 +99,7 @@ def test_bits_are_those_of_the_nearest_bfloat16(of):
 @pytest.mark.parametrize("dtype", storage.DTYPES[1:])
 @pytest.mark.parametrize("scale", [1e-9, 3e-8, 1e-6, 1.0, 1e3])
 @pytest.mark.parametrize("shape", [(), (300,), (5, 40)], ids=str)
+@pytest.mark.few(8)
 def test_no_stored_value_is_longer_than_its_bound(shape, scale, dtype):
     x = jnp.asarray(normal(shape) * np.float32(scale))
     x = x * (jnp.abs(x) > scale / 2) if shape else x  # rounding must not cancel out

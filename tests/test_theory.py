@@ -42,6 +42,7 @@ RULES = {
     weights=st.tuples(st.floats(0.25, 2), st.floats(0, 2)),
     seed=st.integers(0, 2**16),
 )
+@pytest.mark.long
 def test_cg_converges_on_strongly_convex_quadratics(
     rule, topc, decay, oldest, weights, seed
 ):

@@ -11,7 +11,6 @@ once, at the speed of memory.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +20,10 @@ Box = tuple[int, ...]
 _SMALL = 2**15  # entries; below this a temporary lives in the cache
 _LONG = 2**13  # entries of a row
 
-# Slices, their width, whether they lie apart, and how often they repeat at most. Along
-# a row four slices of eight neighbours are compared. Across rows it is two that lie
-# apart, eight times: sixteen rows are as many as XLA unrolls, and what it does not
-# unroll walks down the columns one by one.
-_ROWS = (4, 8, False, 32)
-_COLUMNS = (2, 1, True, 8)
+# How often pairs are repeated at most, along rows and across them. Across rows it is
+# sixteen rows that XLA unrolls; what it does not unroll walks down columns one by one.
+_ALONG, _ACROSS = 32, 8
+_DEVICES = 8  # an axis of even shares for so many keeps them where that is possible
 
 
 def counts(shape: Box, box: Box) -> Box:
@@ -84,65 +81,46 @@ def maxima(
 
 
 def _fold(f, arguments, shape, spanned):
-    """The maxima over sections of one of the spanned axes."""
+    """The maxima over sections of one of the spanned axes.
+
+    Neighbours are compared first. An axis may be divided between devices, which its
+    type need not say, and what is far apart would have to be sent.
+    """
     axis = max(spanned, key=lambda i: shape[i])
     last = len(shape) - 1
-    if last in spanned and shape[last] >= math.prod(_ROWS[:2]):
+    if last in spanned and shape[last] >= _ALONG:
         axis = last
-    cut = _cut(shape[axis], _ROWS if axis == last else _COLUMNS)
 
     def top(section):
-        slices = zip(*(_slices(x, axis, cut, section) for x in arguments))
-        x = functools.reduce(_larger, (_no_nan(f(*each)) for each in slices))
-        x = _maximum(x, (axis + 1, axis + 2))
+        pairs = zip(*(_pair(x, axis, *section) for x in arguments))
+        x = functools.reduce(_larger, (_no_nan(f(*each)) for each in pairs))
+        x = _maximum(x, (axis + 1,))
         # XLA's maximum of what is left is slow where its rows are long.
         while x.shape[axis] > 1 and math.prod(x.shape[axis + 1 :]) > _LONG:
             x = functools.reduce(_larger, _parts(x, axis))
         return x
 
-    tops = [top(section) for section in cut.sections]
+    tops = [top(s) for s in _sections(shape[axis], _ALONG if axis == last else _ACROSS)]
     if len(tops) > 1:
         tops = [jnp.max(x, axis, keepdims=True) for x in tops]
     return functools.reduce(_larger, tops)
 
 
-class _Cut(NamedTuple):
-    """How an axis is cut: sections, of slices, of neighbours, over and over."""
-
-    slices: int
-    width: int
-    apart: bool  # whether a slice's repeats lie side by side, or the slices do
-    sections: list[tuple[int, int, int]]  # start, stop, repeats
-
-
-def _cut(n, like):
-    slices, width, apart, most = like
-    devices = jax.device_count()
-    if devices > 1 and n % 2 == 0:
-        # The axis may be divided between devices, which its type need not say. Then
-        # what lies far apart would have to be sent; the two of a pair are at one place
-        # where a device has an even share, and so are repeats that divide it.
-        share = n // 2 // math.gcd(n // 2, devices)
-        return _Cut(2, 1, False, [(0, n, _divisor(share, most))])
-    slices = min(slices, n)
-    width = min(width, n // slices)
-    return _Cut(slices, width, apart, _sections(n, slices * width, most))
-
-
-def _sections(n, size, most):
-    """One or two sections, each of at most `most` times `size` entries, over and over.
+def _sections(n, most):
+    """One or two sections of an axis: start, stop, and how many pairs are repeated.
 
     The second may overlap the first: a maximum does not mind.
     """
-    times = n // size
-    repeats = min(most, times)
-    if n % size == 0 and 2 * _divisor(times, most) >= repeats:
-        repeats = _divisor(times, most)
-    rest = n % (repeats * size)
-    sections = [(0, n - rest, repeats)]
+    pairs = n // 2
+    repeats = max(1, min(most, pairs))
+    even = _divisor(max(1, pairs // math.gcd(pairs, _DEVICES)), most)
+    if n % (2 * _DEVICES) == 0 or (n % 2 == 0 and 4 * even >= repeats):
+        repeats = even
+    rest = n % (2 * repeats)
+    sections = [(0, n - rest, repeats)] if n > rest else []
     if rest:
-        repeats = -(-rest // size)
-        sections.append((n - repeats * size, n, repeats))
+        length = min(n, rest + rest % 2)
+        sections.append((n - length, n, length // 2))
     return sections
 
 
@@ -151,18 +129,14 @@ def _divisor(n, most):
     return max(k for k in range(1, most + 1) if n % k == 0)
 
 
-def _slices(x, axis, cut, section):
-    """The slices of a section, with its repeats and the width as axes of their own."""
-    slices, width, apart, _ = cut
-    start, stop, repeats = section
+def _pair(x, axis, start, stop, repeats):
+    """The even and the odd places of a section, with its repeats as an axis."""
     head, n, tail = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     if n == 1:
-        return [x.reshape(*head, 1, 1, 1, *tail)] * slices
+        return [x.reshape(*head, 1, 1, *tail)] * 2
     x = jax.lax.slice_in_dim(x, start, stop, axis=axis)
-    inner = (slices, repeats) if apart else (repeats, slices)
-    x = x.reshape(*head, -1, *inner, width, *tail)
-    place = axis + (1 if apart else 2)
-    return [jax.lax.index_in_dim(x, k, place, False) for k in range(slices)]
+    x = x.reshape(*head, -1, repeats, 2, *tail)
+    return [jax.lax.index_in_dim(x, k, axis + 2, False) for k in range(2)]
 
 
 def _parts(x, axis):
