@@ -35,6 +35,9 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--results", type=Path, default=FOLDER, help="where results are kept"
     )
+    parser.add_argument(
+        "--lanes", type=int, help="runs at once: more suit an accelerator"
+    )
     args = parser.parse_args(argv)
     known = load()
     for name in args.experiments:
@@ -53,7 +56,7 @@ def main(argv=None) -> None:
         if args.cost:
             cost.measure(each, args.results / f"{each.name}-cost.csv")
         elif not args.table:
-            experiment.run(each, results)
+            experiment.run(each, results, lanes=args.lanes)
         print(page.tables(each, args.results))
 
 

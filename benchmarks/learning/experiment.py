@@ -26,8 +26,11 @@ class Experiment(NamedTuple):
         return [(task, [row for row in rows if row.name in self.quick])]
 
 
-def run(experiment: Experiment, results: Results, quick=False) -> None:
-    """Make the runs that ``results`` lack."""
+def run(
+    experiment: Experiment, results: Results, quick=False, lanes: int | None = None
+) -> None:
+    """Make the runs that ``results`` lack, so many ``lanes`` at once."""
     plan = experiment.quick_plan() if quick else experiment.plan()
     for task, rows in plan:
+        task = task._replace(lanes=lanes or task.lanes)
         measure(task, rows, QUICK if quick else experiment.size, results)

@@ -190,6 +190,51 @@ def adam_cm(settings=SHORT) -> list[Row]:
     return buffered_rows("adam_cm", "adam", ADAM / 4, memoptax.adam_cm, settings)
 
 
+def _relative(rate, **options):
+    """``adam_c`` of gradients over the running mean of their norms: the buffer keeps
+    those that are large for their time. To Adam alone a scale makes no difference.
+    """
+
+    def init_fn(params):
+        del params
+        return jnp.zeros(()), jnp.zeros(())
+
+    def update_fn(updates, state, params=None):
+        del params
+        norm, (mean, weight) = optax.tree.norm(updates), state
+        mean, weight = 0.99 * mean + 0.01 * norm, 0.99 * weight + 0.01
+        scale = weight / jnp.maximum(mean, 1e-30)
+        return jax.tree.map(lambda u: u * scale, updates), (mean, weight)
+
+    scaled = optax.GradientTransformation(init_fn, update_fn)
+    return optax.chain(scaled, memoptax.adam_c(rate, **options))
+
+
+def _warming(rate, steps, decay, kappa, fifo, random):
+    """``adam_c`` with κ from 0 to 1 over the first half of the run."""
+    del kappa, random
+    return optax.inject_hyperparams(memoptax.adam_c, static_args=("topc",))(
+        rate,
+        topc=5,
+        decay=decay,
+        kappa=lambda count: jnp.minimum(2 * count / steps, 1),
+        fifo_probability=fifo,
+    )
+
+
+def variants() -> list[Row]:
+    """What might make the buffer better: other priorities, κ from 0 up."""
+    start, of_one = ADAM / 2, ((5, 0.99),)
+    apart = buffered_rows(
+        "adam_c by leaf", "adam", start, memoptax.adam_c, of_one, synced=False
+    )
+    relative = buffered_rows("adam_c relative", "adam", start, _relative, of_one)
+    rows = [row._replace(fifo="adam_c C=5 FIFO") for row in (*apart, *relative)]
+    warming = buffered_rows("adam_c", "adam", start, memoptax.adam_c, ((5, 0.7),))[0]
+    name = "adam_c C=5 .7, κ from 0"
+    return [*rows, warming._replace(name=name, make=_warming, fifo="adam_c C=5 FIFO")]
+
+
 def int8_adam_cm() -> list[Row]:
     """CM with one momentum of one byte."""
     return buffered_rows(

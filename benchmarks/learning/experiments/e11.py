@@ -13,6 +13,7 @@ from benchmarks.learning import optimizers as o
 from benchmarks.learning import task as tasks
 from benchmarks.learning.experiment import Experiment
 from benchmarks.learning.experiments import mnist
+from benchmarks.learning.protocol import Size
 
 STEPS, UNTIL, EXAMPLES = 2000, 0.7, 1000
 ITERATIONS, PROBES = 40, 20
@@ -69,15 +70,15 @@ EXPERIMENT = Experiment(
     bounds=(
         "MNIST-1D, the perceptron of E8, batch 100, a warm-up and a constant rate, "
         "until the running training loss is .7 (at most 2,000 steps); top eigenvalue "
-        "and trace of the Hessian of 1,000 training examples; ten fresh seeds"
+        "and trace of the Hessian of 1,000 training examples; twenty fresh seeds"
     ),
     plan=plan,
+    size=Size(seeds=20),
     not_run=(
         "adaptive sharpness",
         "without a warm-up",
         "SAM",
         "the CNN",
-        "20 seeds (10 were run)",
     ),
     quick=("adam", "adam_cm C=5 FIFO"),
 )

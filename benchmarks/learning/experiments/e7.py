@@ -103,9 +103,10 @@ def task(name, true_labels):
 
 def plan():
     rows = [
-        *o.bases("plain sgd", "adam"),
+        *o.bases("plain sgd", "adam", "ademamix", "adam, averaged"),
         *o.sgd_c(momentum=None),
         *o.adam_c(((5, 0.7), (5, "FIFO"))),
+        *o.adam_cm(((5, 0.7), (5, "FIFO"))),
     ]
     names = {"shuttle, true labels": True, "shuttle, independent labels": False}
     return [(task(name, true), rows) for name, true in names.items()]
@@ -125,7 +126,6 @@ EXPERIMENT = Experiment(
         "50 seeds (20 were run)",
         "segment",
         "covtype and rcv1 (they need a network)",
-        "adam_cm, AdEMAMix, an average of the weights",
     ),
     quick=("plain sgd", "sgd_c C=5 FIFO"),
 )

@@ -3,9 +3,9 @@
 from benchmarks.learning import optimizers as o
 from benchmarks.learning.experiment import Experiment
 from benchmarks.learning.experiments import mnist
+from benchmarks.learning.protocol import Size
 
-STEPS = 1000
-SETTINGS = ((5, 0.7), (5, 0.99), (5, "FIFO"), (5, "random"))
+STEPS = 2000
 
 
 def plan():
@@ -13,10 +13,11 @@ def plan():
         *o.bases("adam", "sgd", "ademamix", "adam, averaged", "sgd, averaged"),
         *o.bases("sm3", "sm3 momentum", "sm3_cm"),
         *o.bases("sm3, own schedule", "adam, own schedule"),
-        *o.adam_c(SETTINGS),
-        *o.adam_cm(SETTINGS),
-        *o.sgd_c(SETTINGS),
+        *o.adam_c(o.FULL),
+        *o.adam_cm(o.FULL),
+        *o.sgd_c(),
         *o.int8_adam_cm(),
+        *o.variants(),
     ]
     return [(mnist.task("MNIST-1D", STEPS), rows)]
 
@@ -25,14 +26,15 @@ EXPERIMENT = Experiment(
     name="e8",
     question="Does a buffer of gradients or momenta generalise better?",
     bounds=(
-        "MNIST-1D, a perceptron 40-100-100-10, batch 100, 1,000 steps, a linear "
-        "warm-up over the first 5 % and then a cosine; ten fresh seeds"
+        "MNIST-1D, a perceptron 40-100-100-10, batch 100, 2,000 steps, a linear "
+        "warm-up over the first 5 % and then a cosine; twenty fresh seeds"
     ),
     plan=plan,
+    size=Size(seeds=20),
     not_run=(
-        "4,000 steps and 20 seeds (1,000 steps and 10 seeds were run)",
+        "4,000 steps (2,000 were run)",
         "the constant schedule",
         "the small CNN",
-        "C of 1 and 20, decay .9, κ = 1e-6",
+        "priorities by alignment with the momentum",
     ),
 )

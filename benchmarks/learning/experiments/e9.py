@@ -16,6 +16,7 @@ from benchmarks.learning import optimizers as o
 from benchmarks.learning.experiment import Experiment
 from benchmarks.learning.experiments import mnist
 from benchmarks.learning.models import cross_entropy
+from benchmarks.learning.protocol import Size
 
 BATCH, STEPS, FLIPS, TINY = 16, 1500, 0.2, 1e-6
 RARE = 5  # classes from here on: the five rarest of ten
@@ -126,14 +127,14 @@ EXPERIMENT = Experiment(
     question="Does a buffer remember what is rare, or what is wrong?",
     bounds=(
         "MNIST-1D, the perceptron of E8, batch 16, 1,500 steps, warm-up and cosine; "
-        "one label in five replaced, or classes drawn in proportion to 1/k; ten fresh "
-        "seeds"
+        "one label in five replaced, or classes drawn in proportion to 1/k; twenty "
+        "fresh seeds"
     ),
     plan=plan,
+    size=Size(seeds=20),
     not_run=(
         "flips of 0, .1 and .4",
         "batches of 1 and 64",
-        "20 seeds (10 were run)",
         "C of 1 and 20, κ = 1e-6, AdEMAMix, sgd_c, an average of the weights",
     ),
 )
