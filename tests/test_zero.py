@@ -1,0 +1,230 @@
+"""ZeRO-1 on eight devices: the state divided where the parameters are whole."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.training import train_state
+from hlo import Program
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import memoptax
+
+from compiled import step_of, train, whole_buffer_operations
+
+pytestmark = pytest.mark.cpu_only("a mesh of eight devices")
+
+# Neither two nor eight devices divide an axis of the second.
+SHAPES = {"matrix": (16, 40), "odd": (3, 7)}
+STEPS = 4
+EIGHT = {"data": 8}
+# Parameters divided over "model", and their state over "data" as well.
+TWO_BY_FOUR = {"data": 2, "model": 4}
+SPECS = {"matrix": P(None, "model"), "odd": P()}
+
+BUFFER = {"decay": 0.9}
+INT8 = {"mu_dtype": "int8", "buffer_dtype": "int8"}
+OPTIMIZERS = {
+    "sgd_c, 1": lambda: memoptax.sgd_c(0.01, momentum=0.9, topc=1, **BUFFER),
+    "sgd_c, 5": lambda: memoptax.sgd_c(0.01, topc=5, **BUFFER),
+    "adam_c, 1": lambda: memoptax.adam_c(0.01, topc=1, **BUFFER),
+    "adam_c, 5": lambda: memoptax.adam_c(0.01, topc=5, **BUFFER),
+    "adam_cm, int8": lambda: memoptax.adam_cm(0.01, topc=5, **INT8, **BUFFER),
+    "sm3_cm": lambda: memoptax.sm3_cm(0.01, topc=1, **INT8, **BUFFER),
+    "sm3": lambda: memoptax.sm3(0.1, momentum=0.9, momentum_dtype="int8"),
+    "chain": lambda: optax.chain(
+        memoptax.critical_gradients(5, holding="sum", **BUFFER), optax.adam(0.01)
+    ),
+}
+CASES = [(name, EIGHT, AxisType.Auto) for name in OPTIMIZERS]
+CASES += [(name, TWO_BY_FOUR, AxisType.Explicit) for name in OPTIMIZERS]
+
+
+def values(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in SHAPES.items()
+    }
+
+
+def abstract(shapes=SHAPES):
+    return {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+
+
+def mesh_of(sizes, kind=AxisType.Auto):
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes)
+    )
+
+
+def placed(tree, mesh):
+    specs = SPECS if "model" in mesh.shape else dict.fromkeys(SPECS, P())
+    return {
+        k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in tree.items()
+    }
+
+
+def shardings_of(tree):
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def assert_lies_as(shardings, tree):
+    for (path, x), wanted in zip(
+        jax.tree.leaves_with_path(tree), jax.tree.leaves(shardings), strict=True
+    ):
+        same = x.sharding.is_equivalent_to(wanted, x.ndim)
+        assert same, (jax.tree_util.keystr(path), x.sharding, wanted)
+
+
+# --- which axis -----------------------------------------------------------------------
+
+
+def specs_of(tx, shapes, specs=None, sizes=EIGHT, over="data"):
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    return memoptax.state_partition_specs(tx, abstract(shapes), specs, mesh, over=over)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "over", "expected"),
+    [
+        ((16, 40), P(), "data", P("data")),
+        ((3, 40), P(), "data", P(None, "data")),
+        ((16, 40), P("model"), "data", P("model", "data")),
+        ((2, 40), P(), ("data", "model"), P(None, ("data", "model"))),
+        ((16, 6), P("model", None), ("data",), P("model", "data")),
+        ((16, 7), P("model"), "data", P("model")),  # no free axis is even
+        ((0, 40), P(), "data", P(None, "data")),
+        ((3, 7), P(), "data", P()),
+        ((), P(), "data", P()),
+        ((16, 40), P("model"), (), P("model")),
+    ],
+)
+def test_the_first_free_axis_that_divides(shape, spec, over, expected):
+    tx = optax.adam(0.1)
+    found = specs_of(tx, {"x": shape}, {"x": spec}, TWO_BY_FOUR, over)
+    assert found[0].mu["x"] == found[0].nu["x"] == expected
+
+
+def test_never_the_axis_of_slots():
+    tx = memoptax.adam_c(0.1, topc=7, buffer_dtype="int8", holding="sum")
+    # There are eight slots, which eight devices would divide evenly.
+    buffer = specs_of(tx, SHAPES)[0].buffer
+    assert buffer.slots == {"matrix": P(None, "data"), "odd": P()}
+    assert buffer.total == {"matrix": P("data"), "odd": P()}
+    assert buffer.scales == (P(None, "data"), P())
+    assert set(jax.tree.leaves(buffer._replace(slots=0, total=0, scales=0))) == {0, P()}
+
+
+def test_accumulators_and_wrappers_follow():
+    shapes = {**SHAPES, "vector": (24,)}
+    accumulators = specs_of(memoptax.scale_by_sm3(), shapes).accumulators
+    assert accumulators == ((P("data"), P()), (P(), P()), (P("data"),))
+    # Six blocks, which eight devices do not divide.
+    blocks = memoptax.scale_by_sm3(cover=memoptax.covers.blocks(3, None))
+    assert specs_of(blocks, {"x": (16, 40)}).accumulators == ((P(),),)
+    tx = optax.MultiSteps(optax.masked(optax.trace(0.9), {"matrix": True}), 2)
+    state = specs_of(tx, {"matrix": (16, 40)})
+    assert state.acc_grads["matrix"] == P("data")
+    assert state.inner_opt_state.inner_state.trace["matrix"] == P("data")
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ("dat", r"over is 'dat', but the mesh has no axis 'dat': it has 'data', 'm"),
+        (["data"], r"over must be a name of a mesh axis or a tuple .* is \['data'\]"),
+        (("data", 3), r"over must be .*, but is \('data', 3\)"),
+        (None, "over must be .*, but is None"),
+        (("data", "data"), r"over is \('data', 'data'\), but must name each .* once"),
+        (
+            ("data", "model"),
+            r"over is .*'model'\), but parameter \['matrix'\] is divided over 'model'",
+        ),
+    ],
+)
+def test_what_cannot_be_divided_over_is_refused(over, message):
+    params = placed(values(0), mesh_of(TWO_BY_FOUR))
+    with pytest.raises(ValueError, match=message):
+        memoptax.state_shardings(optax.adam(0.1), params, over=over)
+
+
+def test_sizes_must_be_known():
+    with pytest.raises(ValueError, match="over is 'data', .* pass mesh"):
+        memoptax.state_partition_specs(optax.adam(1), abstract(), None, over="data")
+
+
+# --- what a step does -----------------------------------------------------------------
+
+
+@functools.cache
+def alone(name):
+    stream = jax.tree.map(lambda *x: np.stack(x), *map(values, range(STEPS)))
+    run = jax.jit(functools.partial(train, OPTIMIZERS[name]()))
+    return jax.tree.map(np.asarray, run(values(99), stream)[0])
+
+
+@pytest.mark.parametrize(("name", "sizes", "kind"), CASES)
+def test_an_eighth_each_and_one_gather(name, sizes, kind):
+    tx, mesh, expected = OPTIMIZERS[name](), mesh_of(sizes, kind), alone(name)
+    with jax.set_mesh(mesh):
+        params = placed(values(99), mesh)
+        shardings = memoptax.state_shardings(tx, params, over="data")
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        targets = shardings_of(params), shardings
+        told = {"out_shardings": targets}
+        if kind is AxisType.Explicit and name != "chain":
+            told = {}  # ours return their updates as the gradients lie
+        step = functools.partial(jax.jit, donate_argnums=(0, 1), **told)(step_of(tx))
+        compiled = step.lower(params, state, placed(values(0), mesh)).compile()
+        for i in range(STEPS):
+            before = jax.tree.leaves((params, state))
+            params, state = compiled(params, state, placed(values(i), mesh))
+            assert all(x.is_deleted() for x in before)
+            for key, one in expected.items():
+                np.testing.assert_allclose(params[key], one[i], atol=2e-5, rtol=1e-5)
+    assert_lies_as(targets, (params, state))
+    program = Program(compiled.as_text())
+    assert program.unaliased() == []
+    assert_holds_an_eighth(state)
+    assert_sends_only_updates(program, params, name)
+    stacks = {
+        math.prod(x.addressable_shards[0].data.shape)
+        for x in jax.tree.leaves(state)
+        if x.ndim == 3 and x.shape[-1] == SHAPES["matrix"][-1]
+    }
+    assert len(stacks) == ("5" in name or name in ("adam_cm, int8", "chain"))
+    assert whole_buffer_operations(compiled, stacks) == []
+
+
+def assert_holds_an_eighth(state):
+    """Of all that has the shape of the matrix, behind slots or not."""
+    found = [x for x in jax.tree.leaves(state) if x.shape[-2:] == SHAPES["matrix"]]
+    for x in found:
+        assert x.addressable_shards[0].data.size == x.size / 8
+    assert sum(x.nbytes for x in found) >= math.prod(SHAPES["matrix"])
+
+
+def assert_sends_only_updates(program, params, name):
+    """The update of the divided leaf, once, scalars, and maxima of rows or boxes."""
+    sent = program.collectives()
+    assert {i.opcode for i in sent} <= {"all-gather", "all-reduce"}
+    gathered = [a for i in sent if i.opcode == "all-gather" for a in i.arrays]
+    expected = params["matrix"].sharding.shard_shape(SHAPES["matrix"])
+    assert [a.shape for a in gathered] == [expected]
+    largest = 1
+    if name.startswith("sm3"):
+        largest = SHAPES["matrix"][1]
+    elif "int8" in name:
+        largest = SHAPES["matrix"][0]
+    reduced = [a.size for i in sent if i.opcode == "all-reduce" for a in i.arrays]
+    assert max(reduced, default=0) <= largest, reduced
