@@ -38,7 +38,8 @@ def state_partition_specs(tx, params, specs, mesh: Any = None, *, over=()):
     spec leaves free and that they divide evenly. The parts are then contiguous, and
     rows of int8 stay whole where there is another axis than the last. A parameter
     without such an axis has its whole state everywhere. The axis of slots is never
-    divided: a step reads and writes single slots.
+    divided: a step reads and writes single slots. Such specs are for ``jax.jit`` and
+    not for ``jax.shard_map``, where gradients and state would differ in shape.
 
     Args:
       tx: any optax transformation.

@@ -27,10 +27,24 @@ STATES = sorted(
 )
 
 
-def test_the_python_of_the_readme_runs():
+PAGES = {page.stem: page.read_text() for page in (ROOT / "docs").glob("*.md")}
+
+
+def run(text):
+    """The names that the Python of a page leaves behind, block after block."""
     namespace = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(block, namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in PAGES[p]])
+def test_the_python_of_the_pages_runs(page):
+    run(PAGES[page])
+
+
+def test_the_python_of_the_readme_runs():
+    namespace = run(README)
     assert float(namespace["loss"]) < 1e-3
     assert jnp.isfinite(namespace["sharded_loss"])
     # What the last block made is still where the one before had put it.

@@ -228,3 +228,118 @@ def assert_sends_only_updates(program, params, name):
         largest = SHAPES["matrix"][0]
     reduced = [a.size for i in sent if i.opcode == "all-reduce" for a in i.arrays]
     assert max(reduced, default=0) <= largest, reduced
+
+
+# --- Flax, Orbax ----------------------------------------------------------------------
+
+X = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
+INT8_CM = OPTIMIZERS["adam_cm, int8"]
+
+
+def linen_state(tx):
+    names = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    model = nn.Dense(40, kernel_init=names)
+    params = model.init(jax.random.key(0), X)["params"]
+    return train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+
+def linen_step(state):
+    def loss(params):
+        return jnp.mean(state.apply_fn({"params": params}, X) ** 2)
+
+    value, grads = jax.value_and_grad(loss)(state.params)
+    return state.apply_gradients(grads=grads), value
+
+
+def test_linen(mesh):
+    """Logical names say where parameters are, and state_shardings what follows."""
+    init, rules = functools.partial(linen_state, INT8_CM()), [("out", "model")]
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        shapes = jax.eval_shape(init)
+        shardings = nn.logical_to_mesh_sharding(
+            nn.get_partition_spec(shapes), mesh, rules
+        )
+        params = jax.tree.map(
+            lambda s, box: jax.tree.map(lambda x: x.update(sharding=s), box),
+            shardings.params,
+            shapes.params,
+        )
+        divided = memoptax.state_shardings(shapes.tx, params, over="data")
+        shardings = shardings.replace(opt_state=divided)
+        state = jax.jit(init, out_shardings=shardings)()
+        step = jax.jit(linen_step, donate_argnums=0, out_shardings=(shardings, None))
+        losses = []
+        for _ in range(3):
+            state, loss = step(state)
+            losses.append(float(loss))
+    single, expected = init(), []
+    for _ in range(3):
+        single, loss = jax.jit(linen_step)(single)
+        expected.append(float(loss))
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    kernel = state.opt_state[0].buffer.slots["kernel"].value
+    assert kernel.sharding.spec == P(None, "data", "model")
+    assert kernel.addressable_shards[0].data.shape == (6, 4, 20)
+    assert state.params["kernel"].value.sharding.spec == P(None, "model")
+
+
+class Model(nnx.Module):
+    def __init__(self, where=None):
+        metadata = {} if where is None else {"optimizer_sharding": where}
+        self.linear = nnx.Linear(
+            16, 40, rngs=nnx.Rngs(0), kernel_metadata=metadata, use_bias=False
+        )
+
+    def __call__(self, x):
+        return self.linear(x)
+
+
+@nnx.jit
+def nnx_step(model, optimizer):
+    value, grads = nnx.value_and_grad(lambda model: jnp.mean(model(X) ** 2))(model)
+    optimizer.update(model, grads)
+    return value
+
+
+def nnx_run(where=None):
+    model = Model(where)
+    optimizer = nnx.Optimizer(model, OPTIMIZERS["adam_c, 5"](), wrt=nnx.Param)
+    return model, optimizer, [float(nnx_step(model, optimizer)) for _ in range(3)]
+
+
+def test_nnx():
+    """The names that nnx keeps for optimizers do it, on an explicit mesh."""
+    with jax.set_mesh(mesh_of(EIGHT, AxisType.Explicit)):
+        model, optimizer, losses = nnx_run(("data", None))
+        slots = optimizer.opt_state[0].buffer.slots["linear"]["kernel"].get_value()
+        nu = optimizer.opt_state[1][1].nu["linear"]["kernel"].get_value()
+    assert [x.addressable_shards[0].data.shape for x in (slots, nu)] == [
+        (6, 2, 40),
+        (2, 40),
+    ]
+    assert model.linear.kernel.get_value().sharding.is_fully_replicated
+    np.testing.assert_allclose(losses, nnx_run()[2], rtol=1e-4)
+
+
+def test_orbax_takes_a_divided_state_to_another_division(tmp_path):
+    tx, params = INT8_CM(), values(99)
+
+    def target(sizes):
+        shardings = memoptax.state_shardings(
+            tx, placed(params, mesh_of(sizes)), over="data"
+        )
+        shapes = jax.eval_shape(tx.init, params)
+        return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
+
+    def filled(x):
+        numbers = np.random.default_rng(x.size).integers(0, 100, x.shape)
+        return jax.device_put(numbers.astype(x.dtype), x.sharding)
+
+    state = jax.tree.map(filled, target(EIGHT))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+    for sizes in (EIGHT, TWO_BY_FOUR):
+        with ocp.StandardCheckpointer() as checkpointer:
+            found = checkpointer.restore(tmp_path / "state", target(sizes))
+        jax.tree.map(np.testing.assert_array_equal, found, state)
+        assert_lies_as(shardings_of(target(sizes)), found)
