@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,11 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memoptax
+from memoptax import _sharding
 
 from compiled import step_of, train, whole_buffer_operations
 
-pytestmark = pytest.mark.cpu_only("a mesh of eight devices")
+pytestmark = [pytest.mark.cpu_only("a mesh of eight devices"), pytest.mark.slow]
 
 # Neither two nor eight devices divide an axis of the second.
 SHAPES = {"matrix": (16, 40), "odd": (3, 7)}
@@ -228,6 +228,51 @@ def assert_sends_only_updates(program, params, name):
         largest = SHAPES["matrix"][0]
     reduced = [a.size for i in sent if i.opcode == "all-reduce" for a in i.arrays]
     assert max(reduced, default=0) <= largest, reduced
+
+
+def clipped(tx):
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.apply_if_finite(tx, 3))
+
+
+OTHERS = {
+    "amsgrad": lambda: clipped(memoptax.adam_c(0.1, amsgrad=True, synced=False)),
+    "nesterov": lambda: memoptax.adamw_c(0.1, nesterov=True, aggr=lambda u, m, n: u),
+    "centered": lambda: memoptax.rmsprop_c(0.1, centered=True, weight_decay=0.1),
+    "dampened": lambda: memoptax.sgd_c(0.1, 0.9, dampening=0.5, fifo_probability=0.5),
+    "skip_first": lambda: memoptax.adamw_cm(0.1, amsgrad=True, skip_first=True),
+    "sgd_cm": lambda: memoptax.sgd_cm(0.1, mu_dtype="bfloat16"),
+    "no buffer": lambda: memoptax.adam_cm(0.1, kappa=0.0),
+    "no buffer in int8": lambda: memoptax.adam_c(0.1, kappa=0.0, mu_dtype="int8"),
+    "no buffer, sm3_cm": lambda: memoptax.sm3_cm(0.1, kappa=0.0, skip_first=True),
+    "SM3-I": lambda: memoptax.sm3(0.1, beta=0.9, variant="I", weight_decay=0.1),
+    "full": lambda: memoptax.sm3(0.1, 0.9, cover=memoptax.covers.full),
+    "blocks": lambda: memoptax.sm3(0.1, cover=memoptax.covers.blocks(3, None)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_types_stay_in_explicit_mode(name):
+    """Of updates those of the gradients, and of a state its own; nothing is run."""
+    tx, mesh = OTHERS[name](), mesh_of(TWO_BY_FOUR, AxisType.Explicit)
+
+    def typed(shapes, shardings):
+        return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
+
+    def sharding(x):
+        return NamedSharding(mesh, _sharding._trimmed(jax.typeof(x).sharding.spec))
+
+    def update(gradients, state, params):
+        new = tx.update(gradients, state, params)
+        assert jax.tree.map(sharding, new) == (of_params, of_state)
+        return new
+
+    with jax.set_mesh(mesh):
+        of_params = {key: NamedSharding(mesh, spec) for key, spec in SPECS.items()}
+        params = typed(abstract(), of_params)
+        of_state = memoptax.state_shardings(tx, params, over="data")
+        assert any("data" in s.spec for s in jax.tree.leaves(of_state))
+        state = typed(jax.eval_shape(tx.init, params), of_state)
+        jax.eval_shape(update, params, state, params)
 
 
 # --- Flax, Orbax ----------------------------------------------------------------------

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import optax
 
 from memoptax import _flax_metadata, _parameters
-from memoptax._tensors import storage
+from memoptax._tensors import layout, storage
 
 
 def in_float32(inner: optax.GradientTransformation):
     """``inner`` with whatever is below float32 widened on the way in.
 
-    Updates return in the dtype in which they came, and the state keeps the dtypes it
-    was born with, whatever dtype the gradients have. Float32 passes through untouched.
+    Updates return in the dtype and, in JAX's explicit mode, with the sharding in which
+    they came, and the state keeps the dtypes it was born with, whatever dtype the
+    gradients have. Float32 passes through untouched.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -30,7 +31,7 @@ def in_float32(inner: optax.GradientTransformation):
         params = _wide(params)
         wide, new_state = inner.update(wide, state, params, **extra_args)
         return (
-            optax.tree.cast_like(wide, updates),
+            jax.tree.map(layout.like, optax.tree.cast_like(wide, updates), updates),
             optax.tree.cast_like(new_state, state),
         )
 
