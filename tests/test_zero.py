@@ -67,8 +67,12 @@ def mesh_of(sizes, kind=AxisType.Auto):
     )
 
 
+def specs_on(mesh):
+    return SPECS if "model" in mesh.shape else dict.fromkeys(SPECS, P())
+
+
 def placed(tree, mesh):
-    specs = SPECS if "model" in mesh.shape else dict.fromkeys(SPECS, P())
+    specs = specs_on(mesh)
     return {
         k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in tree.items()
     }
@@ -245,15 +249,17 @@ OTHERS = {
     "no buffer in int8": lambda: memoptax.adam_c(0.1, kappa=0.0, mu_dtype="int8"),
     "no buffer, sm3_cm": lambda: memoptax.sm3_cm(0.1, kappa=0.0, skip_first=True),
     "SM3-I": lambda: memoptax.sm3(0.1, beta=0.9, variant="I", weight_decay=0.1),
+    "SM3-II": lambda: memoptax.sm3(0.1),
     "full": lambda: memoptax.sm3(0.1, 0.9, cover=memoptax.covers.full),
-    "blocks": lambda: memoptax.sm3(0.1, cover=memoptax.covers.blocks(3, None)),
+    "blocks": lambda: memoptax.sm3(0.1, cover=memoptax.covers.blocks(4, None)),
 }
 
 
+@pytest.mark.parametrize("sizes", [EIGHT, TWO_BY_FOUR], ids=["8", "2x4"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_types_stay_in_explicit_mode(name):
+def test_types_stay_in_explicit_mode(name, sizes):
     """Of updates those of the gradients, and of a state its own; nothing is run."""
-    tx, mesh = OTHERS[name](), mesh_of(TWO_BY_FOUR, AxisType.Explicit)
+    tx, mesh = OTHERS[name](), mesh_of(sizes, AxisType.Explicit)
 
     def typed(shapes, shardings):
         return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
@@ -267,8 +273,9 @@ def test_types_stay_in_explicit_mode(name):
         return new
 
     with jax.set_mesh(mesh):
-        of_params = {key: NamedSharding(mesh, spec) for key, spec in SPECS.items()}
-        params = typed(abstract(), of_params)
+        of_params = {k: NamedSharding(mesh, s) for k, s in specs_on(mesh).items()}
+        # So large that maxima would be taken from slices on a single device.
+        params = typed(abstract({**SHAPES, "matrix": (512, 640)}), of_params)
         of_state = memoptax.state_shardings(tx, params, over="data")
         assert any("data" in s.spec for s in jax.tree.leaves(of_state))
         state = typed(jax.eval_shape(tx.init, params), of_state)
