@@ -45,8 +45,12 @@ OPTIMIZERS = {
         memoptax.critical_gradients(5, holding="sum", **BUFFER), optax.adam(0.01)
     ),
 }
-CASES = [(name, EIGHT, AxisType.Auto) for name in OPTIMIZERS]
-CASES += [(name, TWO_BY_FOUR, AxisType.Explicit) for name in OPTIMIZERS]
+# Both of one optimizer in a row, so that one worker of pytest-xdist has both.
+CASES = [
+    (name, *case)
+    for name in OPTIMIZERS
+    for case in ((EIGHT, AxisType.Auto), (TWO_BY_FOUR, AxisType.Explicit))
+]
 
 
 def values(seed):
