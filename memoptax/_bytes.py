@@ -40,6 +40,7 @@ class MemoryReport:
     total: int
     parameters: int  # how many numbers the parameters are
     per_device: dict[str, int] | None = None  # as fields, where shardings were given
+    whole: dict[str, int] | None = None  # likewise: of arrays that no mesh axis divides
 
     @property
     def per_parameter(self) -> float:
@@ -54,10 +55,11 @@ class MemoryReport:
             ("field", [*self.fields, "in all"]),
             ("bytes", [f"{n:,}" for n in (*self.fields.values(), self.total)]),
         ]
-        if self.per_device is not None:
-            sizes = [self.per_device[name] for name in self.fields]
-            sizes.append(sum(sizes))
-            columns.append(("per device", [f"{n:,}" for n in sizes]))
+        for head, found in (("per device", self.per_device), ("whole", self.whole)):
+            if found is not None:
+                sizes = [found[name] for name in self.fields]
+                sizes.append(sum(sizes))
+                columns.append((head, [f"{n:,}" for n in sizes]))
         shares = (*self.fields.values(), self.total)
         numbers = max(self.parameters, 1)
         columns.append(("per parameter", [f"{n / numbers:.3f}" for n in shares]))
@@ -86,7 +88,8 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
       shardings: a tree of ``jax.sharding.Sharding`` like the state, or a function
         ``(tx, params) -> tree`` that makes it, such as
         :func:`memoptax.state_shardings`. With it the report also counts the bytes on
-        each device. None counts those of the whole state alone.
+        each device, and which of them are of arrays that each device holds whole. None
+        counts those of the whole state alone.
 
     Returns:
       A :class:`MemoryReport`. A buffer's ``slots`` and ``total`` (their sum) are fields
@@ -110,6 +113,22 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
       accepted           4          0.000
       count              4          0.000
       in all    32,000,076         32.000
+
+      Divided over eight devices that hold the same parameters, whose biases stay whole:
+
+      >>> from functools import partial
+      >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))
+      >>> place = partial(memoptax.state_shardings, mesh=mesh, over="data")
+      >>> params = {"w": params, "b": jax.ShapeDtypeStruct((1001,), jnp.float32)}
+      >>> tx = memoptax.critical_gradients(topc=1)
+      >>> print(memoptax.memory_report(tx, params, place))
+      field         bytes  per device  whole  per parameter
+      slots     4,004,004     504,004  4,004          4.000
+      keys              4           4      4          0.000
+      ages              4           4      4          0.000
+      offered           4           4      4          0.000
+      accepted          4           4      4          0.000
+      in all    4,004,020     504,020  4,020          4.000
     """
     state = jax.eval_shape(tx.init, params)
     leaves, treedef = jax.tree.flatten_with_path(state)
@@ -125,17 +144,20 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
         laid_out = jax.tree.leaves(tree)
     inside = {path for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     roots = _paths_of(type(params), state)
-    fields, per_device = collections.Counter(), collections.Counter()
+    fields, per_device, whole = (collections.Counter() for _ in range(3))
     for (path, leaf), sharding in zip(leaves, laid_out):
         name = _field(path, roots, inside)
         part = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        fields[name] += math.prod(leaf.shape) * leaf.dtype.itemsize
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        fields[name] += size
         per_device[name] += math.prod(part) * leaf.dtype.itemsize
+        whole[name] += size if part == leaf.shape else 0
     return MemoryReport(
         fields=dict(fields.most_common()),
         total=fields.total(),
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         per_device=None if shardings is None else dict(per_device),
+        whole=None if shardings is None else dict(whole),
     )
 
 

@@ -5,12 +5,14 @@ McRae et al., Memory Augmented Optimizers for Deep Learning, ICLR 2022.
 
 from typing import NamedTuple
 
+import jax
 import optax
 
 from memoptax import _check, _flax_metadata, _parameters
 from memoptax._bases import precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
+from memoptax._tensors import layout
 
 _REFERENCES = """\
 References:
@@ -185,15 +187,13 @@ def sgd_c(
       3. A κ of 0 keeps the momentum.
     """
     learning_rate = _check.learning_rate(learning_rate)
-    return optax.chain(
-        critical_gradients(**_options.among(locals())),
-        precision.in_float32(
-            optax.chain(
-                pytorch.weight_decay(weight_decay),
-                pytorch.trace(momentum, dampening, nesterov, accumulator_dtype),
-                optax.scale_by_learning_rate(learning_rate),
-            )
+    return _in_front_of(
+        optax.chain(
+            pytorch.weight_decay(weight_decay),
+            pytorch.trace(momentum, dampening, nesterov, accumulator_dtype),
+            optax.scale_by_learning_rate(learning_rate),
         ),
+        _options.among(locals()),
     )
 
 
@@ -271,16 +271,14 @@ def rmsprop_c(
          constant rate, not under a schedule.
     """
     learning_rate = _check.learning_rate(learning_rate)
-    return optax.chain(
-        critical_gradients(**_options.among(locals())),
-        precision.in_float32(
-            optax.chain(
-                pytorch.weight_decay(weight_decay),
-                pytorch.scale_by_rms(alpha, eps, initial_scale, centered),
-                optax.scale_by_learning_rate(learning_rate),
-                pytorch.trace(momentum, 0.0, nesterov),
-            )
+    return _in_front_of(
+        optax.chain(
+            pytorch.weight_decay(weight_decay),
+            pytorch.scale_by_rms(alpha, eps, initial_scale, centered),
+            optax.scale_by_learning_rate(learning_rate),
+            pytorch.trace(momentum, 0.0, nesterov),
         ),
+        _options.among(locals()),
     )
 
 
@@ -361,17 +359,13 @@ def adam_c(
       2. A κ of 0 is Adam; theirs raises a KeyError.
     """
     learning_rate = _check.learning_rate(learning_rate)
-    return optax.chain(
-        critical_gradients(**_options.among(locals())),
-        precision.in_float32(
-            optax.chain(
-                pytorch.weight_decay(weight_decay),
-                pytorch.scale_by_adam(
-                    b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad
-                ),
-                optax.scale_by_learning_rate(learning_rate),
-            )
+    return _in_front_of(
+        optax.chain(
+            pytorch.weight_decay(weight_decay),
+            pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad),
+            optax.scale_by_learning_rate(learning_rate),
         ),
+        _options.among(locals()),
     )
 
 
@@ -452,15 +446,26 @@ def adamw_c(
          theirs multiplies them by 1 − η·λ, rounded, first.
     """
     learning_rate = _check.learning_rate(learning_rate)
-    return optax.chain(
-        critical_gradients(**_options.among(locals())),
-        precision.in_float32(
-            optax.chain(
-                pytorch.scale_by_adam(
-                    b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad
-                ),
-                pytorch.weight_decay(weight_decay, mask),
-                optax.scale_by_learning_rate(learning_rate),
-            )
+    return _in_front_of(
+        optax.chain(
+            pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad),
+            pytorch.weight_decay(weight_decay, mask),
+            optax.scale_by_learning_rate(learning_rate),
         ),
+        _options.among(locals()),
     )
+
+
+def _in_front_of(base, buffer_arguments):
+    """Critical gradients in front of ``base``, which computes in float32.
+
+    What a mesh divides further than the gradients stays so from one to the other, and
+    is gathered once, as the last update.
+    """
+    tx = optax.chain(critical_gradients(**buffer_arguments), precision.in_float32(base))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        new_updates, new_state = tx.update(updates, state, params, **extra_args)
+        return jax.tree.map(layout.like, new_updates, updates), new_state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)

@@ -120,9 +120,10 @@ def critical_momenta(
         del params
         _check.state(state, CriticalMomentaState)
         _momentum.check(options, updates, state, mu_dtype)
-        sound = _momentum.is_sound(options, updates, state.buffer.keys.dtype, b1)
+        placed = _momentum.beside(state, updates)
+        sound = _momentum.is_sound(options, placed, state.buffer.keys.dtype, b1)
         joined, momentum, buffer = _momentum.aggregate(
-            options, updates, state, b1, sound
+            options, placed, state, b1, sound
         )
         state = CriticalMomentaState(*momentum, buffer)
         return _momentum.or_nan(sound, joined, updates), state
@@ -231,14 +232,15 @@ def scale_by_adam_cm(
         _check.state(state, ScaleByAdamCmState)
         _momentum.check(options, updates, state, mu_dtype)
         _check.same("amsgrad", amsgrad, state.nu_max is not None)
+        placed = _momentum.beside(state, updates)
         sound = _momentum.is_sound(
-            options, updates, state.buffer.keys.dtype, b1, b2, eps, squares=True
+            options, placed, state.buffer.keys.dtype, b1, b2, eps, squares=True
         )
         joined, momentum, buffer = _momentum.aggregate(
-            options, updates, state, b1, sound, skip_first=skip_first
+            options, placed, state, b1, sound, skip_first=skip_first
         )
         squared = _momentum.where(
-            jnp.equal(kappa, 0), updates, joined
+            jnp.equal(kappa, 0), placed, joined
         )  # Adam's are of g
         count, nu, nu_max = _second_moment(squared, state, b2, sound)  # v_t
         scaled = pytorch.normalize(  # u_t

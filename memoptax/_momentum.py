@@ -35,6 +35,11 @@ def check(options, updates, state, mu_dtype):
         )
 
 
+def beside(state, gradients):
+    """The gradients laid out as m is, in JAX's explicit mode: then the step is, too."""
+    return jax.tree.map(layout.like, gradients, state.mu)
+
+
 def is_sound(options, gradients, dtype, *hyperparameters, squares=False):
     """Whether gradients and hyperparameters are finite, so that the state may move.
 
@@ -89,7 +94,7 @@ def average(gradients, state, b1, taken):
     before = storage.unpack(treedef, state.mu, state.mu_scales)
     dtypes = [_wide(old.values.dtype, g.dtype) for old, g in zip(before, leaves)]
     after = [
-        _blended(layout.like(g, old.values).astype(dtype), old, b1, 1 - b1, taken)
+        _blended(g.astype(dtype), old, b1, 1 - b1, taken)
         for g, old, dtype in zip(leaves, before, dtypes)
     ]
     m = [storage.decode(new, dtype) for new, dtype in zip(after, dtypes)]

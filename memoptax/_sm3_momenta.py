@@ -141,9 +141,10 @@ def scale_by_sm3_cm(
         _momentum.check(options, updates, state, mu_dtype)
         boxes = _boxes(cover, updates, state.accumulators)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(state.accumulators))
-        sound = _momentum.is_sound(options, updates, dtype, b1, b2, eps, squares=True)
+        placed = _momentum.beside(state, updates)
+        sound = _momentum.is_sound(options, placed, dtype, b1, b2, eps, squares=True)
         joined, momentum, buffer = _momentum.aggregate(  # M_t, B_{t+1}
-            options, updates, state, b1, sound, skip_first=skip_first
+            options, placed, state, b1, sound, skip_first=skip_first
         )
         count = jnp.where(sound, optax.safe_increment(state.count), state.count)
         nu, accumulators = _second_moment(boxes, joined, state, b2, sound)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from memoptax import _flax_metadata, covers
 from memoptax._tensors import families as _families
-from memoptax._tensors import row_sparse, storage, tiles
+from memoptax._tensors import layout, row_sparse, storage, tiles
 
 
 class Rule(NamedTuple):
@@ -26,7 +26,7 @@ def step(rule, path, boxes, gradient, numbers, memory):
         return gradient, numbers, memory
     numbers, dtype = tuple(numbers), numbers[0].dtype
     momentum, beta, eps = (hyperparameter(x, dtype) for x in rule[:3])
-    g = gradient.astype(dtype)
+    g = _beside(gradient, numbers, memory).astype(dtype)
     families = _families.Families(boxes, g.shape)
     nu, floors, raised = rule.precondition(g, numbers, families, beta)
     if len(raised) == 1 and raised[0].shape == g.shape:
@@ -44,7 +44,13 @@ def step(rule, path, boxes, gradient, numbers, memory):
     else:
         average = functools.partial(_average, direction, momentum, families)
         q, memory = average(g, floors, memory, finite)
-    return q.astype(gradient.dtype), raised, memory
+    return layout.like(q.astype(gradient.dtype), gradient), raised, memory
+
+
+def _beside(gradient, numbers, memory):
+    """The gradient laid out as what the state has of its shape, if it has such."""
+    home = numbers[0] if memory is None else memory.values
+    return layout.like(gradient, home) if home.shape == gradient.shape else gradient
 
 
 def _average(direction, momentum, families, g, floors, memory, finite):

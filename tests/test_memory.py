@@ -53,8 +53,8 @@ def test_each_device_holds_what_the_report_says(tx, mesh):
         assert report.total_per_device == held
     assert report.total_per_device < report.total
     plain = memoptax.memory_report(tx, PARAMS)
-    assert plain.per_device is None and plain.total_per_device is None
-    assert dataclasses.replace(report, per_device=None) == plain
+    assert plain.per_device is plain.total_per_device is plain.whole is None
+    assert dataclasses.replace(report, per_device=None, whole=None) == plain
 
 
 def test_per_device_by_hand(mesh):
@@ -64,6 +64,9 @@ def test_per_device_by_hand(mesh):
     assert report.per_device["slots"] == 4 * (12 * 4 + 6 * 2)
     assert report.per_device["mu"] == 12 * 4 + 6 * 4
     assert report.per_device["keys"] == report.fields["keys"] == 3 * 4
+    assert report.whole["slots"] == 4 * 6 * 2
+    assert report.whole["mu"] == 6 * 4
+    assert report.whole["keys"] == 3 * 4
 
 
 def test_the_table_has_a_column_per_device_where_it_is_known(mesh):

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import optax
 
 from memoptax import _flax_metadata, _parameters
-from memoptax._tensors import storage
+from memoptax._tensors import layout, storage
 
 
 def in_float32(inner: optax.GradientTransformation):
     """``inner`` with whatever is below float32 widened on the way in.
 
-    Updates return in the dtype in which they came, and the state keeps the dtypes it
-    was born with, whatever dtype the gradients have. Float32 passes through untouched.
+    Updates return in the dtype and, in JAX's explicit mode, with the sharding in which
+    they came, and the state keeps the dtypes it was born with, whatever dtype the
+    gradients have. Float32 passes through untouched.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -34,7 +35,8 @@ def in_float32(inner: optax.GradientTransformation):
         leaves, treedef = jax.tree.flatten(new_state)
         leaves = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes)]
         new_state = treedef.unflatten(leaves)
-        return optax.tree.cast_like(wide, updates), new_state
+        cast = optax.tree.cast_like(wide, updates)
+        return jax.tree.map(layout.like, cast, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

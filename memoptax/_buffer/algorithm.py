@@ -77,6 +77,8 @@ def recall_and_offer(
     """
     matching.check(options, buffer, gradients)
     check_scales(options, gradients, buffer.scales)
+    if values is gradients:  # momenta are laid out as their state is
+        values = gradients = holding.beside(buffer, gradients)
     offers, treedef = jax.tree.flatten(values)
     leaves, across = treedef.flatten_up_to(gradients), options.across
     norms = _norms.of(leaves, buffer.keys.dtype, across)

@@ -229,6 +229,14 @@ def shape_of(buffer, leaf) -> tuple[int, ...]:
     return leaf.shape if buffer.entries is None else leaf.shape[1:]
 
 
+def beside(buffer, values):
+    """The values laid out as their slots are, in JAX's explicit mode."""
+    leading = 0 if buffer.entries is None else 1
+    return jax.tree.map(
+        lambda x, slots: layout.like(x, slots, leading), values, buffer.slots
+    )
+
+
 def stacks_of(buffer):
     """The slots of every leaf, and the structure of the tree."""
     treedef = jax.tree.structure(buffer.slots)

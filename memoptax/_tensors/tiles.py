@@ -70,7 +70,7 @@ def maxima(
         return box_max(_fold(f, entries(*operands), shape, spanned), box)
 
     spanned = [i for i, (b, n) in enumerate(zip(box, shape)) if b >= n > 1]
-    if not spanned or math.prod(shape) < _SMALL or _is_sharded(operands[0]):
+    if not spanned or math.prod(shape) < _SMALL or any(map(_is_sharded, operands)):
         return stored(*operands)
     # A GPU computes what it compares along rows as it reads, and would store it for the
     # maxima across rows: sm3 would move 20 bytes per parameter of a matrix, not 16.5.
