@@ -50,20 +50,27 @@ class MemoryReport:
     def total_per_device(self) -> int | None:
         return None if self.per_device is None else sum(self.per_device.values())
 
+    @property
+    def undonated(self) -> int:
+        """Bytes in a step that is not given the state: it holds the old and the new."""
+        return 2 * self.total
+
     def __str__(self):
+        def column(found):
+            total = sum(found.values())
+            return [*found.values(), total, 2 * total]
+
         columns = [
-            ("field", [*self.fields, "in all"]),
-            ("bytes", [f"{n:,}" for n in (*self.fields.values(), self.total)]),
+            ("field", [*self.fields, "in all", "undonated"]),
+            ("bytes", [f"{n:,}" for n in column(self.fields)]),
         ]
         for head, found in (("per device", self.per_device), ("whole", self.whole)):
             if found is not None:
-                sizes = [found[name] for name in self.fields]
-                sizes.append(sum(sizes))
+                sizes = column({name: found[name] for name in self.fields})
                 columns.append((head, [f"{n:,}" for n in sizes]))
-        shares = (*self.fields.values(), self.total)
         numbers = max(self.parameters, 1)
-        columns.append(("per parameter", [f"{n / numbers:.3f}" for n in shares]))
-        return _table(columns)
+        shares = [f"{n / numbers:.3f}" for n in column(self.fields)]
+        return _table([*columns, ("per parameter", shares)])
 
 
 def _table(columns) -> str:
@@ -92,7 +99,8 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
         counts those of the whole state alone.
 
     Returns:
-      A :class:`MemoryReport`. A buffer's ``slots`` and ``total`` (their sum) are fields
+      A :class:`MemoryReport`. Its row ``undonated`` is what a step holds that is not
+      given the state (``donate_argnums``): the old one and the new one. A buffer's ``slots`` and ``total`` (their sum) are fields
       of their own; a moment has the name that its optimizer gives it.
 
     Raises:
@@ -102,17 +110,18 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
       >>> import memoptax, jax, jax.numpy as jnp
       >>> params = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
       >>> print(memoptax.memory_report(memoptax.adam_c(0.1, topc=5), params))
-      field          bytes  per parameter
-      slots     24,000,000         24.000
-      mu         4,000,000          4.000
-      nu         4,000,000          4.000
-      entries           24          0.000
-      keys              20          0.000
-      ages              20          0.000
-      offered            4          0.000
-      accepted           4          0.000
-      count              4          0.000
-      in all    32,000,076         32.000
+      field           bytes  per parameter
+      slots      24,000,000         24.000
+      mu          4,000,000          4.000
+      nu          4,000,000          4.000
+      entries            24          0.000
+      keys               20          0.000
+      ages               20          0.000
+      offered             4          0.000
+      accepted            4          0.000
+      count               4          0.000
+      in all     32,000,076         32.000
+      undonated  64,000,152         64.000
 
       Divided over eight devices that hold the same parameters, whose biases stay whole:
 
@@ -122,13 +131,14 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
       >>> params = {"w": params, "b": jax.ShapeDtypeStruct((1001,), jnp.float32)}
       >>> tx = memoptax.critical_gradients(topc=1)
       >>> print(memoptax.memory_report(tx, params, place))
-      field         bytes  per device  whole  per parameter
-      slots     4,004,004     504,004  4,004          4.000
-      keys              4           4      4          0.000
-      ages              4           4      4          0.000
-      offered           4           4      4          0.000
-      accepted          4           4      4          0.000
-      in all    4,004,020     504,020  4,020          4.000
+      field          bytes  per device  whole  per parameter
+      slots      4,004,004     504,004  4,004          4.000
+      keys               4           4      4          0.000
+      ages               4           4      4          0.000
+      offered            4           4      4          0.000
+      accepted           4           4      4          0.000
+      in all     4,004,020     504,020  4,020          4.000
+      undonated  8,008,040   1,008,040  8,040          8.000
     """
     state = jax.eval_shape(tx.init, params)
     leaves, treedef = jax.tree.flatten_with_path(state)

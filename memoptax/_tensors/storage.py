@@ -128,8 +128,9 @@ def _rounded(x, like: Stored) -> Stored:
     """``x`` rounded to what ``like`` can store, still in a dtype of arithmetic."""
     if like.scale is not None:
         return _quantized(x, _row(jnp.max, jnp.abs(x), initial=0))
-    if like.values.dtype in (jnp.bfloat16, jnp.float16):
-        x = _rounded_to(jnp.finfo(like.values.dtype), x)
+    dtype = like.values.dtype
+    if dtype != x.dtype and dtype in (jnp.bfloat16, jnp.float16):
+        x = _rounded_to(jnp.finfo(dtype), x)
     return Stored(x, None)
 
 
