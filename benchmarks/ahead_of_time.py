@@ -16,7 +16,8 @@ What is over the limits of ``cases.py`` is listed at the end.
 The tables are kept in results/ahead-of-time-DEVICE.json; ``--table`` prints what is
 kept as Markdown and compiles nothing. ``--check`` compiles five steps alone and fails
 if one is over its limits. v5e-256 is the update of a model of Llama-7B's shapes on 256
-chips.
+chips, with parameters that all of them share, or with data-parallel parameters and a
+state that is divided (ZeRO-1).
 """
 
 import argparse
@@ -56,6 +57,7 @@ class Table(NamedTuple):
     dtype: str = "float32"
     contexts: tuple = ("donated",)
     devices: tuple = ("h100", "v5e", "cpu")
+    over: tuple = ()  # axes of the mesh that divide the state and not the parameters
 
 
 TABLES = {
@@ -74,13 +76,26 @@ TABLES = {
         parameters="7B",
         devices=("v5e-256",),
     ),
+    "7B, data-parallel, bfloat16": Table(
+        (
+            "optax.adam",
+            "adam_c, C = 1",
+            "adam_cm, C = 5, int8 slots and m",
+            "sm3_cm, C = 1, int8 slots and m",
+            "sm3_cm, C = 5, int8 slots and m",
+        ),
+        parameters="7B, data-parallel",
+        dtype="bfloat16",
+        devices=("v5e-256",),
+        over=("data",),
+    ),
 }
 
 
 # --- compilation ----------------------------------------------------------------------
 
 
-def compile_step(context, tx, params):
+def compile_step(context, tx, params, over=()):
     """The compiled step, and its arguments as they are placed."""
     function, arguments, donate = CONTEXTS[context](tx, params)
     sharding = jax.tree.leaves(params)[0].sharding
@@ -88,7 +103,7 @@ def compile_step(context, tx, params):
         state = jax.tree.map(
             lambda x, sharding: x.update(sharding=sharding),
             arguments[1],
-            memoptax.state_shardings(tx, params),
+            memoptax.state_shardings(tx, params, over=over),
         )
         arguments = (params, state, *arguments[2:])
     else:
@@ -137,7 +152,7 @@ def measure(table, name, context, args):
     begin = time.perf_counter()
     try:
         params = make(tx, args.device, TABLES[table].dtype, args.quick)
-        compiled, arguments = compile_step(context, tx, params)
+        compiled, arguments = compile_step(context, tx, params, TABLES[table].over)
     except jax.errors.JaxRuntimeError as error:
         return row | {"error": str(error).strip().split("\n")[0][:200]}
     row["seconds"] = round(time.perf_counter() - begin, 1)

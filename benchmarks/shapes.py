@@ -68,12 +68,22 @@ def shared_matrices(tx, target, dtype, quick):
     return _equal((side, side), 4, dtype, NamedSharding(mesh, P("data")))
 
 
-def llama(tx, target, dtype, quick):
+def llama(tx, target, dtype, quick, without=()):
     mesh = Mesh(np.array(devices(target, 256)).reshape(64, 4), ("data", "model"))
+
+    def place(spec):
+        names = (None if name in without else name for name in spec)
+        return NamedSharding(mesh, P(*names))
+
     return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place(spec))
         for name, (shape, spec) in LLAMA.items()
     }
+
+
+def data_parallel_llama(tx, target, dtype, quick):
+    """Every 64 devices hold the same parameters."""
+    return llama(tx, target, dtype, quick, without=("data",))
 
 
 PARAMETERS = {
@@ -82,4 +92,5 @@ PARAMETERS = {
     "vectors": vectors,
     "shared matrices": shared_matrices,
     "7B": llama,
+    "7B, data-parallel": data_parallel_llama,
 }

@@ -9,6 +9,8 @@ import json
 import re
 from pathlib import Path
 
+import ahead_of_time
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/benchmarks.md"
 RESULTS = [
@@ -166,6 +168,7 @@ def device(times, memory):
 # A table's sections of the results, and the function that writes it from their rows.
 TABLES = {
     "device": ("times", "memory", device),
+    "ahead": (ahead_of_time.markdown,),
     "flat": ("flat", flat),
     "steps": ("steps", steps),
     "sm3": ("sm3", sm3),

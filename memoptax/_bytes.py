@@ -99,9 +99,10 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
         counts those of the whole state alone.
 
     Returns:
-      A :class:`MemoryReport`. Its row ``undonated`` is what a step holds that is not
-      given the state (``donate_argnums``): the old one and the new one. A buffer's ``slots`` and ``total`` (their sum) are fields
-      of their own; a moment has the name that its optimizer gives it.
+      A :class:`MemoryReport`. A buffer's ``slots`` and ``total`` (their sum) are fields
+      of their own; a moment has the name that its optimizer gives it. The row
+      ``undonated`` is what a step holds that is not given the state to overwrite
+      (``donate_argnums``): the old one and the new one.
 
     Raises:
       ValueError: if ``shardings`` is not like the state.

@@ -62,6 +62,7 @@ def test_the_python_of_the_readme_runs():
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON)
+@pytest.mark.few(4)
 def test_the_python_of_a_page_runs(page):
     run(DOCS / page)
 
@@ -183,7 +184,7 @@ def apply(diff, folder):
 
 
 def test_the_diffs_of_contributing_apply_and_run(tmp_path):
-    for name in ("memoptax", "docs/api", "tests/test_contract.py"):
+    for name in ("memoptax", "docs/api", "tests/contract.py"):
         target = tmp_path / name
         target.parent.mkdir(exist_ok=True)
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy

@@ -29,6 +29,7 @@ def test_critical_gradients_leave_only_very_sharp_minima():
     np.testing.assert_array_equal(small, 0)
 
 
+@pytest.mark.long
 def test_critical_momenta_leave_sharp_minima_at_a_rate_that_is_not_small():
     make = escape.adam_cm(5, skip_first=True)
     every = escape.outcomes(make, [(0.1, 0.7), (0.1, 0.99), (0.01, 0.7)])

@@ -21,7 +21,11 @@ from memoptax import _sharding
 
 from compiled import step_of, train, whole_buffer_operations
 
-pytestmark = [pytest.mark.cpu_only("a mesh of eight devices"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.cpu_only("a mesh of eight devices"),
+    pytest.mark.slow,
+    pytest.mark.few(2),
+]
 
 # Neither two nor eight devices divide an axis of the second.
 SHAPES = {"matrix": (16, 40), "odd": (3, 7)}
@@ -307,6 +311,7 @@ def linen_step(state):
     return state.apply_gradients(grads=grads), value
 
 
+@pytest.mark.long
 def test_linen(mesh):
     """Logical names say where parameters are, and state_shardings what follows."""
     init, rules = functools.partial(linen_state, INT8_CM()), [("out", "model")]
@@ -363,6 +368,7 @@ def nnx_run(where=None):
     return model, optimizer, [float(nnx_step(model, optimizer)) for _ in range(3)]
 
 
+@pytest.mark.long
 def test_nnx():
     """The names that nnx keeps for optimizers do it, on an explicit mesh."""
     with jax.set_mesh(mesh_of(EIGHT, AxisType.Explicit)):
