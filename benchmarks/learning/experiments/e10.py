@@ -82,7 +82,7 @@ def task():
 
 def plan():
     rows = [
-        *o.bases("adam", "ademamix", "sm3", "sm3_cm"),
+        *o.bases("adam", "sgd", "ademamix", "adagrad", "sm3", "sm3_cm"),
         *o.adam_cm(((5, 0.7), (5, 0.99), (5, "FIFO"))),
     ]
     return [(task(), rows)]
