@@ -135,7 +135,7 @@ def _limits(tried, found):
     A base at a hopeless rate is a number at the edge.
     """
     low, high = _range(tried)
-    room = (high - low) / 2
+    room = (high - low) / 3
     low, high = _range([x for x in found if low - room < x.mean < high + room])
     margin = 0.1 * (high - low) or 1.0
     return low - margin, high + margin

@@ -104,5 +104,6 @@ EXPERIMENT = Experiment(
         "20 MNIST-1D tasks in one pass, with and without reset_buffer",
         "drift generators",
         "random keys, κ = 1e-6, C of 1, an average of the weights, adam_c",
+        "Adagrad with sums that start at 0",
     ),
 )
