@@ -340,11 +340,12 @@ def adam_cm(
     seed=0,
     holding=None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam with critical momenta, which leaves sharp basins for flat ones.
+    r"""Adam with critical momenta, which on surfaces leaves sharp basins for flat ones.
 
     :math:`\theta_{t+1} = \theta_t - \eta\,u_t` with the u of
     :func:`scale_by_adam_cm`, which has the equations and the sources. The effect needs
-    a rate that is not small; with a ``decay`` of .99 it escapes and settles.
+    a rate that is not small; with a ``decay`` of .99 it escapes and settles. On
+    networks it was level with Adam or worse after full training (``docs/evidence.md``).
 
     Memory: C + 3 copies of the parameters (3 for C = 1), one more with AMSGrad.
 

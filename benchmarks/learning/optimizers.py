@@ -142,6 +142,20 @@ BASES = {
         "adam",
         schedule=tasks.cooldown,
     ),
+    "sgd, own schedule": Row(
+        "sgd, SM3's schedule",
+        _alone(optax.sgd, momentum=0.9),
+        SGD,
+        "sgd",
+        schedule=tasks.cooldown,
+    ),
+    "adagrad, own schedule": Row(
+        "adagrad, SM3's schedule",
+        _alone(optax.adagrad),
+        SM3,
+        "adam, SM3's schedule",
+        schedule=tasks.cooldown,
+    ),
     "sm3 momentum": Row(
         "sm3 momentum", _alone(memoptax.sm3, momentum=0.9), SM3, "adam"
     ),

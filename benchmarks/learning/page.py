@@ -12,6 +12,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 # Of what a run reports beside its score, and of a digit after the point or more.
 EXTRAS = {
     "test_loss": "test loss",
+    "rare": "five rarest, %",
     "share": "tagged share of slots",
     "top": "log10 top eigenvalue",
     "trace": "log10 trace",
@@ -54,7 +55,9 @@ def table(task, lines) -> str:
         if any(math.isfinite(line.means.get(name, math.nan)) for line in lines)
     }
     heads = ["optimizer", "rate (tried)", task.unit, "− base", "− FIFO"]
-    heads += ["accepted", "mean age", *extras.values(), "bytes/param"]
+    compared = [name for name in extras if any(name in x.differences for x in lines)]
+    heads += ["accepted", "mean age", *extras.values()]
+    heads += [*(f"{extras[name]}: − base" for name in compared), "bytes/param"]
     timed = any(line.time for line in lines)
     heads += ["ms/step (×)"] if timed else []
     rows = [
@@ -71,6 +74,7 @@ def table(task, lines) -> str:
             number(line.means.get("acceptance", math.nan), 2),
             number(line.means.get("age", math.nan), 1),
             *(number(line.means.get(name, math.nan), 3) for name in extras),
+            *(difference(line.differences.get(name)) for name in compared),
             number(line.bytes, 2),
             *([_time(line.time)] if timed else []),
         ]

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.learning import summary
 from benchmarks.learning.experiment import Experiment
@@ -18,10 +20,17 @@ KINDS = {
 }
 
 
+# Columns that have a panel of differences of their own, each with its label.
+PANELS = {
+    "rare": "accuracy on the five rarest, %: difference, better to the right",
+    "top": "log10 of the top eigenvalue: difference, flatter to the left",
+}
+
+
 def kind(name: str) -> str:
     """Which of ``KINDS`` an optimizer is."""
-    marks = {"FIFO": "FIFO", "random": "random keys", "κ": "κ = 1e-6"}
-    if "C=" not in name:
+    marks = {"FIFO": "FIFO", "random": "random keys", "κ=": "κ = 1e-6"}
+    if "C=" not in name and not name.endswith("_cm"):
         return "no buffer"
     return next((k for mark, k in marks.items() if mark in name), "keeps the critical")
 
@@ -30,58 +39,111 @@ def draw(experiment: Experiment, folder: Path, path: Path) -> None:
     """Save the picture of an experiment as far as it was run."""
     made = [(task, lines) for task, lines in summary.lines(experiment, folder) if lines]
     curved = made[0][0].curve is not None
-    most = max(sum(line.over_base is not None for line in lines) for _, lines in made)
+    panels = [
+        (task, lines, column)
+        for task, lines in made
+        for column in ["", *PANELS]
+        if not column or any(column in line.differences for line in lines)
+    ]
+    most = max(len(_shown(lines, "")) for _, lines in made)
     height = 1.2 + 0.24 * most
-    figure = Figure(figsize=(6.4 * len(made), height + (3 if curved else 0)))
+    figure = Figure(
+        figsize=(6.4 * len(panels), height + 0.3 + (3 if curved else 0)),
+        layout="constrained",
+    )
     grid = figure.subplots(
         2 if curved else 1,
-        len(made),
+        len(panels),
         squeeze=False,
         height_ratios=[height, 3] if curved else None,
     )
-    for column, (task, lines) in enumerate(made):
-        _forest(grid[0, column], task, lines)
+    for place, (task, lines, column) in enumerate(panels):
+        title = task.name
+        if task.name in experiment.against:
+            title += f",\ncompared with: {experiment.against[task.name]}"
+        _forest(grid[0, place], task, lines, column, title)
         if curved:
             results = Results(folder / f"{experiment.name}.csv")
-            _curves(grid[1, column], task, lines, results)
-    figure.tight_layout()
+            _curves(grid[1, place], task, lines, results)
+    names = {kind(x.name) for _, lines, column in panels for x in _shown(lines, column)}
+    handles = [
+        Line2D([], [], ls="", marker=mark, color=colour, ms=5, label=name)
+        for name, (colour, mark) in KINDS.items()
+        if name in names
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
 
-def _forest(axis, task, lines):
-    shown = [line for line in lines if line.over_base is not None]
-    for place, line in enumerate(reversed(shown)):
+def _shown(lines, column):
+    """The lines that have a difference, from the last to the first."""
+    return [line for line in reversed(lines) if _difference(line, column)]
+
+
+def _difference(line, column):
+    return line.differences.get(column) if column else line.over_base
+
+
+def _forest(axis, task, lines, column, title):
+    shown = _shown(lines, column)
+    found = [_difference(line, column) for line in shown]
+    tried = [x for line, x in zip(shown, found) if line.tried]
+    low, high = _limits(tried or found, found)
+    for place, (line, (mean, half)) in enumerate(zip(shown, found)):
         colour, mark = KINDS[kind(line.name)]
-        mean, half = line.over_base
-        axis.errorbar(
-            mean, place, xerr=half, fmt=mark, color=colour, ms=5, lw=1.2, capsize=2
-        )
+        if low < mean < high:
+            axis.errorbar(
+                mean, place, xerr=half, fmt=mark, color=colour, ms=5, lw=1.2, capsize=2
+            )
+        else:
+            _outside(axis, mean, place, (low, high), colour)
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_xlim(*_limits([line for line in shown if line.tried], shown))
-    names = [f"{line.name} − {line.base}" for line in reversed(shown)]
+    axis.set_xlim(low, high)
+    axis.xaxis.set_major_locator(MaxNLocator(6))
+    names = [f"{line.name} − {line.base}" for line in shown]
     axis.set_yticks(range(len(shown)), names, fontsize=8)
     axis.set_ylim(-0.6, len(shown) - 0.4)
     better = "better to the right" if task.largest else "better to the left"
-    axis.set_xlabel(f"{task.unit}: difference, {better}", fontsize=8)
-    axis.set_title(task.name, fontsize=10)
+    label = PANELS.get(column, f"{task.unit}: difference, {better}")
+    axis.set_xlabel(label, fontsize=8)
+    axis.set_title(title, fontsize=10)
     axis.grid(axis="x", alpha=0.3)
     axis.tick_params(axis="x", labelsize=8)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
-    for name in dict.fromkeys(kind(line.name) for line in shown):
-        colour, mark = KINDS[name]
-        axis.plot([], [], mark, color=colour, ms=5, label=name)
-    axis.legend(fontsize=7, loc="best", framealpha=0.8)
 
 
-def _limits(optimizers, shown):
-    """Room for all optimizers; a base at a hopeless rate stands in the table alone."""
-    found = [line.over_base for line in optimizers or shown]
-    low = min([0.0, *(mean - half for mean, half in found)])
-    high = max([0.0, *(mean + half for mean, half in found)])
+def _outside(axis, mean, place, limits, colour):
+    """A difference beyond the edge of the picture, as a number with an arrow."""
+    left = mean <= limits[0]
+    text = f"{mean:+.3g}".replace("-", "−")
+    axis.text(
+        limits[0] if left else limits[1],
+        place,
+        f"← {text}" if left else f"{text} →",
+        ha="left" if left else "right",
+        va="center",
+        fontsize=7,
+        color=colour,
+    )
+
+
+def _limits(tried, found):
+    """Room for all optimizers, and for what is not far from them.
+
+    A base at a hopeless rate is a number at the edge.
+    """
+    low, high = _range(tried)
+    room = (high - low) / 3
+    low, high = _range([x for x in found if low - room < x.mean < high + room])
     margin = 0.1 * (high - low) or 1.0
     return low - margin, high + margin
+
+
+def _range(found):
+    low = min([0.0, *(mean - half for mean, half in found)])
+    return low, max([0.0, *(mean + half for mean, half in found)])
 
 
 CURVES = {

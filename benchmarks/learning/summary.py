@@ -11,6 +11,9 @@ from benchmarks.learning.experiment import Experiment
 from benchmarks.learning.intervals import Interval
 from benchmarks.learning.results import Results
 
+# Beside the score, what an experiment asks about: differences to the base are told.
+DIFFERENCES = ("rare", "top", "trace")
+
 
 class Line(NamedTuple):
     """Means over fresh seeds; a difference is None where there is nothing to pair."""
@@ -26,6 +29,7 @@ class Line(NamedTuple):
     over_fifo: Interval | None
     base: str
     means: dict[str, float]  # of the other columns
+    differences: dict[str, Interval]  # to the base, of those in DIFFERENCES
     bytes: float  # of state per parameter; NaN where another line says it
     time: dict[str, float]  # of a step, ms and ratio; empty where it was not measured
 
@@ -68,6 +72,13 @@ def lines(experiment: Experiment, folder: Path, quick=False):
                         over_fifo=_over(found, task, _row(rows, row.fifo), results),
                         base=against,
                         means=_means(task, row.name, choice.rate * factor, results),
+                        differences=_differences(
+                            task,
+                            row.name,
+                            choice.rate * factor,
+                            named.get(against),
+                            results,
+                        ),
                         bytes=(
                             cost.bytes_per_parameter(task, row) if alone else math.nan
                         ),
@@ -117,8 +128,9 @@ def _fresh(task, name, rate, results):
     return [run for run in found if run["seed"] >= protocol.FRESH]
 
 
-def _scores(task, name, rate, results):
-    return {run["seed"]: run["test"] for run in _fresh(task, name, rate, results)}
+def _scores(task, name, rate, results, column="test"):
+    runs = _fresh(task, name, rate, results)
+    return {run["seed"]: run[column] for run in runs if column in run}
 
 
 def _means(task, name, rate, results):
@@ -135,12 +147,22 @@ def _interval(scores):
     )
 
 
-def _over(ours, task, row, results):
+def _differences(task, name, rate, base, results):
+    """The paired differences to the base of the columns in ``DIFFERENCES``."""
+    made = {}
+    for column in DIFFERENCES:
+        ours = _scores(task, name, rate, results, column)
+        if ours and all(map(math.isfinite, ours.values())):
+            made[column] = _over(ours, task, base, results, column)
+    return {column: value for column, value in made.items() if value}
+
+
+def _over(ours, task, row, results, column="test"):
     """The paired difference to a row at its own rate."""
     if row is None:
         return None
     choice = protocol.choose(task, row, results)
-    theirs = _scores(task, row.name, choice.rate, results) if choice else {}
+    theirs = _scores(task, row.name, choice.rate, results, column) if choice else {}
     seeds = ours.keys() & theirs.keys()
     both = [scores[seed] for scores in (ours, theirs) for seed in seeds]
     if len(seeds) < 2 or not all(map(math.isfinite, both)):

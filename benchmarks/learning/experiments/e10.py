@@ -82,7 +82,7 @@ def task():
 
 def plan():
     rows = [
-        *o.bases("adam", "ademamix", "sm3", "sm3_cm"),
+        *o.bases("adam", "sgd", "ademamix", "adagrad", "sm3", "sm3_cm"),
         *o.adam_cm(((5, 0.7), (5, 0.99), (5, "FIFO"))),
     ]
     return [(task(), rows)]
@@ -104,5 +104,6 @@ EXPERIMENT = Experiment(
         "20 MNIST-1D tasks in one pass, with and without reset_buffer",
         "drift generators",
         "random keys, κ = 1e-6, C of 1, an average of the weights, adam_c",
+        "Adagrad with sums that start at 0",
     ),
 )

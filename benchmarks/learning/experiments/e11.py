@@ -79,6 +79,7 @@ EXPERIMENT = Experiment(
         "without a warm-up",
         "SAM",
         "the CNN",
+        "C of 20, random keys, κ = 1e-6, AdEMAMix",
     ),
     quick=("adam", "adam_cm C=5 FIFO"),
 )

@@ -36,6 +36,7 @@ EXPERIMENT = Experiment(
         "batch 64",
         "clipping at .25 and 1",
         "β2 by its half-life",
-        "LSTM",
+        "an LSTM",
+        "SM3 at batch 1, decay .99, κ = 1e-6, an average of the weights",
     ),
 )

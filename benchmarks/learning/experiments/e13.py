@@ -12,6 +12,7 @@ SMALL, LARGE = 32, 48  # widths: 19,968 and 39,168 parameters with 103 character
 def plan():
     small = o.bases("adam", "sm3", "ademamix", "adafactor", "sm3 momentum, int8")
     small += o.bases("sm3, own schedule", "adam, own schedule", "sm3_cm")
+    small += o.bases("adagrad", "adagrad, own schedule")
     large = o.bases("adam", "sm3", "sm3, own schedule", "sm3_cm")
     return [
         (characters.task("characters", STEPS, BATCH, SMALL), small),
@@ -35,8 +36,8 @@ EXPERIMENT = Experiment(
     not_run=(
         "width 64, two layers, context 64 (a smaller model was run)",
         "longer runs than 600 steps",
-        "Adagrad, Muon, SM3 with a float32 momentum",
-        "an int8 momentum, sm3_cm and Adafactor at twice the parameters",
+        "Muon, SM3 with a float32 momentum",
+        "an int8 momentum and Adafactor at twice the parameters",
         "silent rows, then one spike",
         "β of .99 and .999",
         "without a warm-up",

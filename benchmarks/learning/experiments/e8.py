@@ -13,6 +13,7 @@ def plan():
         *o.bases("adam", "sgd", "ademamix", "adam, averaged", "sgd, averaged"),
         *o.bases("sm3", "sm3 momentum", "sm3_cm"),
         *o.bases("sm3, own schedule", "adam, own schedule"),
+        *o.bases("sgd, own schedule", "adagrad", "adagrad, own schedule"),
         *o.adam_c(o.FULL),
         *o.adam_cm(o.FULL),
         *o.sgd_c(),
@@ -36,5 +37,7 @@ EXPERIMENT = Experiment(
         "the constant schedule",
         "the small CNN",
         "priorities by alignment with the momentum",
+        "FIFO with κ from 0 up",
+        "int8 slots at other settings, sm3_cm with SM3's schedule",
     ),
 )
