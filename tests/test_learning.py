@@ -1,5 +1,6 @@
 """benchmarks/learning: its statistics, its protocol, its data and its page."""
 
+import sys
 import urllib.error
 
 import jax
@@ -359,6 +360,9 @@ def test_numbers_are_written_as_far_as_they_are_known():
     assert page.difference(intervals.Interval(0.01, 0.5)) == "+0.01 ± 0.50"
 
 
+@pytest.mark.skipif(
+    sys.version_info[:2] != (3, 11), reason="E13 reads the help of Python 3.11"
+)
 def test_the_page_is_that_of_the_results():
     text = page.PAGE.read_text()
     known = load()
