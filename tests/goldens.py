@@ -7,6 +7,7 @@ import math
 import pathlib
 
 import numpy as np
+import pytest
 
 FOLDER = pathlib.Path(__file__).with_name("goldens")
 FAMILIES = {"CG": "cg", "CM": "cm", "PyTorch-SM3": "sm3", "TF-SM3-numpy": "sm3"}
@@ -152,6 +153,16 @@ def ours(case):
         del kwargs["weight_decay"]
         return "adam_cm", kwargs
     return {"Adam_C": "adam_c", "AdamW_C": "adamw_c"}[optimizer], kwargs
+
+
+def in_every_way(cases):
+    """Each case with each way to hold its values, as parameters of a test."""
+    return [
+        pytest.param(case, way, id=f"{case}-{way}")
+        for case in cases
+        for way in ("select", "read", "sum")
+        if way != "select" or ours(case)[1].get("topc") == 1
+    ]
 
 
 def _aggr(case):

@@ -82,11 +82,12 @@ RECORDED = [
 ]
 
 
-@pytest.mark.parametrize("case", RECORDED, ids=repr)
-def test_replays_the_recorded_trajectory(case):
+@pytest.mark.parametrize("case, way", goldens.in_every_way(RECORDED))
+def test_replays_the_recorded_trajectory(case, way):
     name, options = goldens.ours(case)
     with jax.enable_x64(case.dtype == "float64"):
-        params = run(getattr(memoptax, name)(**options), case.params0, case.grads)
+        tx = getattr(memoptax, name)(**options, holding=way)
+        params = run(tx, case.params0, case.grads)
     assert goldens.deviation(case, params) <= goldens.tolerance(case)
 
 

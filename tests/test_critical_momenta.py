@@ -78,11 +78,11 @@ RECORDED = [
 ]
 
 
-@pytest.mark.parametrize("case", RECORDED, ids=repr)
-def test_replays_the_recorded_trajectory(case):
+@pytest.mark.parametrize("case, way", goldens.in_every_way(RECORDED))
+def test_replays_the_recorded_trajectory(case, way):
     with jax.enable_x64(case.dtype == "float64"):
         name, arguments = goldens.ours(case)
-        tx = getattr(memoptax, name)(**arguments)
+        tx = getattr(memoptax, name)(**arguments, holding=way)
         params, _ = replay(tx, case.params0, case.grads)
         assert goldens.deviation(case, params) < goldens.tolerance(case)
 
