@@ -146,7 +146,8 @@ def check_state(tx, params, state) -> None:
 
     Raises:
       ValueError: if the state has another structure, shape or dtype than
-        ``tx.init(params)``; if a floating-point array has a number that is not finite;
+        ``tx.init(params)``, or holds what is no array; if a floating-point array has a
+        number that is not finite (a scalar: NaN);
         if a buffer's entries are no permutation, its counters contradict each other, or
         its keys and norms are negative. The sentence names the array.
 
@@ -166,14 +167,21 @@ def check_state(tx, params, state) -> None:
         )
     for (path, leaf), (_, like) in zip(found, wanted):
         name = f"state{jax.tree_util.keystr(path)}"
-        if jnp.shape(leaf) != like.shape or jnp.result_type(leaf) != like.dtype:
+        try:
+            leaf = jnp.asarray(leaf)
+        except (TypeError, ValueError):
+            kind = type(leaf).__name__
+            raise ValueError(f"{name} must be an array, but is a {kind}.") from None
+        if leaf.shape != like.shape or leaf.dtype != like.dtype:
             raise ValueError(
-                f"{name} has shape {jnp.shape(leaf)} and dtype {jnp.result_type(leaf)},"
+                f"{name} has shape {leaf.shape} and dtype {leaf.dtype},"
                 f" but tx.init(params) has {like.shape} and {like.dtype} there."
             )
-        floating = jnp.issubdtype(like.dtype, jnp.floating)
-        if floating and not jnp.all(jnp.isfinite(leaf)):
-            raise ValueError(f"{name} has numbers that are not finite.")
+        if jnp.issubdtype(like.dtype, jnp.floating):
+            # A scalar of optax may begin at infinity, such as a best value so far.
+            good = ~jnp.isnan(leaf) if leaf.ndim == 0 else jnp.isfinite(leaf)
+            if not jnp.all(good):
+                raise ValueError(f"{name} has numbers that are not finite.")
     for buffer in _found(bare):
         _check_numbers(buffer)
 
@@ -192,7 +200,7 @@ def _check_numbers(buffer):
 def _stats(buffer, updates):
     dtype = buffer.keys.dtype
     filled = eviction.held(buffer)
-    entries = jnp.maximum(jnp.sum(filled), 1)
+    entries = jnp.maximum(jnp.sum(filled), 1).astype(dtype)
     empty = ~jnp.any(filled)
     fill = eviction.fill(buffer)
     leaves = range(len(jax.tree.leaves(buffer.slots)))
@@ -203,7 +211,7 @@ def _stats(buffer, updates):
         means.append(total / count)
         apart.append(lengths / count)
     mean_norm = _norm(means, dtype)
-    ages = jnp.where(filled, buffer.ages - 1, 0)
+    ages = jnp.where(filled, buffer.ages - 1, 0).astype(dtype)
     stats = {
         "fill": jnp.mean(fill),
         "acceptance": jnp.sum(buffer.accepted)
@@ -232,8 +240,7 @@ def _sums(buffer, leaf):
     def add(sums, entry):
         total, lengths = sums
         value = _holding.value(buffer, leaf, entry, buffer.keys.dtype)
-        length = jnp.sqrt(jnp.sum(jnp.square(value)))
-        return (total + value, lengths + length), None
+        return (total + value, lengths + norms.of([value], value.dtype)[0]), None
 
     like = _holding.value(buffer, leaf, 0, buffer.keys.dtype)
     start = jnp.zeros_like(like), jnp.zeros((), like.dtype)

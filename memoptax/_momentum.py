@@ -51,9 +51,9 @@ def is_sound(options, gradients, dtype, *hyperparameters, squares=False):
     if squares:
         limit = jnp.sqrt(jnp.finfo(dtype).max) / (2 * (1 + jnp.abs(options.kappa)))
     sound = algorithm.is_within(options, gradients, dtype, limit)
-    for number in (*hyperparameters, options.kappa):
+    for number in hyperparameters:
         sound &= jnp.all(jnp.isfinite(jnp.asarray(number)))
-    return sound
+    return sound & options.is_sound()
 
 
 def aggregate(
@@ -135,5 +135,6 @@ def where(condition, chosen, other):
 
 
 def _wide(*dtypes):
-    """float32, or the widest that takes all of them."""
-    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    """float32, or the widest of the floating ones."""
+    floating = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    return functools.reduce(jnp.promote_types, floating, jnp.dtype(jnp.float32))

@@ -141,7 +141,7 @@ def _direction(nu, eps, g, *floors):
     square = nu(g, *floors) + eps
     # A known eps cannot vanish. All who read this would compute the choice again.
     if not (isinstance(eps, int | float) and eps >= jnp.finfo(square.dtype).tiny):
-        square = jnp.where(square > 0, square, 1)
+        square = jnp.where(square == 0, 1, square)
     return g / jnp.sqrt(square)
 
 

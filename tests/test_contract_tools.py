@@ -204,6 +204,8 @@ def test_strict_promotion_of_dtypes_is_no_error(opt):
     with jax.numpy_dtype_promotion("strict"):
         state = jax.eval_shape(tx.init, params)
         jax.eval_shape(tx.update, params, state, params)
+        if opt.memory == "buffer":
+            jax.eval_shape(memoptax.buffer_stats, state)
 
 
 @each_factory
@@ -236,3 +238,32 @@ def test_a_traced_decay_out_of_range_spoils_nothing(opt, bad):
             updates, state = update(gradient, state, params)
     assert is_finite((updates, state))
     assert fill(state) > 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("name", ["kappa", "fifo_probability"])
+@pytest.mark.parametrize(
+    "factory",
+    [memoptax.adam_cm, memoptax.sm3_cm, memoptax.sgd_cm],
+    ids=lambda f: f.__name__,
+)
+def test_a_traced_number_that_is_not_finite_leaves_the_state(factory, name, bad):
+    tx = optax.inject_hyperparams(factory)(0.1, kappa=1.0, fifo_probability=0.5)
+    params, stream = params_like(SHAPES), steps_of(gradients())
+    update, state = jax.jit(tx.update), tx.init(params)
+    for gradient in stream[:3]:
+        _, state = update(gradient, state, params)
+    spoilt = state.hyperparams | {name: jnp.full_like(state.hyperparams[name], bad)}
+    updates, after = update(stream[4], state._replace(hyperparams=spoilt), params)
+    assert all(np.isnan(u).all() for u in jax.tree.leaves(updates))
+    close(after.inner_state[0], state.inner_state[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["eps", "beta"])
+def test_a_traced_number_that_is_not_finite_shows_in_sm3(name):
+    tx = optax.inject_hyperparams(memoptax.sm3)(1.0, beta=0.9, eps=1e-8)
+    params = {"w": jnp.full((3, 4), 1e3)}
+    state = tx.init(params)
+    spoilt = state.hyperparams | {name: jnp.full_like(state.hyperparams[name], np.nan)}
+    updates, _ = jax.jit(tx.update)(params, state._replace(hyperparams=spoilt), params)
+    assert np.isnan(updates["w"]).all()

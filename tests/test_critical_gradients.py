@@ -636,3 +636,16 @@ def test_slots_of_half_precision_are_half_as_large():
         for dtype in (None, "bfloat16")
     )
     assert full - half == 6 * 50 * 7 * 2
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+def test_a_rounded_slot_has_the_derivative_of_its_gradient(dtype):
+    """Subnormal numbers of float16 too."""
+    tx = memoptax.critical_gradients(topc=2, buffer_dtype=dtype)
+    gradient, zeros = jnp.array([1e-5, 2e-5, 3e-3]), jnp.zeros(3)
+
+    def later(scale):
+        _, state = tx.update(scale * gradient, tx.init(zeros), zeros)
+        return tx.update(zeros, state, zeros)[0]
+
+    np.testing.assert_allclose(jax.jacobian(later)(1.0), gradient, rtol=1e-2)

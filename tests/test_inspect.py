@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 import memoptax
@@ -233,3 +234,37 @@ def test_memory_report_counts_what_init_allocates():
     *_, in_all, undonated = str(report).splitlines()
     assert in_all.split()[-2] == f"{allocated:,}"
     assert undonated.split()[-2] == f"{2 * allocated:,}"
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-21, 1.0, 1e30])
+def test_equal_entries_are_coherent_whatever_their_size(size):
+    tx, params = memoptax.sgd_c(0.1), {"w": jnp.full((3, 4), size)}
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(params, state, params)
+    np.testing.assert_allclose(memoptax.buffer_stats(state)["coherence"], 1, rtol=1e-5)
+
+
+def test_what_optax_begins_at_infinity_is_no_fault():
+    tx = optax.chain(memoptax.sgd_c(0.1), optax.contrib.reduce_on_plateau())
+    params = jnp.ones(3)
+    memoptax.check_state(tx, params, tx.init(params))
+
+
+def test_what_is_no_array_is_named():
+    tx, params = memoptax.sgd_c(0.1), jnp.ones(3)
+    state = tx.init(params)
+    for leaf in ("abc", object(), jax.eval_shape(lambda: state[0].buffer.slots)):
+        buffer = state[0].buffer._replace(slots=leaf)
+        forged = (state[0]._replace(buffer=buffer), *state[1:])
+        with pytest.raises(ValueError, match="slots must be an array, but is a"):
+            memoptax.check_state(tx, params, forged)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "int8"])
+def test_a_resized_sum_is_as_wide_as_a_new_one(dtype, x64):
+    params = jnp.ones(3, jnp.float64)
+    options = {"buffer_dtype": dtype, "topc": 3}
+    state = memoptax.sgd_c(0.1, holding="read", **options).init(params)
+    state = memoptax.resize_buffer(state, 3, holding="sum")
+    memoptax.check_state(memoptax.sgd_c(0.1, holding="sum", **options), params, state)

@@ -53,7 +53,12 @@ def _summed(buffer, like, rebuilds):
     leaves, treedef = jax.tree.flatten(buffer.slots)
     stacks, _ = holding.stacks_of(buffer)
     if like is None:
-        wide = [jnp.promote_types(x.dtype, jnp.float32) for x in leaves]
+        # Slots of one dtype may be narrower than the parameters; keys never are.
+        known = dtype if len({x.dtype for x in leaves}) == 1 else jnp.float32
+        wide = [
+            dtype if x.dtype == jnp.int8 else jnp.promote_types(x.dtype, known)
+            for x in leaves
+        ]
         like = treedef.unflatten(
             [jnp.zeros_like(x[0], dtype=d) for x, d in zip(leaves, wide)]
         )

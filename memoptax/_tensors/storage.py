@@ -7,6 +7,7 @@ must not be taken for one. In between, every leaf is a :class:`Stored`. Where th
 slot axis it comes first: a stack holds several values of one parameter.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -134,6 +135,7 @@ def _rounded(x, like: Stored) -> Stored:
     return Stored(x, None)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _rounded_to(info, x):
     """``x`` as a dtype of 16 bits has it.
 
@@ -148,6 +150,13 @@ def _rounded_to(info, x):
         return rounded
     small = jnp.abs(wide) < float(info.tiny)
     return jnp.where(small, jnp.round(wide / step) * step, rounded)
+
+
+@_rounded_to.defjvp
+def _rounded_to_jvp(info, primals, tangents):
+    """That of the number itself: a rounding has none."""
+    rounded = _rounded_to(info, *primals)
+    return rounded, tangents[0].astype(rounded.dtype)
 
 
 def _quantized(x, largest) -> Stored:
