@@ -159,6 +159,8 @@ def scale_by_sm3(
 
     def update_fn(updates, state, params=None):
         del params
+        _check.state(state, ScaleBySM3State)
+        _check_momentum(momentum, momentum_dtype, state)
         leaves, treedef = jax.tree.flatten_with_path(updates, row_sparse.is_row_sparse)
         count = optax.safe_increment(state.count)
         if not leaves:
@@ -179,6 +181,25 @@ def scale_by_sm3(
         return jax.tree.unflatten(treedef, directions), state
 
     return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
+
+
+def _check_momentum(momentum, dtype, state):
+    """Refuse a state whose momentum other arguments made. A traced one may be 0."""
+    if momentum is None or _check.static(momentum):
+        if (momentum is None) != (state.momentum is None):
+            found = "none" if state.momentum is None else "one"
+            raise ValueError(
+                f"momentum is {momentum!r}, but the state has {found}: pass the "
+                "momentum that it was made with, or make a new state with init."
+            )
+    for leaf in jax.tree.leaves(state.momentum):
+        # Without a name it is as wide as the accumulators, and never int8.
+        if leaf.dtype == jnp.int8 if dtype is None else leaf.dtype != dtype:
+            raise ValueError(
+                f"momentum_dtype is {dtype and jnp.dtype(dtype).name!r}, but the state "
+                f"has a momentum of {leaf.dtype}. Pass the momentum_dtype that the "
+                "state was made with."
+            )
 
 
 def _load(state, treedef):

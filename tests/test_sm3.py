@@ -819,3 +819,38 @@ def test_a_cover_must_not_change():
     state = tx.init(params)
     with pytest.raises(ValueError, match=r"\['w'\].*state has \[\(4, 1\)\]"):
         tx.update(params, state)
+
+
+@pytest.mark.parametrize(
+    ("made", "used", "name"),
+    [
+        ({}, {"momentum": 0.9}, "momentum is 0.9"),
+        ({"momentum": 0.9}, {}, "momentum is None"),
+        (
+            {"momentum": 0.9},
+            {"momentum": 0.9, "momentum_dtype": "int8"},
+            "momentum_dtype is 'int8'",
+        ),
+        (
+            {"momentum": 0.9, "momentum_dtype": "int8"},
+            {"momentum": 0.9},
+            "momentum_dtype is None",
+        ),
+        (
+            {"momentum": 0.9, "momentum_dtype": "bfloat16"},
+            {"momentum": 0.9, "momentum_dtype": "float32"},
+            "momentum_dtype is 'float32'",
+        ),
+    ],
+)
+def test_a_state_of_other_arguments_is_refused(made, used, name):
+    params = {"w": jnp.ones((3, 4))}
+    state = memoptax.scale_by_sm3(**made).init(params)
+    with pytest.raises(ValueError, match=f"^{name}, but the state"):
+        memoptax.scale_by_sm3(**used).update(params, state)
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    params = {"w": jnp.ones((3, 4))}
+    with pytest.raises(ValueError, match="must be a ScaleBySM3State, but is a"):
+        memoptax.scale_by_sm3().update(params, optax.scale_by_adam().init(params))
