@@ -106,7 +106,8 @@ def test_a_state_of_zeros_is_a_new_one(opt):
     zeros = jax.tree.map(lambda x: 0 * x, after(opt))
     new = opt.build().init(params)
     if opt.options.get("fifo_probability"):  # which draws otherwise, and no less well
-        zeros = optax.tree.set(zeros, draws=optax.tree.get(new, "draws"))
+        draws = jnp.copy(optax.tree.get(new, "draws"))
+        zeros = optax.tree.set(zeros, draws=draws)
     step = donating(opt).step
     runs = []
     for state in (zeros, new):
