@@ -11,6 +11,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import optax
 import optax.contrib
 import pytest
@@ -128,7 +129,6 @@ def test_pmap_over_devices_is_a_mean_of_gradients(name, problem):
 
 @each_used
 def test_variational_inference_in_numpyro(name):
-    numpyro = pytest.importorskip("numpyro", exc_type=ImportError)
     infer = numpyro.infer
     data = np.float32(np.random.default_rng(0).normal(3, 1, 50))
 
