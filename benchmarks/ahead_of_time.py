@@ -14,7 +14,7 @@ that one sends, loops, and seconds to compile. On a mesh all are those of one de
 What is over the limits of ``cases.py`` is listed at the end.
 
 The tables are kept in results/ahead-of-time-DEVICE.json; ``--table`` prints what is
-kept as Markdown and compiles nothing. ``--check`` compiles five steps alone and fails
+kept as Markdown and compiles nothing. ``--check`` compiles six steps alone and fails
 if one is over its limits. v5e-256 is the update of a model of Llama-7B's shapes on 256
 chips, with parameters that all of them share, or with data-parallel parameters and a
 state that is divided (ZeRO-1).
@@ -47,6 +47,7 @@ FEW += ("adam_cm, C = 5", "sm3")
 # What --check compiles: one of each way to hold slots, of each paper, of each dtype.
 CHECKED = ("sgd_c, C = 1", "adam_c, C = 5", "adam_c, C = 20")
 CHECKED += ("adam_cm, C = 5, int8 slots and m", "sm3")
+CHECKED += ("sm3_cm, C = 5, int8 slots and m",)
 
 
 class Table(NamedTuple):

@@ -1,6 +1,6 @@
 """Time to trace and compile one step, as a ratio to optax.adam, against leaves and C.
 
-    python benchmarks/compile_time.py [--quick] [--leaves 10 50 200] [--topc 5 20 80]
+    python benchmarks/compile_time.py [--quick] [--leaves 10 50 200] [--topc 1 5 20 80]
 
 Seconds of processor time of tracing, lowering and compiling the donated update with
 apply_updates. Leaves are matrices and vectors of four shapes, as in a transformer of
@@ -41,7 +41,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--leaves", type=int, nargs="+", default=(10, 50, 200))
-    parser.add_argument("--topc", type=int, nargs="+", default=(5, 20, 80))
+    parser.add_argument("--topc", type=int, nargs="+", default=(1, 5, 20, 80))
     add_arguments(parser)
     args = parser.parse_args(argv)
     if args.quick:

@@ -83,6 +83,30 @@ def aggregate(
     return where(first, optax.tree.zeros_like(joined), joined), momentum, buffer
 
 
+def parts(options, gradients, before, momentum, buffer, *, skip_first=False):
+    """Per leaf what M is computed from, entry by entry: a function, and its tensors.
+
+    Or None. For a reader to which M is not worth storing.
+    """
+    leaves, treedef = jax.tree.flatten(gradients)
+    if options.keeps_nothing:
+        return [None] * len(leaves)
+    stored = storage.unpack(treedef, *momentum)
+    first = skip_first & (before.count == 0) & jnp.not_equal(options.kappa, 0)
+
+    def of(leaf, gradient):
+        dtype = _wide(stored[leaf].values.dtype, gradient.dtype)
+        m = storage.decode(stored[leaf], dtype)
+        offered = where(first, gradient, m) if skip_first else m
+        found = algorithm.parts(options, before.buffer, buffer, leaf, offered)
+        if found is None or not skip_first:
+            return found
+        join, tensors = found
+        return lambda *tensors: jnp.where(first, 0, join(*tensors)), tensors
+
+    return [of(*each) for each in enumerate(leaves)]
+
+
 def average(gradients, state, b1, taken):
     """b1·m + (1 − b1)·g, or m where the step is not taken: as it is, as the leaves in
     storage, and as the two fields of the state.

@@ -147,7 +147,10 @@ def scale_by_sm3_cm(
             options, placed, state, b1, sound, skip_first=skip_first
         )
         count = jnp.where(sound, optax.safe_increment(state.count), state.count)
-        nu, accumulators = _second_moment(boxes, joined, state, b2, sound)
+        parts = _momentum.parts(
+            options, placed, state, momentum, buffer, skip_first=skip_first
+        )
+        nu, accumulators = _second_moment(boxes, joined, parts, state, b2, sound)
         scaled = pytorch.normalize(  # u_t
             joined, nu, jnp.maximum(count, 1), b1, b2, eps
         )
@@ -167,24 +170,28 @@ def _boxes(cover, updates, accumulators):
     return boxes
 
 
-def _second_moment(boxes, joined, state, b2, taken):
-    """The nu of every entry, and the accumulators after this step."""
+def _second_moment(boxes, joined, parts, state, b2, taken):
+    """The nu of every entry, and the accumulators after this step.
+
+    ``parts`` are what the leaves of ``joined`` are computed from.
+    """
     leaves, treedef = jax.tree.flatten(joined)
     if not leaves:
         return joined, state.accumulators
-    done = [_leaf(*each, b2, taken) for each in zip(boxes, leaves, state.accumulators)]
+    each = zip(boxes, leaves, parts, state.accumulators)
+    done = [_leaf(*leaf, b2, taken) for leaf in each]
     nu, accumulators = zip(*done)
     return treedef.unflatten(nu), accumulators
 
 
-def _leaf(boxes, x, numbers, b2, taken):
+def _leaf(boxes, x, parts, numbers, b2, taken):
     if x.size == 0:
         return x, numbers
     dtype = numbers[0].dtype
     x = x.astype(dtype)
     found = families.Families(boxes, x.shape)
     nu, floors, raised = _sm3_rules.sm3_ii(
-        x, numbers, found, _sm3_rules.hyperparameter(b2, dtype)
+        x, numbers, found, _sm3_rules.hyperparameter(b2, dtype), parts
     )
     raised = tuple(jnp.where(taken, new, old) for new, old in zip(raised, numbers))
     if len(raised) == 1 and raised[0].shape == x.shape:

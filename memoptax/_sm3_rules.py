@@ -101,14 +101,14 @@ def _check_rows(gradient, boxes, name: str) -> None:
 # family), so that it can be computed again by whoever needs it.
 
 
-def sm3_ii(g, numbers, families, beta):
-    """nu = min A + g^2, then A = max nu."""
+def sm3_ii(g, numbers, families, beta, parts=None):
+    """nu = min A + g^2, then A = max nu. ``parts`` are what g is computed from."""
 
     def nu(g, *floors):
         return _accumulate(_least(floors), g * g, beta)
 
     floors = families.floors(numbers)
-    return nu, floors, families.maxima(nu, g, floors)
+    return nu, floors, families.maxima(nu, g, floors, parts)
 
 
 def sm3_i(g, numbers, families, beta):

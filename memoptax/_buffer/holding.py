@@ -118,53 +118,51 @@ def select(value, slot: storage.Stored, stored, row: Row, dtype):
 
 def read(value, stack: storage.Stored, stored, row: Row, dtype):
     """The sum of the values held before, and the slots after."""
-    new = to_write(value, stack, stored, row)
-    return _write_and_sum(stack, new, row.slots, row.held, jnp.zeros((), dtype))
+    stack, _ = write(value, stack, stored, row)
+    terms = _terms(stack, row.slots, row.held, jnp.zeros((), dtype))
+    return functools.reduce(jnp.add, terms), stack
 
 
 @jax.custom_jvp
 @jax.custom_batching.custom_vmap
-def _write_and_sum(stack, new, slots, held, zero):
-    return _by_index(stack, new, slots, held, zero)
+def _terms(stack, slots, held, zero):
+    """C tensors whose sum is that of the entries held, in the dtype of ``zero``."""
+    return _by_index(stack, slots, held, zero)
 
 
-def _by_index(stack, new, slots, held, zero):
-    """The sum of the slots of the entries held, and the slots with ``new`` in the spare
-    one.
-    """
-    stack = storage.write(stack, new, slots[-1])
-    terms = [
+def _by_index(stack, slots, held, zero):
+    return [
         jnp.where(one, storage.decode(storage.read(stack, slot), zero.dtype), zero)
         for one, slot in zip(held, slots)
     ]
-    return functools.reduce(jnp.add, terms), stack
 
 
-def _by_choice(stack, new, slots, held, zero):
-    """The same, reading every slot and the spare one too."""
-    stack = storage.write(stack, new, slots[-1])
-    total = zero
-    for k in range(len(slots)):
+def _by_choice(stack, slots, held, zero):
+    """The same from every slot, the spare one too."""
+
+    def term(k):
         wanted = functools.reduce(
             jnp.logical_or, [one & (at == k) for one, at in zip(held, slots)]
         )
         slot = storage.decode(storage.read(stack, k), zero.dtype)
-        total = total + jnp.where(wanted, slot, zero)
-    return total, stack
+        return jnp.where(wanted, slot, zero)
+
+    *terms, last, spare = map(term, range(len(slots)))
+    return [*terms, last + spare]
 
 
-@_write_and_sum.fun.def_vmap
+@_terms.fun.def_vmap
 def _batched(axis_size, in_batched, *operands):
     """Under vmap every member has its own slots, and XLA would store all that are read
     by an index (sgd_c with C = 5 on a CPU: 5 copies of the parameters instead of 1).
     """
     axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
-    out = jax.vmap(_by_choice, axes, axis_size=axis_size)(*operands)
-    return out, jax.tree.map(lambda _: True, out)
+    terms = jax.vmap(_by_choice, axes, axis_size=axis_size)(*operands)
+    return terms, [True] * len(terms)
 
 
-@_write_and_sum.defjvp
-def _write_and_sum_jvp(primals, tangents):
+@_terms.defjvp
+def _terms_jvp(primals, tangents):
     return jax.jvp(_by_index, primals, tangents)
 
 
@@ -208,6 +206,17 @@ def exchange(way, buffer, values, stored, decision, norms, across):
     return totals, buffer._replace(
         slots=slots, scales=scales, entries=entries, **fields
     )
+
+
+def terms(before, after, leaf: int, like):
+    """C tensors whose sum is that of what ``before`` held of a leaf, laid out like
+    another: from the slots of ``after``, in which the spare one was overwritten.
+    """
+    row = 0 if before.keys.shape[0] == 1 else leaf
+    slots, held = slots_of(before.entries)[row], eviction.held(before)[row]
+    zero = jnp.zeros((), jnp.promote_types(like.dtype, before.keys.dtype))
+    found = _terms(stacks_of(after)[0][leaf], list(slots), list(held), zero)
+    return [layout.like(term, like) for term in found]
 
 
 def per_leaf(rows: list, leaves) -> list:

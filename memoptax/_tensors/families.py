@@ -169,25 +169,43 @@ class Families:
             for common, members in self.sweeps
         ]
 
-    def maxima(self, f, g, floors=()) -> tuple[jax.Array, ...]:
+    def maxima(self, f, g, floors=(), parts=None) -> tuple[jax.Array, ...]:
         """For each family, the maximum over its boxes of `f(g, *numbers >= 0)`.
 
         f works entry by entry; `numbers` are those of the boxes an entry lies in, one
-        for each sweep.
+        for each sweep. `parts` are a function, entry by entry, and the tensors that it
+        computes g from. Sweeps across rows call it on what they read: a GPU would
+        store a g that they share with the update (sm3_cm in int8, C = 5: a copy of
+        the parameters, not .06).
         """
-
-        def entries(g, *floors):
-            return g, *self.spread(floors)
-
         out = {}
         for common, members in self.sweeps:
-            top = tiles.maxima(f, entries, (g, *floors), common)
+            along = self.shape and common[-1] >= self.shape[-1] > 1
+            compute, tensors = (_itself, (g,)) if along or not parts else parts
+            top = tiles.maxima(
+                functools.partial(_composed, f, compute, len(tensors)),
+                functools.partial(self._entries, len(tensors)),
+                (*tensors, *floors),
+                common,
+            )
             for i in members:
                 out[i] = tiles.box_max(top, coarsen(self.boxes[i], common))
         return tuple(out[i] for i in range(len(self.boxes)))
+
+    def _entries(self, count, *operands):
+        return *operands[:count], *self.spread(operands[count:])
 
     def spread(self, floors: Sequence[jax.Array]) -> list[jax.Array]:
         """Gives every entry its box's number, for each sweep."""
         return [
             spread(x, common, self.shape) for x, (common, _) in zip(floors, self.sweeps)
         ]
+
+
+def _itself(g):
+    return g
+
+
+def _composed(f, compute, count, *numbers):
+    """f of what ``compute`` makes of so many numbers, and of the others."""
+    return f(compute(*numbers[:count]), *numbers[count:])
