@@ -1,6 +1,7 @@
 """Time to trace and compile one step, as a ratio to optax.adam, against leaves and C.
 
     python benchmarks/compile_time.py [--quick] [--leaves 10 50 200] [--topc 1 5 20 80]
+        [--dtype float32 int8]
 
 Seconds of processor time of tracing, lowering and compiling the donated update with
 apply_updates. Leaves are matrices and vectors of four shapes, as in a transformer of
@@ -8,6 +9,7 @@ many equal layers: XLA compiles what is equal once.
 """
 
 import argparse
+import functools
 
 import jax.numpy as jnp
 import optax
@@ -27,7 +29,7 @@ PLAIN = {
     "optax.sm3": lambda: optax.sm3(0.1),
     "optax.adamw": lambda: optax.adamw(0.1),
 }
-COLUMNS = ("optimizer", "leaves", "C", "seconds", "/ adam")
+COLUMNS = ("optimizer", "leaves", "C", "slots", "seconds", "/ adam")
 
 
 def seconds(tx, leaves):
@@ -42,24 +44,27 @@ def main(argv=None):
     )
     parser.add_argument("--leaves", type=int, nargs="+", default=(10, 50, 200))
     parser.add_argument("--topc", type=int, nargs="+", default=(1, 5, 20, 80))
+    dtypes = ("float32", "int8")
+    parser.add_argument("--dtype", nargs="+", default=dtypes, help="of the slots")
     add_arguments(parser)
     args = parser.parse_args(argv)
     if args.quick:
         args.leaves, args.topc = (4,), (5,)
     machine = describe_machine()
-    cases = [(name, None, make) for name, make in PLAIN.items()]
+    cases = [(name, None, None, make) for name, make in PLAIN.items()]
     cases += [
-        (name, c, lambda make=make, c=c: make(0.1, topc=c))
+        (name, c, slots, functools.partial(make, 0.1, topc=c, buffer_dtype=slots))
         for name, make in OPTIMIZERS.items()
         for c in args.topc
+        for slots in args.dtype
     ]
     seconds(optax.adam(0.1), 4)  # what only the first compilation pays for
     rows = []
     with tqdm(total=len(args.leaves) * len(cases), unit="case") as bar:
         for leaves in args.leaves:
             after = seconds(optax.adam(0.1), leaves)
-            for name, c, make in cases:
-                bar.set_description(f"{name}, C = {c}, {leaves} leaves")
+            for name, c, slots, make in cases:
+                bar.set_description(f"{name}, C = {c}, {slots}, {leaves} leaves")
                 taken = seconds(make(), leaves)
                 before, after = after, seconds(optax.adam(0.1), leaves)
                 adam = (before + after) / 2
@@ -68,6 +73,7 @@ def main(argv=None):
                         "optimizer": name,
                         "leaves": leaves,
                         "C": c,
+                        "slots": slots,
                         "seconds": taken,
                         "/ adam": taken / adam,
                     }

@@ -64,23 +64,17 @@ def flat(rows):
 
 
 def steps(rows):
-    """Every optimizer, at C = 5 and 80, in float32 and in fewer bits."""
+    """Every optimizer by C and the dtype of its slots; accepted, and rejected."""
     rows = [r for r in rows if (r["size"], r["leaves"]) == (1 << 24, 64) and r["topc"]]
-    lines = [
-        ("/ adam", "C = 5, accepted", "rejected", "C = 80, accepted", "rejected")
-        + ("C = 5, bfloat16 slots", "int8 slots")
-    ]
+    columns = [(c, slots) for c in (1, 5, 20) for slots in ("float32", "int8")]
+    columns.append((5, "bfloat16"))
+    lines = [("/ adam", *(f"C = {c}, {slots}" for c, slots in columns))]
     for name in dict.fromkeys(row["optimizer"] for row in rows):
+        found = [find(rows, optimizer=name, topc=c, slots=s) for c, s in columns]
         cells = [
-            find(rows, optimizer=name, topc=c, slots="float32")[label]
-            for c in (5, 80)
-            for label in ("accepted / adam", "rejected / adam")
+            f"{r['accepted / adam']:.2f}, {r['rejected / adam']:.2f}" for r in found
         ]
-        cells += [
-            find(rows, optimizer=name, topc=5, slots=dtype)["accepted / adam"]
-            for dtype in ("bfloat16", "int8")
-        ]
-        lines.append((code(name), *(f"{x:.2f}" for x in cells)))
+        lines.append((code(name), *cells))
     return table(*lines)
 
 
@@ -143,13 +137,22 @@ def peers(rows):
 
 def compile_time(rows):
     rows = [row for row in rows if row["leaves"] == 200]
-    names = dict.fromkeys(row["optimizer"] for row in rows if row["C"])
-    lines = [("200 leaves, / adam", "C = 5", "20", "80")]
-    for name in names:
-        cells = [find(rows, optimizer=name, C=c)["/ adam"] for c in (5, 20, 80)]
-        lines.append((code(name), *(f"{x:.1f}" for x in cells)))
+    buffered = [row for row in rows if row["C"]]
+    columns = list(dict.fromkeys((row["C"], row["slots"]) for row in buffered))
+    lines = [("200 leaves, / adam", *(f"C = {c}, {slots}" for c, slots in columns))]
+    for name in dict.fromkeys(row["optimizer"] for row in buffered):
+        found = [find(rows, optimizer=name, C=c, slots=slots) for c, slots in columns]
+        lines.append((code(name), *(f"{row['/ adam']:.1f}" for row in found)))
     plain = find(rows, optimizer="sm3")["/ adam"]
-    return table(*lines, ("`sm3`", *[f"{plain:.1f}"] * 3))
+    return table(*lines, ("`sm3`", *[f"{plain:.1f}"] * len(columns)))
+
+
+def eager(rows):
+    lines = [("eager step", "/ adam")]
+    for row in rows:
+        name, _, rest = row["optimizer"].partition(",")
+        lines.append((f"`{name}`" + (rest and f",{rest}"), f"{row['/ adam']:.1f}"))
+    return table(*lines)
 
 
 def device(times, memory):
@@ -176,6 +179,7 @@ TABLES = {
     "training": ("training step", training),
     "peers": ("peers", peers),
     "compile": ("compile time", compile_time),
+    "eager": ("eager", eager),
 }
 
 
