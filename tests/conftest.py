@@ -25,8 +25,18 @@ else:
     os.environ["JAX_PLATFORMS"] = f"{PLATFORM},cpu"
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "the same on every run",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("the same on every run")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not name

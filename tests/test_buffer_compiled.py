@@ -1,10 +1,13 @@
 """The compiled step of a buffer: no slot is copied, whatever C is."""
 
+import functools
+
 import jax.numpy as jnp
 import optax
 import pytest
 
-from memoptax._critical_gradients import critical_gradients
+import memoptax
+from memoptax import critical_gradients
 
 from compiled import (
     CONTEXTS,
@@ -51,6 +54,39 @@ def test_nor_do_slots_of_half_precision(params_dtype, buffer_dtype, limit, topc,
     tx = optax.chain(critical_gradients(topc, buffer_dtype=buffer_dtype), optax.sgd(1))
     params = {"w": jnp.zeros((768, 768), params_dtype)}
     assert_slots_stay_in_place("plain", tx, params, mesh, limit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.parametrize("topc", [1, 5, 40])
+def test_no_step_of_adam_cm_copies_the_buffer(topc, name, mesh):
+    params = {k: jnp.zeros(shape) for k, shape in PARAMS["one"].items()}
+    tx = memoptax.adam_cm(0.1, topc=topc)
+    assert_slots_stay_in_place(name, tx, params, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(memoptax.adamw_cm, amsgrad=True),
+        memoptax.sgd_cm,
+    ],
+)
+@pytest.mark.long
+def test_no_variant_of_critical_momenta_copies_the_buffer(make, mesh):
+    params = {k: jnp.zeros(shape) for k, shape in PARAMS["many"].items()}
+    tx = make(0.1, topc=5)
+    assert_slots_stay_in_place("plain", tx, params, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.long
+def test_no_step_copies_what_is_in_int8(name, mesh):
+    params = {k: jnp.zeros(shape) for k, shape in PARAMS["many"].items()}
+    tx = memoptax.adam_cm(0.1, mu_dtype="int8", buffer_dtype="int8")
+    assert_slots_stay_in_place(name, tx, params, mesh)
 
 
 def test_a_copied_buffer_would_be_seen():

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import memoptax
 
-from test_buffer import entries, exact_sums
+from slots import entries, exact_sums
 
 pytestmark = pytest.mark.slow
 

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sm3 import named
 
 import memoptax
 
 import oracle_sm3
+from labels import named
 
 
 def leaf(*shape):
@@ -125,6 +125,15 @@ def test_a_function_chooses_for_each_parameter():
 def test_a_cover_that_leaves_entries_uncovered_is_refused(cover, sentence):
     with pytest.raises(ValueError, match=sentence):
         memoptax.scale_by_sm3(cover=cover).init({"w": jnp.zeros((4, 3))})
+
+
+def test_a_cover_must_not_change():
+    answers = iter([[(1, 3)], [(1, 1)]])
+    tx = memoptax.sm3(0.1, cover=lambda path, leaf: next(answers))
+    params = {"w": jnp.ones((4, 3))}
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"\['w'\].*state has \[\(4, 1\)\]"):
+        tx.update(params, state)
 
 
 def test_blocks_take_positive_integers():

@@ -9,7 +9,7 @@ import pytest
 
 import memoptax
 
-from test_buffer import entries, exact_sums
+from slots import entries, exact_sums
 
 pytestmark = pytest.mark.few(1)
 

@@ -55,13 +55,7 @@ def operands(shape, seed):
     return g, first, rest
 
 
-@hypothesis.settings(
-    max_examples=12,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
+@hypothesis.settings(max_examples=12)
 @hypothesis.given(problems())
 def test_maxima_are_those_of_the_whole(problem):
     shape, spanned, seed = problem

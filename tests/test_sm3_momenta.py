@@ -12,6 +12,7 @@ import memoptax
 import goldens
 import oracle_sm3_cm
 from compiled import compile_step, step_of, temporaries
+from streams import lognormal
 
 pytestmark = pytest.mark.few(1)
 
@@ -20,14 +21,8 @@ SHAPES = {"a": (), "b": (3,), "c": (4, 6)}
 INT8 = {"mu_dtype": "int8", "buffer_dtype": "int8"}
 
 
-def stream(steps=20, seed=0, shapes=None):
-    """Gradients whose size changes from step to step, leaves (steps, *shape)."""
-    random = np.random.default_rng(seed)
-    size = random.lognormal(0, 1, size=steps)
-    return {
-        name: np.einsum("t,t...->t...", size, random.normal(size=(steps, *shape)))
-        for name, shape in (shapes or SHAPES).items()
-    }
+def stream(steps=20, shapes=SHAPES):
+    return lognormal(steps, shapes)
 
 
 def at(grads, t):

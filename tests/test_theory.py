@@ -33,7 +33,7 @@ RULES = {
 }
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     rule=st.sampled_from(sorted(RULES)),
     topc=st.integers(1, 6),

@@ -1,0 +1,113 @@
+"""Momenta in few bytes, in the slots and beside them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import memoptax
+
+from slots import entries
+from streams import SHAPES, at, lognormal, replay, zeros
+
+pytestmark = pytest.mark.few(2)
+
+
+@pytest.mark.parametrize("topc", [1, 5])
+@pytest.mark.long
+def test_half_precision_slots_cost_their_rounding_and_no_more(topc, x64):
+    # Who is kept depends on gradients alone, so the same momenta are averaged, each
+    # off by at most 2**-8 of itself.
+    grads = lognormal(40)
+    params = zeros(grads)
+    exact, rounded = (
+        memoptax.critical_momenta(topc=topc, buffer_dtype=dtype)
+        for dtype in (None, "bfloat16")
+    )
+    one, other = exact.init(params), rounded.init(params)
+    step_exact, step_rounded = jax.jit(exact.update), jax.jit(rounded.update)
+    for t in range(40):
+        gradient = at(grads, t)
+        held = {k: entries(one.buffer, 0, i) for i, k in enumerate(sorted(SHAPES))}
+        want, one = step_exact(gradient, one)
+        got, other = step_rounded(gradient, other)
+        for k, values in held.items():
+            bound = np.abs(values).mean(0) * 2.0**-8 if len(values) else 0
+            assert (np.abs(got[k] - want[k]) <= 1.001 * bound + 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("off", [{}, {"topc": 0}, {"kappa": 0.0}], ids=str)
+def test_a_stored_momentum_stays_close(dtype, off):
+    grads = jax.tree.map(np.float32, lognormal(40))
+    params = zeros(grads)
+    exact, stored = (
+        memoptax.critical_momenta(0.8, **off, mu_dtype=mu_dtype)
+        for mu_dtype in (None, dtype)
+    )
+    one, other = exact.init(params), stored.init(params)
+    step_exact, step_stored = jax.jit(exact.update), jax.jit(stored.update)
+    # An average of ten roundings; in int8 relative to the largest of its row.
+    eps = 1 / 127 if dtype == "int8" else float(jnp.finfo(dtype).eps)
+    largest = max(np.abs(g).max() for g in grads.values())
+    for t in range(40):
+        gradient = at(grads, t)
+        want, one = step_exact(gradient, one)
+        got, other = step_stored(gradient, other)
+        for k in want:
+            assert np.abs(got[k] - want[k]).max() <= 10 * eps * largest
+    if dtype == "float32" and not off:
+        chex.assert_trees_all_equal(got, want)
+
+
+@pytest.mark.parametrize("off", [{"topc": 0}, {"kappa": 0.0}], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_without_a_buffer_adams_momentum_is_stored_as_asked(off, dtype):
+    grads = jax.tree.map(np.float32, lognormal(30))
+    ours = memoptax.adam_cm(0.1, mu_dtype=dtype, **off)
+    want, _ = replay(optax.adam(0.1), zeros(grads), grads)
+    got, state = replay(ours, zeros(grads), grads)
+    for k in got:
+        np.testing.assert_allclose(got[k], want[k], atol=0.05)
+    assert not np.array_equal(got["b"], want["b"])
+    sizes = {x.dtype.itemsize for x in jax.tree.leaves(state[0].moment)}
+    assert sizes == {jnp.dtype(dtype).itemsize}
+
+
+def test_a_momentum_beyond_its_dtype_stops_at_its_end():
+    tx = memoptax.critical_momenta(0.0, topc=2, mu_dtype="float16")
+    update, state = tx.update(jnp.array([1e6, -3e5, 1.0]), tx.init(jnp.zeros(3)))
+    np.testing.assert_array_equal(update, [65504, -65504, 1])
+    assert np.isfinite(state.mu).all()
+
+
+def test_an_empty_row_has_a_scale_in_int8():
+    tx = memoptax.critical_momenta(mu_dtype="int8", topc=2)
+    params = {"empty": jnp.zeros((3, 0)), "w": jnp.ones((4, 4)), "none": jnp.zeros(0)}
+    before = tx.init(params)
+    _, after = tx.update(params, before)
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
+def test_half_precision_gradients_are_widened_before_they_are_averaged():
+    gradient = jnp.full(3, 1.2345, jnp.bfloat16)
+    tx = memoptax.scale_by_adam_cm()
+    update, state = tx.update(gradient, tx.init(gradient))
+    assert update.dtype == jnp.bfloat16
+    assert state.mu.dtype == state.nu.dtype == jnp.float32
+    np.testing.assert_allclose(state.mu, 0.1 * gradient.astype(jnp.float32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("off", [{"kappa": 0.0}, {"topc": 0}], ids=str)
+@pytest.mark.parametrize("make", [memoptax.adam_cm, memoptax.sgd_cm])
+def test_switched_off_it_keeps_its_state_in_float32(make, off):
+    tx, params = make(0.1, **off), jnp.ones(3, jnp.bfloat16)
+    state = tx.init(params)
+    updates, after = tx.update(jnp.ones(3, jnp.float32), state, params)
+    assert updates.dtype == jnp.float32
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+    floats = [x for x in jax.tree.leaves(state) if x.dtype != jnp.int32]
+    assert {x.dtype for x in floats} == {jnp.dtype("float32")}

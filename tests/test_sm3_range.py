@@ -1,0 +1,178 @@
+"""SM3 at the ends of its numbers: small and large ones, NaN, half precision, slopes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import memoptax
+
+from labels import named
+from streams import normal, updates_of
+
+pytestmark = pytest.mark.few(2)
+
+
+def test_fifty_thousand_bfloat16_steps_do_not_stall():
+    tx = memoptax.scale_by_sm3(0.9)
+    params = jnp.zeros((4, 8), jnp.bfloat16)
+
+    def step(state, _):
+        updates, state = tx.update(jnp.ones_like(params), state)
+        return state, updates[0, 0]
+
+    state, updates = jax.jit(
+        lambda state: jax.lax.scan(step, state, None, length=50_000)
+    )(tx.init(params))
+    for accumulator in state.accumulators[0]:
+        np.testing.assert_array_equal(accumulator, 50_000.0)
+    assert updates.dtype == jnp.bfloat16
+    np.testing.assert_allclose(float(updates[-1]), 50_000**-0.5, rtol=1e-2)
+
+
+def test_small_gradients_keep_the_scale_of_their_step():
+    for g in (1e-4, 1e-6, 1e-12):
+        (u,) = updates_of(
+            memoptax.scale_by_sm3(), jnp.zeros((2, 3)), [jnp.full((2, 3), g)]
+        )
+        np.testing.assert_allclose(u, 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("eps", [1e-30, 0.0])
+def test_zero_over_zero_is_zero(dtype, eps):
+    zeros = jnp.zeros((3, 4), dtype)
+    (u,) = updates_of(memoptax.scale_by_sm3(eps=eps), zeros, [zeros])
+    np.testing.assert_array_equal(u, zeros)
+
+
+def test_float16_gradients_above_300():
+    g = jnp.full((2, 3), 6e4, jnp.float16)
+    tx = memoptax.scale_by_sm3()
+    updates, state = tx.update(g, tx.init(g))
+    np.testing.assert_array_equal(updates, jnp.ones_like(g))
+    np.testing.assert_allclose(state.accumulators[0][0], float(g[0, 0]) ** 2)
+
+
+def test_an_accumulator_does_not_overflow():
+    tx, g = memoptax.scale_by_sm3(), jnp.array([1.5e19, 1.0])
+    state = tx.init(g)
+    for _ in range(3):
+        updates, state = tx.update(g, state)
+    np.testing.assert_allclose(state.accumulators[0][0], [2.25e38, 3])
+    np.testing.assert_allclose(updates, [1, 3**-0.5], rtol=1e-6)
+
+
+# What is not finite
+
+
+@functools.cache
+def shared(momentum_dtype, variant):
+    """One transformation for all bad entries: jit compiles it once for a shape."""
+    tx = memoptax.scale_by_sm3(0.9, variant=variant, momentum_dtype=momentum_dtype)
+    return tx.init, jax.jit(tx.update)
+
+
+def one_bad_step(shape, bad, momentum_dtype, variant):
+    """The update of a gradient with a bad entry among other leaves, and three states:
+    before it, after it, and had the gradient been good.
+    """
+    init, update = shared(momentum_dtype, variant)
+    good = {"a": jnp.asarray(normal(0, shape), jnp.float32), "b": jnp.ones((2, 2))}
+    _, before = update(good, init(good))
+    updates, after = update(
+        dict(good, a=good["a"].at[(0,) * len(shape)].set(bad)), before
+    )
+    assert np.isfinite(np.asarray(updates["b"])).all()
+    # The healthy leaf has moved on.
+    assert after.accumulators[1][0][0, 0] > before.accumulators[1][0][0, 0]
+    return updates["a"], before, after, update(good, before)[1]
+
+
+def momentum_of_a(state):
+    return state.momentum["a"], state.scales and state.scales[0]
+
+
+each_storage = pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+
+
+# The square of the last is not finite.
+each_bad = pytest.mark.parametrize("bad", [np.nan, -np.inf, 1e25])
+
+
+@each_bad
+@pytest.mark.parametrize("shape", [(4, 3), (400, 128), (1030, 130)], ids=named)
+@pytest.mark.parametrize("variant", ["I", "II"])
+@each_storage
+def test_what_is_not_finite_leaves_no_trace(bad, shape, variant, dtype):
+    update, before, after, _ = one_bad_step(shape, bad, dtype, variant)
+    assert np.isfinite(np.asarray(update)).all() == np.isfinite(bad)
+    for of in (lambda s: s.accumulators[0], momentum_of_a):
+        jax.tree.map(np.testing.assert_array_equal, of(before), of(after))
+
+
+@each_bad
+@pytest.mark.parametrize("shape", [(), (300,), (140_000,)], ids=named)
+@pytest.mark.parametrize("variant", ["I", "II"])
+@each_storage
+def test_adagrad_refuses_entry_by_entry(bad, shape, variant, dtype):
+    update, *states = one_bad_step(shape, bad, dtype, variant)
+    assert np.isfinite(np.asarray(update)).all() == np.isfinite(bad)
+    there = (0,) * len(shape)
+    for of in (lambda s: s.accumulators[0][0], lambda s: s.momentum["a"]):
+        before, after, healthy = (np.array(of(s)) for s in states)
+        if before.dtype == np.int8:  # with one scale, the row rests whole
+            np.testing.assert_array_equal(after, before)
+            np.testing.assert_array_equal(states[1].scales[0], states[0].scales[0])
+            continue
+        assert not np.array_equal(before, healthy)
+        healthy[there] = before[there]
+        np.testing.assert_array_equal(after, healthy)
+
+
+def test_apply_if_finite_sees_what_is_not_finite():
+    tx = optax.apply_if_finite(memoptax.sm3(0.1, 0.9), 5)
+    params = {"w": jnp.ones((3, 4))}
+    state = tx.init(params)
+    bad = {"w": jnp.ones((3, 4)).at[1, 2].set(jnp.nan)}
+    updates, state = tx.update(bad, state, params)
+    assert int(state.notfinite_count) == 1
+    np.testing.assert_array_equal(updates["w"], 0.0)
+    updates, state = tx.update({"w": jnp.ones((3, 4))}, state, params)
+    np.testing.assert_allclose(updates["w"], -0.01, rtol=1e-6)
+
+
+# Derivatives
+
+
+def test_derivatives_are_finite_where_the_gradient_is_zero():
+    tx = memoptax.scale_by_sm3(0.9)
+
+    def after_two_steps(g):
+        state = tx.init(g)
+        _, state = tx.update(g, state)
+        updates, _ = tx.update(2 * g, state)
+        return jnp.sum(updates**2)
+
+    g = jnp.array([[0.0, 1.0], [0.0, 0.0], [2.0, 3.0]])
+    assert np.isfinite(np.asarray(jax.grad(after_two_steps)(g))).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1030, 130)], ids=named)
+@pytest.mark.long
+def test_derivatives_follow_finite_differences(shape):
+    with jax.enable_x64(True):
+        tx = memoptax.scale_by_sm3()
+        weights = jnp.asarray(normal(3, shape))
+        first, second = (jnp.asarray(normal(t, shape)) for t in (1, 2))
+
+        def f(scale):
+            _, state = tx.update(scale * first, tx.init(first))
+            return jnp.sum(weights * tx.update(second, state)[0])
+
+        h = 1e-6
+        slope = (f(1 + h) - f(1 - h)) / (2 * h)
+        np.testing.assert_allclose(jax.grad(f)(1.0), slope, rtol=1e-6)
