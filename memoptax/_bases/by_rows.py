@@ -41,7 +41,7 @@ def _decay_of_dense(rate):
                 "call update(updates, state, params)."
             )
 
-        # None is no leaf, so the row-sparse ones are out of the way.
+        # A row-sparse leaf becomes None, which is no leaf.
         kept, decayed = (
             _map(lambda u, x: None if row_sparse.is_row_sparse(u) else x, updates, tree)
             for tree in (updates, params)
