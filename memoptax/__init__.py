@@ -10,6 +10,7 @@ from memoptax._bases.pytorch import AmsgradState as AmsgradState
 from memoptax._bases.pytorch import CenteredRmsState as CenteredRmsState
 from memoptax._bases.pytorch import DampenedTraceState as DampenedTraceState
 from memoptax._buffer.algorithm import Buffer as Buffer
+from memoptax._buffer.options import BufferArguments as BufferArguments
 from memoptax._buffer.sharded_norm import sharded_norm as sharded_norm
 from memoptax._buffer_tools import buffer_stats as buffer_stats
 from memoptax._buffer_tools import check_state as check_state
@@ -45,14 +46,14 @@ from memoptax._sm3_momenta import scale_by_sm3_cm as scale_by_sm3_cm
 from memoptax._sm3_momenta import sm3_cm as sm3_cm
 from memoptax.covers import Cover as Cover
 
-if _TYPE_CHECKING:
-    from memoptax import sparse as sparse
-
 __version__ = _version("memoptax")
 
+if _TYPE_CHECKING:
+    from memoptax import sparse as sparse
+else:
 
-def __getattr__(name: str):
-    # On first use, for it imports jax.experimental.sparse, which takes its time.
-    if name == "sparse":
-        return _import_module("memoptax.sparse")
-    raise AttributeError(f"module 'memoptax' has no attribute {name!r}")
+    def __getattr__(name):
+        # Loaded on first use, because it imports jax.experimental.sparse.
+        if name == "sparse":
+            return _import_module("memoptax.sparse")
+        raise AttributeError(f"module 'memoptax' has no attribute {name!r}")

@@ -1,8 +1,11 @@
-"""Look into, resize or empty the buffers inside any optimizer's state."""
+"""Look into, resize, empty or check the buffers inside any optimizer's state."""
+
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from memoptax import _check, _flax_metadata
@@ -11,13 +14,15 @@ from memoptax._buffer import holding as _holding
 from memoptax._buffer import options as _options
 from memoptax._tensors import norms
 
+State = TypeVar("State")
 
-def buffer_stats(state, updates=None) -> dict[str, jax.Array]:
-    r"""What the buffers inside an optimizer's state hold, as scalars for a logger.
 
-    Finds them in any nesting of chains and wrappers, and in Flax's ``nnx.Optimizer``
-    (its ``opt_state``), and copies no slot; may be jitted on its own, apart from the
-    training step. Numbers of rows and leaves are averaged.
+def buffer_stats(state: Any, updates: Any = None) -> dict[str, jax.Array]:
+    r"""Statistics of the buffers inside an optimizer's state, as scalars for a logger.
+
+    It finds the buffers in any nesting of chains and wrappers, and in the
+    ``opt_state`` of Flax's ``nnx.Optimizer``. It copies no slot. Jit it on its own,
+    apart from the training step. Rows and leaves are averaged.
 
     With :math:`\bar B_l` the mean of the F values stored of leaf l, and g the updates,
 
@@ -28,26 +33,27 @@ def buffer_stats(state, updates=None) -> dict[str, jax.Array]:
       \mathrm{share} = \frac{\lVert \bar B \rVert}
       {\lVert \bar B \rVert + \lVert g \rVert}.
 
-    The coherence is what of the stored values survives their averaging: 1 where they
-    all point one way, about :math:`1/\sqrt F` where they know nothing of one another.
+    The coherence is the part of the stored values that survives averaging. It is 1 if
+    they all have one direction, and about :math:`1/\sqrt F` if they are independent.
 
     Args:
       state: the state of an optimizer with critical gradients or momenta.
-      updates: what this state would next be given, gradients or, under critical
-        momenta, the momenta; a tree like the parameters. None leaves out ``share``.
+      updates: the next values that the buffer would be offered, a tree like the
+        parameters: gradients, or the momenta under critical momenta. None leaves out
+        ``share``.
 
     Returns:
       A dict of float32 scalars: ``fill`` (filled slots), ``acceptance`` (share of the
       offers that were stored), ``key_min``, ``key_mean``, ``key_max`` (of the decayed
       priorities), ``age_mean``, ``age_max`` (in steps), ``mean_norm`` (the L2 norm of
-      the buffer's mean), ``coherence``, ``share`` (of the buffer in what leaves it, for
-      κ = 1 and an ``aggr`` of ``'sum'`` or ``'mid'``; under ``'mean'`` the buffer
-      weighs F times as much) and ``rebuilds`` (times that the running sums were taken
-      anew). All are 0 while the buffer is empty. With several buffers, as under
+      the buffer's mean), ``coherence``, ``share`` (of the buffer in the joined update,
+      for κ = 1 and an ``aggr`` of ``'sum'`` or ``'mid'``; under ``'mean'`` the buffer
+      weighs F times as much) and ``rebuilds`` (how often the running sums were
+      rebuilt). All are 0 while the buffer is empty. With several buffers, as under
       ``optax.partition``, names start with ``0/``, ``1/`` and so on.
 
     Raises:
-      ValueError: if the state holds no buffer, or one of what is not in ``updates``.
+      ValueError: if the state holds no buffer, or if ``updates`` lack a leaf of it.
 
     Examples:
       >>> import memoptax, jax.numpy as jnp
@@ -69,23 +75,24 @@ def buffer_stats(state, updates=None) -> dict[str, jax.Array]:
     }
 
 
-def resize_buffer(state, topc: int, *, holding: str | None = None):
+def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> State:
     """The state for the same optimizer with another ``topc``.
 
-    Fewer slots keep the most critical entries; more start out empty. Keys, ages and
-    counters stay, and the sums are rebuilt. A checkpoint is restored with the ``topc``
-    it was saved with, and resized then.
+    A smaller buffer keeps the most critical entries. A larger one has empty slots.
+    Keys, ages and counters stay, and the sums are rebuilt. Restore a checkpoint with
+    the ``topc`` that it was saved with, and resize it then.
 
     Args:
       state: the state of an optimizer with critical gradients or momenta.
       topc: the new capacity, a static integer of at least 1.
+      holding: how the values are held, as in :func:`critical_gradients`.
 
     Returns:
       The state, with every buffer resized.
 
     Raises:
-      ValueError: if ``topc`` is not such an integer, or the state holds no buffer (it
-        was built with a ``topc`` or ``kappa`` of 0).
+      ValueError: if ``topc`` is not such an integer, or if the state holds no buffer
+        because its ``topc`` or ``kappa`` was 0.
 
     Examples:
       >>> import memoptax, jax.numpy as jnp
@@ -107,14 +114,14 @@ def resize_buffer(state, topc: int, *, holding: str | None = None):
     return _map_buffers(resized, state, "resize_buffer")
 
 
-def reset_buffer(state):
-    """The state with its buffers emptied, as at a change of task; moments stay.
+def reset_buffer(state: State) -> State:
+    """The state with empty buffers, for example at a change of task. Moments stay.
 
     Args:
       state: the state of an optimizer with critical gradients or momenta.
 
     Returns:
-      The state, with buffers as they are after ``init`` but for the key of FIFO draws.
+      The state, with buffers as after ``init``. Only the key of FIFO draws stays.
 
     Raises:
       ValueError: if the state holds no buffer.
@@ -129,27 +136,27 @@ def reset_buffer(state):
     return _map_buffers(resizing.reset, state, "reset_buffer")
 
 
-def check_state(tx, params, state) -> None:
-    """Refuses a state that is not one of ``tx`` and ``params``, by its numbers too.
+def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> None:
+    """Refuse a state that does not belong to ``tx`` and ``params``.
 
-    An ``update`` checks while it is traced what shapes and dtypes tell. This looks at
-    the numbers as well, and so is called outside of ``jax.jit``: after every restore
-    from a checkpoint, and when a state was changed by other means.
+    While it is traced, an ``update`` checks shapes and dtypes. This function checks the
+    numbers too. Call it outside of ``jax.jit`` after every restore from a checkpoint,
+    and whenever a state was changed by other means.
 
     Args:
       tx: the optimizer.
       params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
-      state: what should be a state of them.
+      state: the state to check.
 
     Returns:
       None.
 
     Raises:
       ValueError: if the state has another structure, shape or dtype than
-        ``tx.init(params)``, or holds what is no array; if a floating-point array has a
-        number that is not finite (a scalar: NaN);
-        if a buffer's entries are no permutation, its counters contradict each other, or
-        its keys and norms are negative. The sentence names the array.
+        ``tx.init(params)``, or has a leaf that is not an array; if a floating-point
+        array has a number that is not finite (a scalar: NaN); if the entries of a
+        buffer are not a permutation, its counters contradict each other, or its keys or
+        norms are negative. The error names the array.
 
     Examples:
       >>> import memoptax, jax.numpy as jnp
@@ -178,7 +185,7 @@ def check_state(tx, params, state) -> None:
                 f" but tx.init(params) has {like.shape} and {like.dtype} there."
             )
         if jnp.issubdtype(like.dtype, jnp.floating):
-            # A scalar of optax may begin at infinity, such as a best value so far.
+            # A scalar of optax may start at infinity, such as the best value so far.
             good = ~jnp.isnan(leaf) if leaf.ndim == 0 else jnp.isfinite(leaf)
             if not jnp.all(good):
                 raise ValueError(f"{name} has numbers that are not finite.")
@@ -187,7 +194,7 @@ def check_state(tx, params, state) -> None:
 
 
 def _check_numbers(buffer):
-    """Refuse a buffer whose numbers cannot be, where they are known."""
+    """Refuse a buffer with impossible numbers, unless they are traced."""
     numbers = buffer._replace(slots=None, scales=None, total=None)
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(numbers)):
         return
@@ -235,7 +242,7 @@ def _stats(buffer, updates):
 
 
 def _sums(buffer, leaf):
-    """The sum of the values of a leaf, and of their norms, one value at a time."""
+    """The sums of a leaf's values and of their norms, one value at a time."""
 
     def add(sums, entry):
         total, lengths = sums
@@ -253,12 +260,12 @@ def _norm(leaves, dtype):
 
 
 def _ratio(part, whole):
-    """``part / whole``, and 0 of nothing."""
+    """``part / whole``, or 0 if ``whole`` is 0."""
     return part / jnp.where(whole == 0, 1, whole)
 
 
 def _leaves_like(buffer, updates):
-    """Of ``updates`` the leaves that the buffer is of: under a mask not all of them."""
+    """The leaves of ``updates`` that the buffer has. Under a mask it lacks some."""
     by_path = dict(jax.tree_util.tree_leaves_with_path(updates))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(buffer.slots)]
     for path in paths:
@@ -302,14 +309,14 @@ def _map_buffers(function, state, caller):
 
 
 def _boxed(buffer, function):
-    """``function`` of a buffer whose arrays may be in boxes, in boxes again."""
+    """``function`` of a buffer whose arrays may be in Flax's boxes, in boxes again."""
     bare = _flax_metadata.bare(buffer)
     new = _for_each(function, bare)
     if not _flax_metadata.has_boxes(buffer):
         return new
 
     def fit(name):
-        # A field that was not there is like another one.
+        # A field that the old buffer lacks gets the boxes of another one.
         old, tree = getattr(buffer, name), getattr(new, name)
         like = buffer.slots if name == "total" else buffer.keys
         boxes = jax.tree.leaves(like if old is None else old, is_leaf=is_box)
@@ -321,7 +328,7 @@ def _boxed(buffer, function):
 
 
 def _for_each(function, buffer, *rest):
-    """``function`` of a buffer, or of each of a batch of buffers."""
+    """``function`` of a buffer, or of each buffer of a batch."""
     for _ in range(buffer.keys.ndim - 2):
         function = jax.vmap(function)
     return function(buffer, *rest)

@@ -9,19 +9,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import optax
+from jax.typing import DTypeLike
 
 from memoptax import _check
 
 
-def state_bytes(tx, params) -> int:
-    """Bytes of ``tx.init(params)``, without running it.
+def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
+    """The bytes of ``tx.init(params)``, without running it.
 
     Args:
       tx: any optax transformation.
       params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
 
     Returns:
-      The number of bytes, of all devices together.
+      The number of bytes of the whole state. A replicated array counts once.
 
     Examples:
       >>> import memoptax, optax, jax, jax.numpy as jnp
@@ -34,25 +36,27 @@ def state_bytes(tx, params) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """Bytes of an optimizer's state by field; prints as a table."""
+    """Bytes of an optimizer's state by field. It prints as a table."""
 
     fields: dict[str, int]  # name of the state's field -> bytes, the largest first
     total: int
-    parameters: int  # how many numbers the parameters are
-    per_device: dict[str, int] | None = None  # as fields, where shardings were given
-    whole: dict[str, int] | None = None  # likewise: of arrays that no mesh axis divides
+    parameters: int  # the number of numbers in the parameters
+    per_device: dict[str, int] | None = None  # as fields, if shardings were given
+    whole: dict[str, int] | None = None  # likewise, of arrays that no mesh axis divides
 
     @property
     def per_parameter(self) -> float:
+        """Bytes per number in the parameters."""
         return self.total / max(self.parameters, 1)
 
     @property
     def total_per_device(self) -> int | None:
+        """Bytes on each device, or None without shardings."""
         return None if self.per_device is None else sum(self.per_device.values())
 
     @property
     def undonated(self) -> int:
-        """Bytes in a step that is not given the state: it holds the old and the new."""
+        """Bytes in a step that does not donate the state: the old and the new state."""
         return 2 * self.total
 
     def __str__(self):
@@ -74,7 +78,7 @@ class MemoryReport:
 
 
 def _table(columns) -> str:
-    """Lines of a heading and cells for each column; the first aligned to the left."""
+    """A heading and cells for each column. The first column is aligned to the left."""
     widths = [max(map(len, [head, *cells])) for head, cells in columns]
     lines = zip(*([head, *cells] for head, cells in columns))
     return "\n".join(
@@ -86,23 +90,24 @@ def _table(columns) -> str:
     )
 
 
-def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
-    """Bytes of ``tx.init(params)`` by field of the state, without running it.
+def memory_report(
+    tx: optax.GradientTransformation, params: Any, shardings: Any = None
+) -> MemoryReport:
+    """The bytes of ``tx.init(params)`` by field of the state, without running it.
 
     Args:
-      tx: any optax transformation, ours or not.
+      tx: any optax transformation.
       params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
       shardings: a tree of ``jax.sharding.Sharding`` like the state, or a function
         ``(tx, params) -> tree`` that makes it, such as
         :func:`memoptax.state_shardings`. With it the report also counts the bytes on
-        each device, and which of them are of arrays that each device holds whole. None
-        counts those of the whole state alone.
+        each device, and those of arrays that every device holds whole.
 
     Returns:
-      A :class:`MemoryReport`. A buffer's ``slots`` and ``total`` (their sum) are fields
-      of their own; a moment has the name that its optimizer gives it. The row
-      ``undonated`` is what a step holds that is not given the state to overwrite
-      (``donate_argnums``): the old one and the new one.
+      A :class:`MemoryReport`. The ``slots`` of a buffer and their ``total`` (the sum)
+      are fields of their own. A moment has the name that its optimizer gives it. The
+      row ``undonated`` is for a step that does not donate the state
+      (``donate_argnums``), and so holds the old one and the new one.
 
     Raises:
       ValueError: if ``shardings`` is not like the state.
@@ -124,7 +129,7 @@ def memory_report(tx, params, shardings: Any = None) -> MemoryReport:
       in all     32,000,076         32.000
       undonated  64,000,152         64.000
 
-      Divided over eight devices that hold the same parameters, whose biases stay whole:
+      Divided over eight devices with the same parameters, where a bias stays whole:
 
       >>> from functools import partial
       >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))
@@ -196,44 +201,44 @@ def _paths_of(kind, tree):
 
 
 class LargestTopc(NamedTuple):
-    """What :func:`largest_topc` found."""
+    """The result of :func:`largest_topc`."""
 
     topc: int
-    buffer_dtype: Any  # as it was named
-    bytes: int  # of the state, per device where shardings were given
+    buffer_dtype: DTypeLike | None  # as it was named
+    bytes: int  # of the state, per device if shardings were given
 
 
 def largest_topc(
-    optimizer: Callable,
-    params,
+    optimizer: Callable[..., optax.GradientTransformation],
+    params: Any,
     budget: float,
     *,
     at_most: int = 20,
-    buffer_dtypes: Sequence[Any] = (None, "bfloat16", "int8"),
+    buffer_dtypes: Sequence[DTypeLike | None] = (None, "bfloat16", "int8"),
     shardings: Any = None,
 ) -> LargestTopc:
     """The largest C whose state fits into a number of bytes, and the dtype for it.
 
-    Of several dtypes the one that allows the largest C wins, and the earlier named one
-    where they allow the same. So slots are only rounded if that buys a larger C.
+    The dtype that allows the largest C wins. If two allow the same C, the earlier one
+    wins. So slots are rounded only if that allows a larger C.
 
     Args:
       optimizer: a function of ``topc`` and ``buffer_dtype``, by name, to the
         transformation, such as ``functools.partial(memoptax.adam_c, 1e-3)``.
       params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
-      budget: bytes for the whole state, moments included; with ``shardings`` those of
-        one device. Parameters, gradients and activations are not counted.
+      budget: bytes for the whole state, moments included, or with ``shardings`` those
+        on one device. Parameters, gradients and activations are not counted.
       at_most: the largest C to consider. The authors' grid ends at 20.
-      buffer_dtypes: dtypes of the slots to consider, the most wanted first.
-      shardings: a function ``(tx, params) -> tree``, as :func:`memory_report` takes it,
-        such as :func:`memoptax.state_shardings`.
+      buffer_dtypes: dtypes of the slots to consider, the preferred one first.
+      shardings: a function ``(tx, params) -> tree``, as for :func:`memory_report`, such
+        as :func:`memoptax.state_shardings`.
 
     Returns:
       A named tuple ``(topc, buffer_dtype, bytes)``.
 
     Raises:
-      ValueError: if not even C = 1 fits, with the bytes it would take.
-      ValueError: if an argument is not what it must be, naming it and its value.
+      ValueError: if not even C = 1 fits, with the bytes that it would take; if an
+        argument is out of its range, with its name and value.
 
     Examples:
       >>> import functools, memoptax, jax, jax.numpy as jnp
@@ -260,7 +265,7 @@ def largest_topc(
         return sum((report.per_device or report.fields).values())
 
     def fitting(dtype):
-        # The bytes grow with C, so the number of those that fit is the largest.
+        # The bytes grow with C, so the number of sizes that fit is the largest C.
         sizes = functools.partial(size, dtype=dtype)
         return bisect.bisect_right(range(1, at_most + 1), budget, key=sizes)
 

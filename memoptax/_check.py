@@ -1,9 +1,9 @@
 """Checks of arguments, made once when an optimizer is built.
 
-A number is a Python number, or a NumPy or JAX scalar. Those of Python and NumPy are
-static: they come back as Python's own, and may decide what a state holds. A JAX scalar
-decides nothing, since it is a tracer under ``jax.jit`` and ``optax.inject_hyperparams``
-passes one. Its range is checked where it is known.
+A number is a Python number, or a NumPy or JAX scalar. Numbers of Python and NumPy are
+static. They are returned as Python's own, and may decide the structure of a state. A
+JAX scalar decides nothing, because it is a tracer under ``jax.jit``, and
+``optax.inject_hyperparams`` passes one. Its range is checked if its value is known.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 
 def static(value) -> bool:
-    """Whether ``value`` is a number of Python or NumPy, so that Python may compare."""
+    """Whether ``value`` is a number of Python or NumPy, which Python can compare."""
     return is_real(value) and not isinstance(value, jax.Array)
 
 
@@ -26,7 +26,7 @@ def is_zero(value) -> bool:
 
 
 def is_real(value) -> bool:
-    """Whether ``value`` is one real number, known or traced. A bool is none."""
+    """Whether ``value`` is one real number, known or traced. A bool is not."""
     return _is_scalar_of(value, (jnp.floating, jnp.integer))
 
 
@@ -55,7 +55,7 @@ def number(
 ) -> Any:
     """``value``, refused unless it is a number in [low, high].
 
-    ``above`` leaves out the lower end, ``below`` the upper one.
+    ``above`` excludes the lower end, and ``below`` the upper one.
     """
     if optional and value is None:
         return None
@@ -82,7 +82,7 @@ def number(
 
 
 def known(name: str, value, *bounds, **options) -> Any:
-    """The same of a number that must not be traced, as a number of Python."""
+    """Like :func:`number`, for one that must not be traced. It returns Python's own."""
     if isinstance(value, Tracer):
         raise ValueError(f"{name} must be a static number, but is {value!r}.")
     value = number(name, value, *bounds, **options)
@@ -92,7 +92,7 @@ def known(name: str, value, *bounds, **options) -> Any:
 def integer(
     name: str, value, low=-math.inf, high=math.inf, *, traced: bool = False
 ) -> Any:
-    """``value`` as an integer in [low, high]; or, if it may be ``traced``, JAX's."""
+    """``value`` as an integer in [low, high]. If it may be ``traced``, JAX's too."""
     whole = _is_scalar_of(value, (jnp.integer,))
     if whole and traced and isinstance(value, jax.Array):
         return value
@@ -122,7 +122,7 @@ def rate(name: str, value) -> Any:
 
 
 def _takes_a_step(function) -> bool:
-    """Whether a function can be called with one argument, as far as Python knows."""
+    """Whether a function takes one argument, as far as Python knows."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-in functions have none
@@ -176,7 +176,7 @@ def dtype(name: str, value) -> None:
 
 
 def stored_dtype(name: str, value, allowed):
-    """A dtype out of the names ``allowed``, or None."""
+    """A dtype among the names ``allowed``, or None."""
     if value is None:
         return None
     try:
@@ -227,9 +227,9 @@ def scalar(name: str, value) -> None:
 
 def _as_float(value) -> float:
     try:
-        # An explicit transfer, which jax.transfer_guard lets pass.
+        # An explicit transfer, which jax.transfer_guard allows.
         return float(jax.device_get(value))
-    except OverflowError:  # an integer of Python beyond all floats
+    except OverflowError:  # a Python integer beyond all floats
         return math.inf if value > 0 else -math.inf
 
 

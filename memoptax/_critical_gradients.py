@@ -3,76 +3,117 @@
 McRae et al., Memory Augmented Optimizers for Deep Learning, ICLR 2022.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from memoptax import _check, _flax_metadata, _parameters
 from memoptax._bases import precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
+from memoptax._buffer.options import Aggregate, BufferArguments, Priority
 from memoptax._tensors import layout
-
-_REFERENCES = """\
-References:
-  McRae et al, `Memory Augmented Optimizers for Deep Learning
-  <https://arxiv.org/abs/2106.10708>`_, ICLR 2022"""
 
 
 class CriticalGradientsState(NamedTuple):
-    """State of critical_gradients."""
+    """State of :func:`critical_gradients`."""
 
     buffer: algorithm.Buffer  # of gradients; Buffer says what shapes and dtypes it has
 
 
-@_options.documented(_REFERENCES)
 def critical_gradients(
-    topc=None,
-    decay=0.7,
-    kappa=1.0,
-    aggr="sum",
+    topc: int | None = None,
+    decay: ArrayLike = 0.7,
+    kappa: ArrayLike = 1.0,
+    aggr: Aggregate = "sum",
     *,
-    synced=True,
-    priority_fn=None,
-    buffer_dtype=None,
-    fifo_probability=None,
-    seed=0,
-    holding=None,
-) -> optax.GradientTransformation:
+    synced: bool = True,
+    priority_fn: Priority | None = None,
+    buffer_dtype: DTypeLike | None = None,
+    fifo_probability: ArrayLike | None = None,
+    seed: int | jax.Array = 0,
+    holding: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
     r"""Join each gradient to the C most critical ones seen before it.
 
-    Stands in front of any optax optimizer and turns it into its C variant:
+    In front of any optax optimizer, this makes its C variant:
 
     .. math::
       u_t = g_t + \frac{\kappa}{|B_t|} \sum_{b \in B_t} b, \qquad
       B_{t+1} = \mathrm{top}_C\big(B_t \cup \{g_t\}\big)
 
-    by keys that start as :math:`\lVert g \rVert` and are multiplied by ``decay`` at
-    every step. The first update is the gradient itself. A gradient that is only as
-    critical as the least one of a full buffer is refused; among equally critical ones
-    the lowest entry leaves. A step whose gradient or priority is not finite leaves the
-    buffer, its keys and its ages as they were; its update is made as ever, so that
-    ``optax.apply_if_finite`` can see it.
+    The key of a gradient starts as :math:`\lVert g \rVert` and is multiplied by
+    ``decay`` at every step. The first update is the gradient itself. A full buffer
+    refuses a gradient whose norm is not above its least key. Among equal keys, the
+    lowest entry leaves. If the gradient or its priority is not finite, the buffer does
+    not change. The update is still made, so that ``optax.apply_if_finite`` can see it.
 
-    Memory: one copy of the parameters for C = 1, else C + 1 copies, and one more where
-    a sum is kept (``holding``). Donate the state
-    (``jax.jit(step, donate_argnums=...)``): otherwise XLA copies the buffer on every
+    Memory: C + 1 copies of the parameters, or one copy for C = 1. A running sum
+    (``holding='sum'``) takes one more. Donate the state
+    (``jax.jit(step, donate_argnums=...)``). Otherwise XLA copies the buffer on every
     step.
 
-    At the defaults nearly every gradient is accepted, so the buffer is about the last
-    C gradients; :func:`memoptax.buffer_stats` reports the acceptance. A larger
-    ``decay`` or a smaller C makes it choose.
+    At the defaults nearly every gradient is accepted, so the buffer holds about the
+    last C gradients. :func:`memoptax.buffer_stats` reports the acceptance. With a
+    larger ``decay`` or a smaller C the buffer selects more.
 
     Under ``optax.partition`` each group has its own buffer and priority.
-    ``optax.MultiSteps`` selects over the whole of its inner state, buffer included:
-    accumulate micro-batches in the training step instead. ``optax.inject_hyperparams``
-    casts numbers to the parameters' dtype: in bfloat16 a decay of .999 becomes 1.
+    ``optax.MultiSteps`` selects over its whole inner state, buffer included, so
+    accumulate micro-batches in the training step instead.
+    ``optax.inject_hyperparams`` casts numbers to the dtype of the parameters. In
+    bfloat16 a decay of .999 becomes 1.
 
     Args:
-      {buffer}
+      topc: the capacity C of the buffer, a static integer. None means 5. The papers'
+        grid is 5, 10, 20. A concrete 0 keeps no buffer and gives the base optimizer,
+        bit for bit.
+      decay: the factor of the buffer's keys at every step, in [0, 1]. It is not the
+        decay of a moment. With a larger one, a value may stay longer. The papers' grid
+        is 0.7, 0.9, 0.99. The product is computed in float32 at least.
+      kappa: κ, the weight of the buffer's mean. A concrete 0 keeps no buffer.
+      aggr: how an update u and the n values held become one. ``'sum'`` is
+        u + κ·mean(B), ``'mid'`` is half of that, and ``'mean'`` is
+        (u + κ·ΣB)/(n + 1). A function ``(update, buffer_mean, fill) -> update`` is
+        called for each leaf, with κ·mean(B) and n. ``'sum'`` roughly doubles the step:
+        compare it with its base at twice the learning rate, and tune from a tenth of
+        the base's rate up.
+      synced: whether all leaves are kept or dropped together, by one priority. If
+        False, each leaf has its own.
+      priority_fn: how critical a gradient is, a function from the gradients (from one
+        leaf if not ``synced``) to a scalar of at least 0. None means the sum of the
+        leaves' L2 norms, which is the authors' rule. ``optax.tree.norm`` is the global
+        norm. Inside ``jax.shard_map`` such a function sees only the shards of one
+        device. Use :func:`memoptax.sharded_norm` there, so that all devices agree.
+      buffer_dtype: dtype of the slots: None (that of the parameters), float64, float32,
+        bfloat16, float16 or int8. Sums and keys stay in float32 or better. A leaf is
+        refused if its norm exceeds the range of the dtype (65504 in float16). int8 has
+        one float32 scale per row of the last axis, or one for a tensor of rank 0 or 1.
+        An entry is then off by at most 1/254 of the largest in its row, rows below
+        1.5e-36 become 0, and no derivative flows through the slots.
+        ``docs/low_precision.md`` has the measured effect on accuracy.
+      fifo_probability: the probability that a step replaces the oldest entry of a full
+        buffer without comparing keys, drawn once per step. None means never.
+      seed: the seed of those draws.
+      holding: how the C values are held. ``'select'`` is for C = 1: one slot with the
+        shape of its parameter. ``'read'`` has C + 1 slots and reads C of them on every
+        step. ``'sum'`` has C + 1 slots and their sum, and reads two slots for any C.
+        Its sum is exact to 1e-5 of the summed norms of the leaf's values (2e-14 in
+        float64). None takes the first for C = 1, the second for up to 20 bytes of slots
+        per parameter, and the third beyond that. On a CPU ``'sum'`` is faster from
+        about C = 5 in float32 and C = 20 in int8.
 
-    {returns}
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. It ignores extra arguments, and its
+      updates have the dtype of the gradients.
+
+    Raises:
+      ValueError: if an argument is out of its range, with its name and value; if
+        ``topc`` is traced (under ``optax.inject_hyperparams`` pass
+        ``static_args='topc'``, and likewise for ``aggr``, ``priority_fn``, ``seed`` and
+        dtypes where they are given); in ``init``, if a parameter does not have a real
+        floating-point dtype.
 
     Examples:
       >>> import memoptax, optax, jax, jax.numpy as jnp
@@ -90,17 +131,31 @@ def critical_gradients(
       1.26E+01
       1.23E+01
 
-    {references}
+    References:
+      McRae et al, `Memory Augmented Optimizers for Deep Learning
+      <https://arxiv.org/abs/2106.10708>`_, ICLR 2022
 
     Differs from the authors' code (CGOptimizer) in:
-      1. The gate is the true minimum of the keys; theirs may be another entry.
+      1. The gate is the true minimum of the keys. Theirs may be another entry.
       2. ``kappa`` and ``aggr`` work in every variant, and a κ of 0 is the base.
-      3. The running sum has a bounded error; theirs keeps what outliers leave behind.
-      4. Sum and keys are float32 or better whatever ``buffer_dtype`` is.
+      3. The running sum has a bounded error. Theirs keeps the rounding errors of large
+         values after they have left.
+      4. Sums and keys are float32 or better for every ``buffer_dtype``.
       5. Gradients that are not finite are never stored, and arguments are checked.
-      6. C + 1 slots instead of C where C > 1, so that nothing is copied.
+      6. There are C + 1 slots instead of C where C > 1, so that nothing is copied.
     """
-    options = _options.options(**_options.among(locals()))
+    options = _options.options(
+        topc,
+        decay,
+        kappa,
+        aggr,
+        synced,
+        priority_fn,
+        buffer_dtype,
+        fifo_probability,
+        seed,
+        holding,
+    )
     if options.keeps_nothing:
         return optax.with_extra_args_support(optax.identity())
 
@@ -110,7 +165,7 @@ def critical_gradients(
     def update_fn(updates, state, params=None):
         del params
         _check.state(state, CriticalGradientsState)
-        updates, buffer = algorithm.recall_and_offer(
+        updates, buffer = algorithm.recall_and_offer(  # u_t, B_{t+1}
             options, state.buffer, updates, updates
         )
         return updates, CriticalGradientsState(buffer)
@@ -118,25 +173,17 @@ def critical_gradients(
     return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
-@_options.documented(_REFERENCES)
+@_options.flat
 def sgd_c(
     learning_rate: optax.ScalarOrSchedule,
-    momentum=None,
-    nesterov=False,
-    accumulator_dtype=None,
+    momentum: ArrayLike | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: DTypeLike | None = None,
     *,
-    dampening=0.0,
-    weight_decay=0.0,
-    topc=None,
-    decay=0.7,
-    kappa=1.0,
-    aggr="sum",
-    synced=True,
-    priority_fn=None,
-    buffer_dtype=None,
-    fifo_probability=None,
-    seed=0,
-    holding=None,
+    dampening: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    aggr: Aggregate = "sum",
+    **buffer: Unpack[BufferArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD with critical gradients.
 
@@ -145,79 +192,64 @@ def sgd_c(
       b_t &= \mu\,b_{t-1} + (1 - d)\,u_t, \qquad b_1 = u_1 \\
       \theta_{t+1} &= \theta_t - \eta\,b_t
 
-    with momentum :math:`\mu`, dampening d and L2 decay :math:`\lambda`:
+    with momentum :math:`\mu`, dampening d and L2 decay :math:`\lambda`. This is
     :func:`critical_gradients` followed by ``optax.sgd``. The default ``aggr='sum'``
     roughly doubles the step, so compare it with SGD at twice the rate.
 
-    Memory: C + 1 copies of the parameters (1 for C = 1), one more with momentum.
+    Memory: C + 1 copies of the parameters (1 for C = 1), and one more with momentum.
 
     Args:
       learning_rate: η, a number or an optax schedule.
       momentum: μ in [0, 1], or None for none.
       nesterov: whether to emit u + μ·b instead of b.
-      accumulator_dtype: dtype of the momentum; None means float32 or better.
-      dampening: d in [0, 1]; the first step is undamped, as in PyTorch.
-      weight_decay: λ ≥ 0, added after aggregation (L2). To let it enter the buffer,
-        chain ``optax.add_decayed_weights`` in front of :func:`critical_gradients`.
-      {buffer}
+      accumulator_dtype: dtype of the momentum. None means float32 or better.
+      dampening: d in [0, 1]. The first step is undamped, as in PyTorch.
+      weight_decay: λ ≥ 0, a number or a schedule, added after aggregation (L2). To
+        store decayed gradients in the buffer, chain ``optax.add_decayed_weights`` in
+        front of :func:`critical_gradients`.
+      aggr: as in :func:`critical_gradients`.
+      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
+        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
+        :func:`critical_gradients`.
 
-    {returns}
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
 
     Examples:
-      >>> import memoptax, optax, jax, jax.numpy as jnp
-      >>> tx = memoptax.sgd_c(0.003, momentum=0.9)
-      >>> f = lambda x: jnp.sum(x**2)
-      >>> x = jnp.array([1.0, 2.0, 3.0])
-      >>> state = tx.init(x)
-      >>> for _ in range(5):
-      ...   updates, state = tx.update(jax.grad(f)(x), state, x)
-      ...   x = optax.apply_updates(x, updates)
-      ...   print(f"{f(x):.2E}")
-      1.38E+01
-      1.34E+01
-      1.26E+01
-      1.17E+01
-      1.06E+01
-
-    {references}
+      >>> import memoptax, jax.numpy as jnp
+      >>> tx = memoptax.sgd_c(0.1, momentum=0.9, topc=10)
+      >>> params = jnp.array([1.0, 2.0, 3.0])
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates.round(3))
+      [-0.1 -0.2 -0.3]
 
     Differs from the authors' SGD_C in:
       1. What :func:`critical_gradients` lists.
-      2. Weight decay comes after aggregation; theirs is stored with the gradient.
+      2. Weight decay comes after aggregation. Theirs is stored with the gradient.
       3. A κ of 0 keeps the momentum.
     """
     learning_rate = _check.learning_rate(learning_rate)
-    return _in_front_of(
-        optax.chain(
-            pytorch.weight_decay(weight_decay),
-            pytorch.trace(momentum, dampening, nesterov, accumulator_dtype),
-            optax.scale_by_learning_rate(learning_rate),
-        ),
-        _options.among(locals()),
+    base = optax.chain(
+        pytorch.weight_decay(weight_decay),
+        pytorch.trace(momentum, dampening, nesterov, accumulator_dtype),
+        optax.scale_by_learning_rate(learning_rate),
     )
+    return _in_front_of(base, critical_gradients(aggr=aggr, **buffer))
 
 
-@_options.documented(_REFERENCES)
+@_options.flat
 def rmsprop_c(
     learning_rate: optax.ScalarOrSchedule,
-    alpha=0.99,
-    eps=1e-8,
+    alpha: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
     *,
-    momentum=None,
-    nesterov=False,
-    centered=False,
-    initial_scale=0.0,
-    weight_decay=0.0,
-    topc=None,
-    decay=0.7,
-    kappa=1.0,
-    aggr="mean",
-    synced=True,
-    priority_fn=None,
-    buffer_dtype=None,
-    fifo_probability=None,
-    seed=0,
-    holding=None,
+    momentum: ArrayLike | None = None,
+    nesterov: bool = False,
+    centered: bool = False,
+    initial_scale: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    aggr: Aggregate = "mean",
+    **buffer: Unpack[BufferArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""RMSprop with critical gradients.
 
@@ -226,84 +258,71 @@ def rmsprop_c(
       v_t &= \alpha\,v_{t-1} + (1 - \alpha)\,u_t^2 \\
       \theta_{t+1} &= \theta_t - \eta\,\frac{u_t}{\sqrt{v_t} + \epsilon}
 
-    :func:`critical_gradients` followed by ``optax.rmsprop`` with ``eps_in_sqrt=False``.
-    Centered, :math:`v_t` loses the square of the mean of u, and is clamped at 0.
+    This is :func:`critical_gradients` followed by ``optax.rmsprop`` with
+    ``eps_in_sqrt=False``. If centered, the square of the mean of u is subtracted from
+    :math:`v_t`, and the difference is clamped at 0.
 
     Memory: C + 2 copies of the parameters (2 for C = 1), one more with momentum and one
-    if centered.
+    more if centered.
 
     Args:
       learning_rate: η, a number or an optax schedule.
-      alpha: the decay of the second moment, in [0, 1]: what ``optax.rmsprop`` calls
-        ``decay``, which here is the buffer's.
+      alpha: the decay of the second moment, in [0, 1]. ``optax.rmsprop`` calls it
+        ``decay``, which is the buffer's here.
       eps: ε ≥ 0, outside the root.
-      momentum: of the scaled steps, in [0, 1], or None for none.
+      momentum: the momentum of the scaled steps, in [0, 1], or None for none.
       nesterov: whether that momentum is Nesterov's.
-      centered: whether to divide by the deviation instead of the root mean square.
-      initial_scale: what the second moment starts from.
-      weight_decay: λ ≥ 0, added after aggregation (L2).
-      {buffer}
+      centered: whether to divide by the standard deviation instead of the root mean
+        square.
+      initial_scale: the initial value of the second moment.
+      weight_decay: λ ≥ 0, a number or a schedule, added after aggregation (L2).
+      aggr: as in :func:`critical_gradients`.
+      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
+        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
+        :func:`critical_gradients`.
 
-    {returns}
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
 
     Examples:
-      >>> import memoptax, optax, jax, jax.numpy as jnp
-      >>> tx = memoptax.rmsprop_c(0.01)
-      >>> f = lambda x: jnp.sum(x**2)
-      >>> x = jnp.array([1.0, 2.0, 3.0])
-      >>> state = tx.init(x)
-      >>> for _ in range(5):
-      ...   updates, state = tx.update(jax.grad(f)(x), state, x)
-      ...   x = optax.apply_updates(x, updates)
-      ...   print(f"{f(x):.2E}")
-      1.28E+01
-      1.20E+01
-      1.14E+01
-      1.09E+01
-      1.05E+01
-
-    {references}
+      >>> import memoptax, jax.numpy as jnp
+      >>> tx = memoptax.rmsprop_c(0.01, topc=10)
+      >>> params = jnp.array([1.0, 2.0, 3.0])
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates.round(3))
+      [-0.1 -0.1 -0.1]
 
     Differs from the authors' RMSprop_C in:
       1. What :func:`critical_gradients` lists.
-      2. The centered variance is clamped at 0; theirs may be negative, its root NaN.
-      3. Momentum is taken of η times the step, as in ``optax.rmsprop``: the same for a
-         constant rate, not under a schedule.
+      2. The centered variance is clamped at 0. Theirs may be negative, with a root of
+         NaN.
+      3. Momentum is taken of η times the step, as in ``optax.rmsprop``. This is the
+         same for a constant rate, but not under a schedule.
     """
     learning_rate = _check.learning_rate(learning_rate)
-    return _in_front_of(
-        optax.chain(
-            pytorch.weight_decay(weight_decay),
-            pytorch.scale_by_rms(alpha, eps, initial_scale, centered),
-            optax.scale_by_learning_rate(learning_rate),
-            pytorch.trace(momentum, 0.0, nesterov),
-        ),
-        _options.among(locals()),
+    base = optax.chain(
+        pytorch.weight_decay(weight_decay),
+        pytorch.scale_by_rms(alpha, eps, initial_scale, centered),
+        optax.scale_by_learning_rate(learning_rate),
+        pytorch.trace(momentum, 0.0, nesterov),
     )
+    return _in_front_of(base, critical_gradients(aggr=aggr, **buffer))
 
 
-@_options.documented(_REFERENCES)
+@_options.flat
 def adam_c(
     learning_rate: optax.ScalarOrSchedule,
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    eps_root=0.0,
-    mu_dtype=None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
     *,
-    nesterov=False,
-    weight_decay=0.0,
-    amsgrad=False,
-    topc=None,
-    decay=0.7,
-    kappa=1.0,
-    aggr="mean",
-    synced=True,
-    priority_fn=None,
-    buffer_dtype=None,
-    fifo_probability=None,
-    seed=0,
-    holding=None,
+    nesterov: bool = False,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    amsgrad: bool = False,
+    aggr: Aggregate = "mean",
+    **buffer: Unpack[BufferArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with critical gradients.
 
@@ -314,84 +333,69 @@ def adam_c(
       \theta_{t+1} &= \theta_t - \eta\,\frac{m_t / (1 - \beta_1^t)}
       {\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
-    :func:`critical_gradients` followed by ``optax.adam``.
+    This is :func:`critical_gradients` followed by ``optax.adam``.
 
-    Memory: C + 3 copies of the parameters (3 for C = 1), one more with AMSGrad; less
-    with ``buffer_dtype``.
+    Memory: C + 3 copies of the parameters (3 for C = 1), and one more with AMSGrad;
+    less with ``buffer_dtype``.
 
     Args:
-      learning_rate: η, a number or an optax schedule. The authors tune it anew, from
+      learning_rate: η, a number or an optax schedule. The authors tune it again, from
         the base's rate to a tenth of it.
       b1: β₁ in [0, 1).
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
       eps_root: added inside the root.
       mu_dtype: dtype in which the first moment is stored: None (float32 or better),
-        float64, float32, bfloat16, float16 or int8, as in :func:`adam_cm`.
+        float64, float32, bfloat16, float16 or int8, as in :func:`critical_momenta`.
       nesterov: whether to use Nesterov momentum.
-      weight_decay: λ ≥ 0, added after aggregation (L2); :func:`adamw_c` decouples it.
-      amsgrad: whether to divide by the maximum of v so far, as PyTorch takes it: of
-        the uncorrected v. Not together with ``nesterov``.
-      {buffer}
+      weight_decay: λ ≥ 0, a number or a schedule, added after aggregation (L2).
+        :func:`adamw_c` decouples it.
+      amsgrad: whether to divide by the maximum of v so far. As in PyTorch, this is the
+        maximum of the uncorrected v. It excludes ``nesterov``.
+      aggr: as in :func:`critical_gradients`.
+      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
+        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
+        :func:`critical_gradients`.
 
-    {returns}
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
 
     Examples:
-      >>> import memoptax, optax, jax, jax.numpy as jnp
-      >>> tx = memoptax.adam_c(0.03)
-      >>> f = lambda x: jnp.sum(x**2)
-      >>> x = jnp.array([1.0, 2.0, 3.0])
-      >>> state = tx.init(x)
-      >>> for _ in range(5):
-      ...   updates, state = tx.update(jax.grad(f)(x), state, x)
-      ...   x = optax.apply_updates(x, updates)
-      ...   print(f"{f(x):.2E}")
-      1.36E+01
-      1.33E+01
-      1.29E+01
-      1.26E+01
-      1.23E+01
-
-    {references}
+      >>> import memoptax, jax.numpy as jnp
+      >>> tx = memoptax.adam_c(0.03, topc=10)
+      >>> params = jnp.array([1.0, 2.0, 3.0])
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates.round(3))
+      [-0.03 -0.03 -0.03]
 
     Differs from the authors' Adam_C in:
       1. What :func:`critical_gradients` lists.
-      2. A κ of 0 is Adam; theirs raises a KeyError.
+      2. A κ of 0 is Adam. Theirs raises a KeyError.
     """
     learning_rate = _check.learning_rate(learning_rate)
-    return _in_front_of(
-        optax.chain(
-            pytorch.weight_decay(weight_decay),
-            pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad),
-            optax.scale_by_learning_rate(learning_rate),
-        ),
-        _options.among(locals()),
+    base = optax.chain(
+        pytorch.weight_decay(weight_decay),
+        pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad),
+        optax.scale_by_learning_rate(learning_rate),
     )
+    return _in_front_of(base, critical_gradients(aggr=aggr, **buffer))
 
 
-@_options.documented(_REFERENCES)
+@_options.flat
 def adamw_c(
     learning_rate: optax.ScalarOrSchedule,
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    eps_root=0.0,
-    mu_dtype=None,
-    weight_decay=0.01,
-    mask=None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
+    mask: optax.MaskOrFn = None,
     *,
-    nesterov=False,
-    amsgrad=False,
-    topc=None,
-    decay=0.7,
-    kappa=1.0,
-    aggr="mean",
-    synced=True,
-    priority_fn=None,
-    buffer_dtype=None,
-    fifo_probability=None,
-    seed=0,
-    holding=None,
+    nesterov: bool = False,
+    amsgrad: bool = False,
+    aggr: Aggregate = "mean",
+    **buffer: Unpack[BufferArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with critical gradients and decoupled weight decay.
 
@@ -399,11 +403,11 @@ def adamw_c(
       \theta_{t+1} = \theta_t - \eta\,\Big(\frac{m_t / (1 - \beta_1^t)}
       {\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} + \lambda\,\theta_t\Big)
 
-    with the moments of :func:`adam_c` without its L2 term: :func:`critical_gradients`
-    followed by ``optax.adamw``.
+    with the moments of :func:`adam_c` without its L2 term. This is
+    :func:`critical_gradients` followed by ``optax.adamw``.
 
-    Memory: C + 3 copies of the parameters (3 for C = 1), one more with AMSGrad; less
-    with ``buffer_dtype``.
+    Memory: C + 3 copies of the parameters (3 for C = 1), and one more with AMSGrad;
+    less with ``buffer_dtype``.
 
     Args:
       learning_rate: η, a number or an optax schedule.
@@ -411,58 +415,50 @@ def adamw_c(
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
       eps_root: added inside the root.
-      mu_dtype: dtype in which the first moment is stored: None (float32 or better),
-        float64, float32, bfloat16, float16 or int8, as in :func:`adam_cm`.
-      weight_decay: λ ≥ 0, per unit of learning rate. The default is the authors' and
-        PyTorch's .01, where ``optax.adamw`` has 1e-4.
-      mask: a tree of booleans, or a function from parameters to one: which are decayed.
+      mu_dtype: as in :func:`adam_c`.
+      weight_decay: λ ≥ 0, a number or a schedule, per unit of learning rate. The
+        default is the authors' and PyTorch's .01. That of ``optax.adamw`` is 1e-4.
+      mask: a tree of booleans that says which parameters decay, or a function from the
+        parameters to such a tree. None decays all.
       nesterov: whether to use Nesterov momentum.
       amsgrad: as in :func:`adam_c`.
-      {buffer}
+      aggr: as in :func:`critical_gradients`.
+      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
+        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
+        :func:`critical_gradients`.
 
-    {returns}
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
 
     Examples:
-      >>> import memoptax, optax, jax, jax.numpy as jnp
-      >>> tx = memoptax.adamw_c(0.03, weight_decay=0.1)
-      >>> f = lambda x: jnp.sum(x**2)
-      >>> x = jnp.array([1.0, 2.0, 3.0])
-      >>> state = tx.init(x)
-      >>> for _ in range(5):
-      ...   updates, state = tx.update(jax.grad(f)(x), state, x)
-      ...   x = optax.apply_updates(x, updates)
-      ...   print(f"{f(x):.2E}")
-      1.36E+01
-      1.31E+01
-      1.27E+01
-      1.23E+01
-      1.19E+01
-
-    {references}
+      >>> import memoptax, jax.numpy as jnp
+      >>> tx = memoptax.adamw_c(0.03, weight_decay=0.1, topc=10)
+      >>> params = jnp.array([1.0, 2.0, 3.0])
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates.round(3))
+      [-0.033 -0.036 -0.039]
 
     Differs from the authors' AdamW_C in:
       1. What :func:`critical_gradients` lists.
-      2. Parameters are decayed in one product with the step, as in ``optax.adamw``;
-         theirs multiplies them by 1 − η·λ, rounded, first.
+      2. Parameters are decayed in one product with the step, as in ``optax.adamw``.
+         Theirs first multiplies them by 1 − η·λ, rounded.
     """
     learning_rate = _check.learning_rate(learning_rate)
-    return _in_front_of(
-        optax.chain(
-            pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad),
-            pytorch.weight_decay(weight_decay, mask),
-            optax.scale_by_learning_rate(learning_rate),
-        ),
-        _options.among(locals()),
+    base = optax.chain(
+        pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad),
+        pytorch.weight_decay(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
     )
+    return _in_front_of(base, critical_gradients(aggr=aggr, **buffer))
 
 
-def _in_front_of(base, buffer_arguments):
-    """Critical gradients in front of ``base``, which computes in float32.
+def _in_front_of(base, buffer) -> optax.GradientTransformationExtraArgs:
+    """The buffer in front of ``base``, which computes in float32.
 
-    What a mesh divides further than the gradients stays so from one to the other, and
-    is gathered once, as the last update.
+    A mesh may divide the updates further than the gradients. They stay so between the
+    two, and are gathered once, at the end.
     """
-    tx = optax.chain(critical_gradients(**buffer_arguments), precision.in_float32(base))
+    tx = optax.chain(buffer, precision.in_float32(base))
 
     def update_fn(updates, state, params=None, **extra_args):
         new_updates, new_state = tx.update(updates, state, params, **extra_args)

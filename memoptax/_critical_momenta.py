@@ -4,26 +4,23 @@ Malviya et al., Promoting Exploration in Memory-Augmented Adam using Critical Mo
 TMLR 2024.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from memoptax import _check, _flax_metadata, _momentum, _parameters
 from memoptax._bases import precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
+from memoptax._buffer.options import Aggregate, BufferArguments, Priority
 from memoptax._tensors import storage
-
-_REFERENCES = """\
-References:
-  Malviya et al, `Promoting Exploration in Memory-Augmented Adam using Critical Momenta
-  <https://arxiv.org/abs/2307.09638>`_, TMLR 2024"""
 
 
 class CriticalMomentaState(NamedTuple):
-    """State of critical_momenta."""
+    """State of :func:`critical_momenta`."""
 
     mu: Any  # like the params, in mu_dtype: the momentum m
     mu_scales: Any  # int8: per leaf (*shape[:-1], 1), float32; else None
@@ -31,7 +28,7 @@ class CriticalMomentaState(NamedTuple):
 
 
 class ScaleByAdamCmState(NamedTuple):
-    """State of scale_by_adam_cm."""
+    """State of :func:`scale_by_adam_cm`."""
 
     count: jax.Array  # (), int32: finite steps taken
     mu: Any  # like the params, in mu_dtype: the momentum m
@@ -41,22 +38,21 @@ class ScaleByAdamCmState(NamedTuple):
     buffer: algorithm.Buffer  # of momenta; Buffer says what shapes and dtypes it has
 
 
-@_options.documented(_REFERENCES)
 def critical_momenta(
-    b1=0.9,
-    topc=None,
-    decay=0.7,
-    kappa=1.0,
-    aggr="sum",
+    b1: ArrayLike = 0.9,
+    topc: int | None = None,
+    decay: ArrayLike = 0.7,
+    kappa: ArrayLike = 1.0,
+    aggr: Aggregate = "sum",
     *,
-    mu_dtype=None,
-    synced=True,
-    priority_fn=None,
-    buffer_dtype=None,
-    fifo_probability=None,
-    seed=0,
-    holding=None,
-) -> optax.GradientTransformation:
+    mu_dtype: DTypeLike | None = None,
+    synced: bool = True,
+    priority_fn: Priority | None = None,
+    buffer_dtype: DTypeLike | None = None,
+    fifo_probability: ArrayLike | None = None,
+    seed: int | jax.Array = 0,
+    holding: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
     r"""Join the momentum to the C momenta of the most critical gradients before it.
 
     .. math::
@@ -64,21 +60,37 @@ def critical_momenta(
       M_t = m_t + \frac{\kappa}{|B_t|} \sum_{b \in B_t} b, \qquad
       B_{t+1} = \mathrm{top}_C\big(B_t \cup \{m_t\}\big)
 
-    Emits M. A momentum is kept by the key of its *gradient*, which starts as
+    The update is M. The key of a momentum is that of its *gradient*: it starts as
     :math:`\lVert g_t \rVert` and is multiplied by ``decay`` at every step. M is not
-    written back into m. There is no bias correction. On a step whose gradient is not
-    finite M is not finite there either, and the whole state stays as it was.
+    written back into m, and there is no bias correction. If a gradient is not finite,
+    the whole update is NaN and the whole state does not change.
 
-    Memory: C + 2 copies of the parameters (2 for C = 1): the slots and m; less
-    with ``buffer_dtype`` and ``mu_dtype``. What :func:`critical_gradients` says of its
+    Memory: C + 2 copies of the parameters (2 for C = 1), for the slots and m; less with
+    ``buffer_dtype`` and ``mu_dtype``. What :func:`critical_gradients` says of its
     buffer holds here too.
 
     Args:
       b1: β₁ in [0, 1), the decay of the momentum.
-      {mu_dtype}
-      {buffer}
+      topc, decay, kappa, aggr: as in :func:`critical_gradients`.
+      mu_dtype: dtype in which m is stored between steps: None (float32 or better),
+        float64, float32, bfloat16, float16 or int8 (with scales as for
+        ``buffer_dtype``). The arithmetic stays in float32 or better. m is rounded to
+        nearest and clipped to the range of the dtype. The rounded m is what the buffer
+        joins and stores. Rounding stalls m: with b1 = .9, m approaches a constant
+        gradient only to 2.6 % in bfloat16 and .3 % in float16, and in int8 an entry
+        stays 0 while its gradients are below 4 % of the largest m in its row. Without
+        a buffer (a concrete κ or C of 0) the update is made of m before it is rounded,
+        and int8 takes a temporary copy of the parameters. No derivative flows through
+        int8. ``docs/low_precision.md`` has the measured effect on accuracy.
+      synced, priority_fn, buffer_dtype, fifo_probability, seed, holding: as in
+        :func:`critical_gradients`.
 
-    {returns}
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. It ignores extra arguments, and its
+      updates have the dtype of the gradients.
+
+    Raises:
+      ValueError: as :func:`critical_gradients` does.
 
     Examples:
       >>> import memoptax, optax, jax, jax.numpy as jnp
@@ -96,18 +108,31 @@ def critical_momenta(
       7.68E+00
       5.47E+00
 
-    {references}
+    References:
+      Malviya et al, `Promoting Exploration in Memory-Augmented Adam using Critical
+      Momenta <https://arxiv.org/abs/2307.09638>`_, TMLR 2024
 
     Differs from the authors' code (CMOptimizer) in:
-      1. The first step stores the first momentum and is taken; theirs stores the bare
-         gradient and moves nothing.
-      2. ``aggr``, ``kappa``, FIFO draws: theirs ignores the first two, and its FIFO
-         replaces one and the same slot.
+      1. The first step stores the first momentum and moves the parameters. Theirs
+         stores the bare gradient and moves nothing.
+      2. ``aggr`` and ``kappa`` work, and FIFO draws replace the oldest entry. Theirs
+         ignores the first two, and its FIFO always replaces the same slot.
       3. What :func:`critical_gradients` lists of the buffer.
     """
     b1 = _check.number("b1", b1, 0, 1, below=True)
     mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
-    options = _options.options(**_options.among(locals()))
+    options = _options.options(
+        topc,
+        decay,
+        kappa,
+        aggr,
+        synced,
+        priority_fn,
+        buffer_dtype,
+        fifo_probability,
+        seed,
+        holding,
+    )
     if options.keeps_nothing:
         average = optax.ema(b1, debias=False)
         return precision.in_float32(precision.stored_moment(average, "ema", mu_dtype))
@@ -120,38 +145,30 @@ def critical_momenta(
         del params
         _check.state(state, CriticalMomentaState)
         _momentum.check(options, updates, state, mu_dtype)
-        placed = _momentum.beside(state, updates)
-        sound = _momentum.is_sound(options, placed, state.buffer.keys.dtype, b1)
-        joined, momentum, buffer = _momentum.aggregate(
-            options, placed, state, b1, sound
+        g = _momentum.beside(state, updates)
+        sound = _momentum.is_sound(options, g, state.buffer.keys.dtype, b1)
+        m, stored, mu = _momentum.average(g, state, b1, sound)  # m_t
+        M, buffer = algorithm.recall_and_offer(  # M_t, B_{t+1}
+            options, state.buffer, m, g, sound, stored
         )
-        state = CriticalMomentaState(*momentum, buffer)
-        return _momentum.or_nan(sound, joined, updates), state
+        return _momentum.or_nan(sound, M, updates), CriticalMomentaState(*mu, buffer)
 
     return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
-@_options.documented(_REFERENCES)
+@_options.flat
 def scale_by_adam_cm(
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    eps_root=0.0,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
     *,
-    amsgrad=False,
-    skip_first=False,
-    mu_dtype=None,
-    topc=None,
-    decay=0.7,
-    kappa=1.0,
-    aggr="sum",
-    synced=True,
-    priority_fn=None,
-    buffer_dtype=None,
-    fifo_probability=None,
-    seed=0,
-    holding=None,
-) -> optax.GradientTransformation:
+    amsgrad: bool = False,
+    skip_first: bool = False,
+    mu_dtype: DTypeLike | None = None,
+    aggr: Aggregate = "sum",
+    **buffer: Unpack[BufferArguments],
+) -> optax.GradientTransformationExtraArgs:
     r"""Scale the aggregate of critical momenta by the root of its second moment.
 
     .. math::
@@ -159,13 +176,13 @@ def scale_by_adam_cm(
       v_t = \beta_2 v_{t-1} + (1 - \beta_2) M_t^2 \\
       u_t &= \frac{M_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
-    with m and B of :func:`critical_momenta`. A κ or C of 0 is Adam, whose v is of the
-    gradients. On a step whose gradient is not finite u is not finite there either, and
-    the whole state stays as it was.
+    with m and B of :func:`critical_momenta`. A κ or C of 0 is Adam, whose v is that of
+    the gradients. If a gradient is not finite, the whole update is NaN and the whole
+    state does not change.
 
-    Memory: C + 3 copies of the parameters (3 for C = 1): the slots, m and v; one more
-    with AMSGrad. With C = 1 and int8 for ``buffer_dtype`` and ``mu_dtype`` it is 6
-    bytes per float32 parameter, where Adam has 8.
+    Memory: C + 3 copies of the parameters (3 for C = 1), for the slots, m and v; one
+    more with AMSGrad. With C = 1 and int8 for ``buffer_dtype`` and ``mu_dtype`` it is 6
+    bytes per float32 parameter. Adam takes 8.
 
     Args:
       b1: β₁ in [0, 1).
@@ -173,13 +190,21 @@ def scale_by_adam_cm(
       eps: ε ≥ 0, outside the root.
       eps_root: added inside the root.
       amsgrad: whether to divide by the maximum of the uncorrected v so far.
-      skip_first: whether to repeat the first step of the authors' code: it stores the
-        bare gradient, and leaves the moments at 0 and the parameters where they are.
-        Costs one copy of the parameters in temporaries.
-      {mu_dtype}
-      {buffer}
+      skip_first: whether to repeat the first step of the authors' code. It stores the
+        bare gradient, and the moments stay 0 and the parameters stay where they are.
+        It costs one temporary copy of the parameters.
+      mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
+      aggr: as in :func:`critical_gradients`.
+      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
+        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
+        :func:`critical_gradients`.
 
-    {returns}
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. It ignores extra arguments, and its
+      updates have the dtype of the gradients.
+
+    Raises:
+      ValueError: as :func:`critical_gradients` does.
 
     Examples:
       >>> import memoptax, optax, jax, jax.numpy as jnp
@@ -197,18 +222,20 @@ def scale_by_adam_cm(
       6.46E+00
       5.74E+00
 
-    {references}
+    References:
+      Malviya et al, `Promoting Exploration in Memory-Augmented Adam using Critical
+      Momenta <https://arxiv.org/abs/2307.09638>`_, TMLR 2024
 
     Differs from the authors' Adam_CM in:
-      1. What :func:`critical_momenta` lists; ``skip_first=True`` is their first step.
-      2. A κ of 0 is Adam; theirs raises a KeyError.
-      3. Weight decay is not part of it: :func:`adamw_cm` decouples it, as theirs does.
+      1. What :func:`critical_momenta` lists. ``skip_first=True`` is their first step.
+      2. A κ of 0 is Adam. Theirs raises a KeyError.
+      3. Weight decay is not part of it. :func:`adamw_cm` decouples it, as theirs does.
     """
     b1, b2, eps, eps_root = pytorch.check_adam(b1, b2, eps, eps_root)
     _check.flag("amsgrad", amsgrad)
     _check.flag("skip_first", skip_first)
     mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
-    options = _options.options(**_options.among(locals()))
+    options = _options.options(aggr=aggr, **buffer)
     if options.keeps_nothing:
         adam = pytorch.scale_by_adam(b1, b2, eps, eps_root, amsgrad=amsgrad)
         return precision.in_float32(precision.stored_moment(adam, "mu", mu_dtype))
@@ -227,125 +254,100 @@ def scale_by_adam_cm(
             buffer=algorithm.empty(options, params),
         )
 
-    def update_fn(updates, state, params=None):
-        del params
+    def check(updates, state):
         _check.state(state, ScaleByAdamCmState)
         _momentum.check(options, updates, state, mu_dtype)
         _check.same("amsgrad", amsgrad, state.nu_max is not None)
-        placed = _momentum.beside(state, updates)
+
+    def update_fn(updates, state, params=None):
+        del params
+        check(updates, state)
+        g = _momentum.beside(state, updates)
         sound = _momentum.is_sound(
-            options, placed, state.buffer.keys.dtype, b1, b2, eps, squares=True
+            options, g, state.buffer.keys.dtype, b1, b2, eps, squares=True
         )
-        joined, momentum, buffer = _momentum.aggregate(
-            options, placed, state, b1, sound, skip_first=skip_first
-        )
-        squared = _momentum.where(
-            jnp.equal(kappa, 0), placed, joined
-        )  # Adam's are of g
-        count, nu, nu_max = _second_moment(squared, state, b2, sound)  # v_t
-        scaled = pytorch.normalize(  # u_t
-            joined,
-            nu_max if amsgrad else nu,
-            jnp.maximum(count, 1),
-            b1,
-            b2,
-            eps,
-            eps_root,
-        )
-        state = ScaleByAdamCmState(count, *momentum, nu, nu_max, buffer)
-        return _momentum.or_nan(sound, scaled, updates), state
+        if skip_first:
+            M, mu, buffer = _momentum.as_released(options, g, state, b1, sound)
+        else:
+            m, stored, mu = _momentum.average(g, state, b1, sound)  # m_t
+            M, buffer = algorithm.recall_and_offer(  # M_t, B_{t+1}
+                options, state.buffer, m, g, sound, stored
+            )
+        squared = _momentum.where(jnp.equal(options.kappa, 0), g, M)  # Adam's v is of g
+        nu, nu_max = _second_moment(squared, state, b2, sound)  # v_t
+        count = jnp.where(sound, optax.safe_increment(state.count), state.count)
+        v, t = nu_max if amsgrad else nu, jnp.maximum(count, 1)
+        u = pytorch.normalize(M, v, t, b1, b2, eps, eps_root)  # u_t
+        state = ScaleByAdamCmState(count, *mu, nu, nu_max, buffer)
+        return _momentum.or_nan(sound, u, updates), state
 
     return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
-@_options.documented(_REFERENCES)
+@_options.flat
 def sgd_cm(
     learning_rate: optax.ScalarOrSchedule,
-    b1=0.9,
+    b1: ArrayLike = 0.9,
     *,
-    mu_dtype=None,
-    topc=None,
-    decay=0.7,
-    kappa=1.0,
-    aggr="sum",
-    synced=True,
-    priority_fn=None,
-    buffer_dtype=None,
-    fifo_probability=None,
-    seed=0,
-    holding=None,
+    mu_dtype: DTypeLike | None = None,
+    aggr: Aggregate = "sum",
+    **buffer: Unpack[BufferArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD with critical momenta: :math:`\theta_{t+1} = \theta_t - \eta\,M_t`.
 
-    :func:`critical_momenta` at a learning rate. m is (1 − β₁)-weighted and has no bias
-    correction, so its first steps are short.
+    This is :func:`critical_momenta` with a learning rate. m is (1 − β₁)-weighted and
+    has no bias correction, so its first steps are short. The authors provide no SGD
+    variant of critical momenta.
 
     Memory: C + 2 copies of the parameters (2 for C = 1).
 
     Args:
       learning_rate: η, a number or an optax schedule.
       b1: β₁ in [0, 1), the decay of the momentum.
-      {mu_dtype}
-      {buffer}
+      mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
+      aggr: as in :func:`critical_gradients`.
+      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
+        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
+        :func:`critical_gradients`.
 
-    {returns}
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
 
     Examples:
-      >>> import memoptax, optax, jax, jax.numpy as jnp
-      >>> tx = memoptax.sgd_cm(0.1)
-      >>> f = lambda x: jnp.sum(x**2)
-      >>> x = jnp.array([1.0, 2.0, 3.0])
-      >>> state = tx.init(x)
-      >>> for _ in range(5):
-      ...   updates, state = tx.update(jax.grad(f)(x), state, x)
-      ...   x = optax.apply_updates(x, updates)
-      ...   print(f"{f(x):.2E}")
-      1.34E+01
-      1.19E+01
-      9.91E+00
-      7.68E+00
-      5.47E+00
-
-    {references}
-
-    Differs from the authors' code in:
-      1. It exists: theirs has SGD with critical gradients alone.
+      >>> import memoptax, jax.numpy as jnp
+      >>> tx = memoptax.sgd_cm(0.1, topc=10)
+      >>> params = jnp.array([1.0, 2.0, 3.0])
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates.round(3))
+      [-0.01 -0.02 -0.03]
     """
     learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
-        critical_momenta(b1, mu_dtype=mu_dtype, **_options.among(locals())),
+        critical_momenta(b1, mu_dtype=mu_dtype, aggr=aggr, **buffer),
         precision.in_float32(optax.scale_by_learning_rate(learning_rate)),
     )
 
 
-@_options.documented(_REFERENCES)
+@_options.flat
 def adam_cm(
     learning_rate: optax.ScalarOrSchedule,
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    eps_root=0.0,
-    mu_dtype=None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
     *,
-    amsgrad=False,
-    skip_first=False,
-    topc=None,
-    decay=0.7,
-    kappa=1.0,
-    aggr="sum",
-    synced=True,
-    priority_fn=None,
-    buffer_dtype=None,
-    fifo_probability=None,
-    seed=0,
-    holding=None,
+    amsgrad: bool = False,
+    skip_first: bool = False,
+    aggr: Aggregate = "sum",
+    **buffer: Unpack[BufferArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with critical momenta, which on surfaces leaves sharp basins for flat ones.
 
-    :math:`\theta_{t+1} = \theta_t - \eta\,u_t` with the u of
-    :func:`scale_by_adam_cm`, which has the equations and the sources. The effect needs
-    a rate that is not small; with a ``decay`` of .99 it escapes and settles. On
-    networks it was level with Adam or worse after full training (``docs/evidence.md``).
+    :math:`\theta_{t+1} = \theta_t - \eta\,u_t` with the u of :func:`scale_by_adam_cm`,
+    which has the equations and the reference. The effect needs a large learning rate.
+    With a ``decay`` of .99 it escapes and settles. On networks it was level with Adam
+    or worse after full training (``docs/evidence.md``).
 
     Memory: C + 3 copies of the parameters (3 for C = 1), one more with AMSGrad.
 
@@ -355,30 +357,24 @@ def adam_cm(
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
       eps_root: added inside the root.
-      {mu_dtype}
+      mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
       amsgrad: as in :func:`scale_by_adam_cm`.
       skip_first: as in :func:`scale_by_adam_cm`.
-      {buffer}
+      aggr: as in :func:`critical_gradients`.
+      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
+        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
+        :func:`critical_gradients`.
 
-    {returns}
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
 
     Examples:
-      >>> import memoptax, optax, jax, jax.numpy as jnp
-      >>> tx = memoptax.adam_cm(0.03)
-      >>> f = lambda x: jnp.sum(x**2)
-      >>> x = jnp.array([1.0, 2.0, 3.0])
-      >>> state = tx.init(x)
-      >>> for _ in range(5):
-      ...   updates, state = tx.update(jax.grad(f)(x), state, x)
-      ...   x = optax.apply_updates(x, updates)
-      ...   print(f"{f(x):.2E}")
-      1.07E+01
-      8.66E+00
-      7.38E+00
-      6.46E+00
-      5.74E+00
-
-    {references}
+      >>> import memoptax, jax.numpy as jnp
+      >>> tx = memoptax.adam_cm(0.03, topc=10)
+      >>> params = jnp.array([1.0, 2.0, 3.0])
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates.round(3))
+      [-0.3 -0.3 -0.3]
 
     Differs from the authors' Adam_CM in what :func:`scale_by_adam_cm` lists.
     """
@@ -392,40 +388,33 @@ def adam_cm(
             amsgrad=amsgrad,
             skip_first=skip_first,
             mu_dtype=mu_dtype,
-            **_options.among(locals()),
+            aggr=aggr,
+            **buffer,
         ),
         precision.in_float32(optax.scale_by_learning_rate(learning_rate)),
     )
 
 
-@_options.documented(_REFERENCES)
+@_options.flat
 def adamw_cm(
     learning_rate: optax.ScalarOrSchedule,
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    eps_root=0.0,
-    mu_dtype=None,
-    weight_decay=0.01,
-    mask=None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
+    mask: optax.MaskOrFn = None,
     *,
-    amsgrad=False,
-    skip_first=False,
-    topc=None,
-    decay=0.7,
-    kappa=1.0,
-    aggr="sum",
-    synced=True,
-    priority_fn=None,
-    buffer_dtype=None,
-    fifo_probability=None,
-    seed=0,
-    holding=None,
+    amsgrad: bool = False,
+    skip_first: bool = False,
+    aggr: Aggregate = "sum",
+    **buffer: Unpack[BufferArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with critical momenta and decoupled weight decay.
 
     :math:`\theta_{t+1} = \theta_t - \eta\,(u_t + \lambda\,\theta_t)` with the u of
-    :func:`scale_by_adam_cm`, which has the equations and the sources.
+    :func:`scale_by_adam_cm`, which has the equations and the reference.
 
     Memory: C + 3 copies of the parameters (3 for C = 1), one more with AMSGrad.
 
@@ -435,37 +424,32 @@ def adamw_cm(
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
       eps_root: added inside the root.
-      {mu_dtype}
-      weight_decay: λ ≥ 0, per unit of learning rate.
-      mask: a tree of booleans, or a function from parameters to one: which are decayed.
+      mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
+      weight_decay: λ ≥ 0, a number or a schedule, per unit of learning rate.
+      mask: a tree of booleans that says which parameters decay, or a function from the
+        parameters to such a tree. None decays all.
       amsgrad: as in :func:`scale_by_adam_cm`.
-      skip_first: as in :func:`scale_by_adam_cm`; the first step then decays only.
-      {buffer}
+      skip_first: as in :func:`scale_by_adam_cm`. The first step then decays only.
+      aggr: as in :func:`critical_gradients`.
+      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
+        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
+        :func:`critical_gradients`.
 
-    {returns}
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
 
     Examples:
-      >>> import memoptax, optax, jax, jax.numpy as jnp
-      >>> tx = memoptax.adamw_cm(0.03, weight_decay=0.1)
-      >>> f = lambda x: jnp.sum(x**2)
-      >>> x = jnp.array([1.0, 2.0, 3.0])
-      >>> state = tx.init(x)
-      >>> for _ in range(5):
-      ...   updates, state = tx.update(jax.grad(f)(x), state, x)
-      ...   x = optax.apply_updates(x, updates)
-      ...   print(f"{f(x):.2E}")
-      1.06E+01
-      8.54E+00
-      7.22E+00
-      6.27E+00
-      5.53E+00
-
-    {references}
+      >>> import memoptax, jax.numpy as jnp
+      >>> tx = memoptax.adamw_cm(0.03, weight_decay=0.1, topc=10)
+      >>> params = jnp.array([1.0, 2.0, 3.0])
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates.round(3))
+      [-0.303 -0.306 -0.309]
 
     Differs from the authors' Adam_CM with weight decay in:
       1. What :func:`scale_by_adam_cm` lists.
-      2. Parameters are decayed in one product with the step; theirs multiplies them by
-         1 − η·λ, rounded, first.
+      2. Parameters are decayed in one product with the step. Theirs first multiplies
+         them by 1 − η·λ, rounded.
     """
     learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
@@ -477,7 +461,8 @@ def adamw_cm(
             amsgrad=amsgrad,
             skip_first=skip_first,
             mu_dtype=mu_dtype,
-            **_options.among(locals()),
+            aggr=aggr,
+            **buffer,
         ),
         precision.in_float32(
             optax.chain(
@@ -488,10 +473,10 @@ def adamw_cm(
     )
 
 
-def _second_moment(updates, state, b2, taken):
-    """Steps taken, v and its maximum (None if the state has none) after this one."""
-    nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+def _second_moment(squared, state, b2, taken):
+    """v and its maximum (None if the state has none) after this step."""
+    nu = optax.tree.update_moment_per_elem_norm(squared, state.nu, b2, 2)
     nu = _momentum.where(taken, nu, state.nu)
-    amsgrad = state.nu_max is not None
-    nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu) if amsgrad else None
-    return jnp.where(taken, optax.safe_increment(state.count), state.count), nu, nu_max
+    if state.nu_max is None:
+        return nu, None
+    return nu, jax.tree.map(jnp.maximum, state.nu_max, nu)

@@ -1,32 +1,32 @@
 """Flax's boxes: pytree nodes around a parameter that name its axes.
 
 Linen puts parameters into ``nn.Partitioned``, nnx into a ``Variable`` with metadata.
-``jax.tree.map`` over such parameters gives the state their boxes, names and all. That
-is right for what has a parameter's shape, and wrong for slots, which have an axis more,
-and for accumulators, which have other axes. So what is made here gets names of its own,
-and an update works on bare arrays.
+``jax.tree.map`` over such parameters gives the state the same boxes and names. That is
+right for arrays with the shape of a parameter. It is wrong for slots, which have one
+more axis, and for accumulators, which have other axes. So this module gives them names
+that fit, and an update works on bare arrays.
 
-Flax is not imported: its boxes are known by their methods.
+Flax is not imported. Its boxes are recognised by their methods.
 """
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-# Under which nnx has kept the names, over the years.
+# The keys under which versions of nnx keep the names.
 _KEYS = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names")
 
 
 def is_box(node) -> bool:
-    """Whether this is a box with one array in it; optax.masked may have emptied it."""
+    """Whether this is a box with one array in it. optax.masked may have emptied it."""
     boxed = _is_linen(node) or _is_nnx(node)
     return boxed and jax.tree.structure(node).num_leaves == 1
 
 
 def make(function, params):
-    """``jax.tree.map(function, params)``, where every array made is boxed to fit it.
+    """``jax.tree.map(function, params)``, with every new array in a box that fits it.
 
-    An array may have one axis in front of its parameter's, which gets no name, and one
-    entry where the parameter has many, which then has no name either.
+    An axis in front of those of the parameter gets no name. An axis of size one gets
+    none either.
     """
 
     return jax.tree.map(
@@ -35,14 +35,14 @@ def make(function, params):
 
 
 def fit(box, made):
-    """Every array of ``made`` in a box like ``box``, which may be none at all."""
+    """Every array of ``made`` in a box like ``box``, if that is a box."""
     return jax.tree.map(lambda x: _renamed(box, x), made) if is_box(box) else made
 
 
 def leaves_with_path(params):
-    """The path of every parameter, its box or else itself, and itself.
+    """The path of every parameter, its box (or the array if there is none), its array.
 
-    Unlike JAX's own, such a path is the same for parameters without boxes.
+    Unlike the path that JAX gives, this one is the same for parameters without boxes.
     """
     nodes = jax.tree.leaves_with_path(params, is_leaf=is_box)
     return [(path, node, inside(node)) for path, node in nodes]
@@ -54,12 +54,12 @@ def inside(node):
 
 
 def bare(tree):
-    """The tree with what is in the boxes in their place."""
+    """The tree with arrays in place of their boxes."""
     return jax.tree.map(inside, tree, is_leaf=is_box)
 
 
 def like(boxed, tree):
-    """The bare ``tree`` in the boxes that ``boxed`` has."""
+    """The bare ``tree`` in the boxes of ``boxed``."""
     return jax.tree.unflatten(jax.tree.structure(boxed), jax.tree.leaves(tree))
 
 
@@ -68,7 +68,7 @@ def has_boxes(tree) -> bool:
 
 
 def on_arrays(update_fn):
-    """``update_fn`` of a transformation, which then meets no boxes and loses none."""
+    """``update_fn`` of a transformation, which gets bare arrays and returns boxes."""
 
     def boxed_update_fn(updates, state, params=None):
         if not has_boxes((updates, state)):
@@ -103,8 +103,9 @@ def _renamed(box, array):
 
 
 def _fitting(names, rank, array):
-    """The names of the axes of ``array``, given those of an array of this rank that has
-    fewer or more axes in front.
+    """The names of the axes of ``array``, from those of an array of another rank.
+
+    The ranks differ in the axes in front.
     """
     names = tuple(names) + (None,) * (rank - len(names))
     names = (None,) * (array.ndim - rank) + names

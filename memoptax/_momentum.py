@@ -1,7 +1,6 @@
-"""The momentum m whose past values a buffer holds: made, averaged, joined, guarded."""
+"""The momentum m whose past values a buffer holds: made, averaged, guarded."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from memoptax._tensors import layout, storage
 
 
 def zeros(params, dtype):
-    """The two fields of a momentum of zero."""
+    """The two fields of the state for a momentum of zero."""
     if dtype is None:
         return jax.tree.map(storage.zero_sum, params), None
     zeros = jax.tree.map(lambda p: storage.zeros(p, None, dtype), params)
@@ -21,7 +20,7 @@ def zeros(params, dtype):
 
 
 def check(options, updates, state, mu_dtype):
-    """Refuse a momentum or a buffer that other arguments made, while tracing."""
+    """Refuse a momentum or a buffer that was made with other arguments."""
     if not options.keeps_nothing:
         matching.check(options, state.buffer, updates)
     _options.check_scales(options, updates, state.mu_scales)
@@ -36,16 +35,19 @@ def check(options, updates, state, mu_dtype):
 
 
 def beside(state, gradients):
-    """The gradients laid out as m is, in JAX's explicit mode: then the step is, too."""
+    """The gradients with the sharding of m, in JAX's explicit mode.
+
+    The rest of the step follows them.
+    """
     return jax.tree.map(layout.like, gradients, state.mu)
 
 
 def is_sound(options, gradients, dtype, *hyperparameters, squares=False):
     """Whether gradients and hyperparameters are finite, so that the state may move.
 
-    ``dtype`` is that of the state's arithmetic. With ``squares`` the square
-    of the aggregate M must be finite, too. M is a mean of gradients and κ of them
-    again, so no pass over M is needed to know.
+    ``dtype`` is that of the state's arithmetic. With ``squares`` the square of the
+    aggregate M must be finite too. M is at most 1 + |κ| times the largest gradient that
+    was let through, so this needs no pass over M.
     """
     limit = None
     if squares:
@@ -56,63 +58,27 @@ def is_sound(options, gradients, dtype, *hyperparameters, squares=False):
     return sound & options.is_sound()
 
 
-def aggregate(
-    options, gradients, state, b1, sound, *, skip_first=False
-) -> tuple[Any, tuple[Any, Any], Any]:
-    """The aggregate M, the two fields of m, and the buffer, after this step.
+def as_released(options, gradients, state, b1, sound):
+    """M, the two fields of m, and the buffer, by the rule of the authors' code.
 
-    With ``skip_first`` the first step is that of the authors' code: the bare gradient
-    is offered, and m and M are 0. A κ of 0 has nothing to skip.
-
-    Without a buffer M is m.
+    On the first step it offers the bare gradient to the buffer, and m and M are 0. With
+    a κ of 0 it skips nothing.
     """
-    if options.keeps_nothing:
-        m, _, momentum = average(gradients, state, b1, sound)
-        return m, momentum, None
-    if not skip_first:
-        m, stored, momentum = average(gradients, state, b1, sound)  # m_t
-        joined, buffer = algorithm.recall_and_offer(  # M_t, B_{t+1}
-            options, state.buffer, m, gradients, sound, stored
-        )
-        return joined, momentum, buffer
     first = (state.count == 0) & jnp.not_equal(options.kappa, 0)
-    m, _, momentum = average(gradients, state, b1, sound & ~first)
+    m, _, mu = average(gradients, state, b1, sound & ~first)
+    offered = where(first, gradients, m)
     joined, buffer = algorithm.recall_and_offer(
-        options, state.buffer, where(first, gradients, m), gradients, sound
+        options, state.buffer, offered, gradients, sound
     )
-    return where(first, optax.tree.zeros_like(joined), joined), momentum, buffer
-
-
-def parts(options, gradients, before, momentum, buffer, *, skip_first=False):
-    """Per leaf what M is computed from, entry by entry: a function, and its tensors.
-
-    Or None. For a reader to which M is not worth storing.
-    """
-    leaves, treedef = jax.tree.flatten(gradients)
-    if options.keeps_nothing:
-        return [None] * len(leaves)
-    stored = storage.unpack(treedef, *momentum)
-    first = skip_first & (before.count == 0) & jnp.not_equal(options.kappa, 0)
-
-    def of(leaf, gradient):
-        dtype = _wide(stored[leaf].values.dtype, gradient.dtype)
-        m = storage.decode(stored[leaf], dtype)
-        offered = where(first, gradient, m) if skip_first else m
-        found = algorithm.parts(options, before.buffer, buffer, leaf, offered)
-        if found is None or not skip_first:
-            return found
-        join, tensors = found
-        return lambda *tensors: jnp.where(first, 0, join(*tensors)), tensors
-
-    return [of(*each) for each in enumerate(leaves)]
+    return where(first, optax.tree.zeros_like(joined), joined), mu, buffer
 
 
 def average(gradients, state, b1, taken):
-    """b1·m + (1 − b1)·g, or m where the step is not taken: as it is, as the leaves in
-    storage, and as the two fields of the state.
+    """m = b1·m + (1 − b1)·g, or the old m where the step is not ``taken``.
 
-    The first is decoded from the others, so that nobody else reads what was there
-    before: it can be overwritten.
+    Three forms of it: numbers, the leaves in storage, and the two fields of the state.
+    The numbers are decoded from storage. So nothing reads the old m after the new one
+    is known, and XLA can overwrite it.
     """
     leaves, treedef = jax.tree.flatten(gradients)
     before = storage.unpack(treedef, state.mu, state.mu_scales)
@@ -138,9 +104,9 @@ def _blended(gradient, old, b1, rest, taken):
 
 
 def or_nan(sound, updates, gradients):
-    """``updates``, or NaN where the step is not sound, laid out as the gradients.
+    """``updates``, or NaN where the step is not sound, sharded like the gradients.
 
-    The state never sees such a step, but whoever guards the loop must.
+    Such a step leaves the state as it was. NaN tells those who guard the loop.
     """
     return jax.tree.map(
         lambda u, g: layout.like(jnp.where(sound, u, jnp.nan).astype(g.dtype), g),

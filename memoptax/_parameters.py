@@ -1,7 +1,7 @@
-"""What every building block takes and is: real arrays in, extra arguments allowed.
+"""What all building blocks share: they take real arrays, and ignore extra arguments.
 
-Parameters may be Python numbers or NumPy arrays, as in optax. A leaf that is no real
-floating-point number is refused by the path at which it stands.
+Parameters may be Python numbers or NumPy arrays, as in optax. If a leaf is not real and
+floating-point, it is refused with its path.
 """
 
 import jax
@@ -13,9 +13,9 @@ from memoptax._tensors import row_sparse
 
 
 def transformation(init_fn, update_fn) -> optax.GradientTransformationExtraArgs:
-    """A transformation whose functions meet real arrays only.
+    """A transformation whose functions get real arrays only.
 
-    Extra arguments are for others in a chain.
+    Extra arguments are for other transformations in a chain.
     """
 
     def checked_init_fn(params):
@@ -29,7 +29,7 @@ def transformation(init_fn, update_fn) -> optax.GradientTransformationExtraArgs:
 
 
 def real_arrays(tree, kind: str = "parameter"):
-    """The tree with arrays for numbers, once every leaf is known to be real."""
+    """The tree with arrays in place of numbers. Every leaf must be real."""
 
     def checked(path, leaf):
         _check_real(kind, path, leaf)
@@ -41,10 +41,10 @@ def real_arrays(tree, kind: str = "parameter"):
 
 
 def _array(leaf):
-    """Of the dtype that JAX gives it, never weak; shapes and JAX's arrays as they are.
+    """A number of Python or NumPy as a JAX array that is not weakly typed.
 
-    What is made from a NumPy array in float64 would warn without x64, and the array
-    that JAX makes of it does not.
+    JAX's arrays and shapes stay as they are. Without x64, zeros like a NumPy array in
+    float64 would give a warning. Zeros like this array do not.
     """
     if isinstance(leaf, (float, np.ndarray, np.generic)):
         return jnp.asarray(leaf, jax.dtypes.canonicalize_dtype(jnp.result_type(leaf)))

@@ -2,12 +2,13 @@
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from memoptax import _check
 
 
 def sm3_schedule(
-    peak: float,
+    peak: ArrayLike,
     warmup_steps: int,
     total_steps: int,
     power: float = 2,
@@ -20,12 +21,12 @@ def sm3_schedule(
       \eta_t = \eta \cdot \min\Big( \big(\tfrac{t}{T_w}\big)^{p},\; 1,\;
         \tfrac{T - t}{c\,T} \Big)
 
-    with the step t, counted from zero, the peak :math:`\eta`, the warm-up of
-    :math:`T_w` steps, the length of the run T, the power p and the fraction c of the
-    run that cools down. The authors warm up with p = 2, since the accumulators of an
-    adaptive method say little in the first steps.
+    with the step t, counted from 0, the peak :math:`\eta`, a warm-up of :math:`T_w`
+    steps, a run of T steps, the power p, and a cool-down over the fraction c of the
+    run. The authors warm up with p = 2, because the accumulators of an adaptive method
+    say little in the first steps.
 
-    They also evaluate the average of the parameters. With optax's own parts::
+    The authors also evaluate the average of the parameters. optax has the parts::
 
       average = optax.ema(0.999)                          # of the parameters
       state = average.init(params)
@@ -33,8 +34,8 @@ def sm3_schedule(
 
     Args:
       peak: the largest learning rate.
-      warmup_steps: how many steps the warm-up takes; 0 for none.
-      total_steps: the length of the run. The rate is zero from there on.
+      warmup_steps: the number of steps of the warm-up, 0 for none.
+      total_steps: the length of the run. The rate is 0 after it.
       power: the power of the warm-up.
       cooldown_fraction: the part of the run, from 0 to 1, that the cool-down takes.
 
@@ -42,7 +43,8 @@ def sm3_schedule(
       A schedule: a function from the step to a float32 scalar.
 
     Raises:
-      ValueError: if an argument is out of its range, or another than the peak traced.
+      ValueError: if an argument is out of its range, or if one other than ``peak`` is
+        traced.
 
     Examples:
       >>> import memoptax
@@ -64,7 +66,7 @@ def sm3_schedule(
         t = jnp.asarray(count, jnp.float32)
         left = jnp.maximum(total_steps - t, 0)
         rise = (t / warmup_steps) ** power if warmup_steps else 1.0
-        # A cool-down of less than a step is a drop at the end.
+        # A cool-down shorter than one step is a drop at the end.
         fall = left / max(cooldown_fraction * total_steps, 1e-6)
         return peak * jnp.minimum(jnp.minimum(rise, 1.0), fall)
 

@@ -1,9 +1,9 @@
-"""How an optimizer's state lies on a mesh, before it is allocated.
+"""The shardings of an optimizer's state on a mesh, before it is allocated.
 
-No structure is guessed at. In JAX's explicit mode an array's sharding is part of its
-type, and every operation says what becomes of it. So ``init`` is traced once, without
-running it, over parameters whose types carry their specs, and each array of the state
-tells where its axes come from.
+No structure is guessed. In JAX's explicit mode the sharding of an array is part of its
+type, and every operation derives that of its result. So ``init`` is traced once,
+without running it, over parameters whose types carry their specs. The type of each
+array of the state then has its spec.
 """
 
 import functools
@@ -11,9 +11,11 @@ import math
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import (
     AbstractMesh,
     AxisType,
+    Mesh,
     NamedSharding,
     PartitionSpec,
     use_abstract_mesh,
@@ -23,38 +25,45 @@ from memoptax import _check
 from memoptax._buffer import algorithm, matching
 
 
-def state_partition_specs(tx, params, specs, mesh: Any = None, *, over=()):
+def state_partition_specs(
+    tx: optax.GradientTransformation,
+    params: Any,
+    specs: Any,
+    mesh: Mesh | AbstractMesh | None = None,
+    *,
+    over: str | tuple[str, ...] = (),
+) -> Any:
     """The ``PartitionSpec`` of every array of ``tx.init(params)``.
 
-    What has the shape of a parameter (moments, the sum of a buffer) has its spec, slots
-    have it behind an unsharded axis, SM3's accumulators keep the axes that they follow,
-    and scales of int8 have all but the last axis. Whatever is made without regard to a
-    parameter is replicated: counters, and the keys, norms and ages of a buffer. This
-    holds in any chain, under ``optax.masked``, ``optax.partition``,
+    An array with the shape of a parameter (a moment, the sum of a buffer) has the spec
+    of the parameter. Slots have it behind an unsharded axis. The accumulators of SM3
+    keep the axes that they follow, and scales of int8 have all axes but the last. All
+    other arrays are replicated: counters, and the keys, norms and ages of a buffer.
+    This holds in any chain, under ``optax.masked``, ``optax.partition``,
     ``optax.MultiSteps`` and ``optax.inject_hyperparams``, and for optax's own states.
 
-    ``over`` divides the state further than the parameters (ZeRO-1): each parameter is
-    taken to be divided over these mesh axes too, along the first of its axes that its
-    spec leaves free and that they divide evenly. The parts are then contiguous, and
-    rows of int8 stay whole where there is another axis than the last. A parameter
-    without such an axis has its whole state everywhere. The axis of slots is never
-    divided: a step reads and writes single slots. Such specs are for ``jax.jit`` and
-    not for ``jax.shard_map``, where gradients and state would differ in shape.
+    ``over`` divides the state further than the parameters (ZeRO-1). It takes each
+    parameter to be divided over these mesh axes too, along the first axis that its spec
+    leaves free and that they divide evenly. The parts are contiguous, and rows of int8
+    stay whole if another axis than the last can be divided. A parameter without such an
+    axis has its whole state on every device. The axis of slots is never divided,
+    because a step reads and writes single slots. Such specs are for ``jax.jit`` and not
+    for ``jax.shard_map``, where gradients and state would differ in shape.
 
     Args:
       tx: any optax transformation.
       params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
       specs: a tree like ``params`` of ``PartitionSpec``, or a prefix of one, such as a
         single spec for all. None is a replicated parameter.
-      mesh: a ``Mesh`` or ``AbstractMesh``, whose sizes say what divides evenly. What it
-        does not divide (blocks of SM3 may be such) is not sharded. Only ``over`` needs
-        it.
+      mesh: a ``Mesh`` or ``AbstractMesh``, whose sizes say which axes divide evenly. An
+        axis that does not, such as one of SM3's blocks, is not sharded. Only ``over``
+        needs a mesh.
       over: names of mesh axes, as a tuple or a single name, over which parameters are
         replicated and their state is to be divided.
 
     Returns:
-      A tree like the state: for ``in_specs`` and ``out_specs`` of ``jax.shard_map``
-      and, with a mesh, for all that takes shardings (:func:`state_shardings`).
+      A tree like the state, for ``in_specs`` and ``out_specs`` of ``jax.shard_map``.
+      :func:`state_shardings` makes shardings of them.
 
     Raises:
       ValueError: if a spec is not a ``PartitionSpec``, or has more entries than its
@@ -82,7 +91,7 @@ def state_partition_specs(tx, params, specs, mesh: Any = None, *, over=()):
         _divided_further(*leaf, _checked(*leaf, spec), over, mesh)
         for leaf, spec in zip(leaves, every)
     ]
-    # Of size one, so that it divides every axis.
+    # Every mesh axis has size one, so that it divides every axis of an array.
     names = tuple(dict.fromkeys(name for spec in every for name in _names(spec)))
     tracing = AbstractMesh((1,) * len(names), names, (AxisType.Explicit,) * len(names))
 
@@ -97,28 +106,35 @@ def state_partition_specs(tx, params, specs, mesh: Any = None, *, over=()):
         found.append(jax.tree.map(functools.partial(_spec_of, mesh), state))
         return state
 
-    # The mesh of the caller is put aside: JAX does not let its size be changed.
+    # The mesh of the caller is put aside, because JAX does not let its size change.
     with use_abstract_mesh(AbstractMesh((), ())), use_abstract_mesh(tracing):
         typed = [carrying(leaf, spec) for (_, leaf), spec in zip(leaves, every)]
         jax.eval_shape(init, treedef.unflatten(typed))
     return found[0]
 
 
-def state_shardings(tx, params, mesh: Any = None, *, over=(), slots_memory_kind=None):
+def state_shardings(
+    tx: optax.GradientTransformation,
+    params: Any,
+    mesh: Mesh | AbstractMesh | None = None,
+    *,
+    over: str | tuple[str, ...] = (),
+    slots_memory_kind: str | None = None,
+) -> Any:
     """The ``NamedSharding`` of every array of ``tx.init(params)``.
 
-    The specs are those of :func:`state_partition_specs`. An eager ``init``, and in
-    explicit mode a jitted one, follow the parameters by themselves. A jitted ``init``
-    in JAX's automatic mode replicates its zeros unless told::
+    The specs are those of :func:`state_partition_specs`. An eager ``init`` follows the
+    parameters by itself, and so does a jitted one in explicit mode. In JAX's automatic
+    mode, a jitted ``init`` replicates its zeros unless it gets the shardings::
 
       shardings = memoptax.state_shardings(tx, params)
       state = jax.jit(tx.init, out_shardings=shardings)(params)
 
     They also serve as a target for checkpoints and for ``jax.device_put``.
 
-    With ``over`` each device holds a part of what its copies of the parameters would
-    have in common (ZeRO-1). In both modes such a state is made as above, and the step
-    is told where its results belong, so that it gathers the updates::
+    With ``over`` each device holds a part of the state that would otherwise be
+    replicated (ZeRO-1). In both modes such a state is made as above. The step then also
+    needs the shardings of its results, so that it gathers the updates::
 
       of_params = jax.tree.map(lambda p: p.sharding, params)
       step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(of_params, shardings))
@@ -126,20 +142,20 @@ def state_shardings(tx, params, mesh: Any = None, *, over=(), slots_memory_kind=
     Args:
       tx: any optax transformation.
       params: arrays on a mesh, or ``jax.ShapeDtypeStruct`` leaves that have a sharding.
-        One that is on no mesh counts as replicated.
-      mesh: the ``Mesh`` of the shardings; None takes that of the parameters.
+        A parameter that is on no mesh counts as replicated.
+      mesh: the ``Mesh`` of the shardings. None means that of the parameters.
       over: names of mesh axes, as a tuple or a single name, over which parameters are
         replicated and their state is to be divided.
       slots_memory_kind: ``'pinned_host'`` puts the slots of buffers into the memory of
-        the host, from which a step fetches one and writes one, whatever C is. The whole
-        rest stays on the devices. Needs a newer JAX on CPU than the oldest supported,
-        and has not been measured on an accelerator.
+        the host. A step fetches one slot and writes one, for any C. All other arrays
+        stay on the devices. On a CPU this needs a newer JAX than the oldest supported.
+        It has not been measured on an accelerator.
 
     Returns:
       A tree like the state.
 
     Raises:
-      ValueError: if the parameters lie on no mesh and ``mesh`` is None, or on two; if
+      ValueError: if the parameters are on no mesh and ``mesh`` is None, or on two; if
         ``over`` is not names of axes of the mesh, or names one that divides a parameter
         already; if the devices have no memory of the kind.
 
@@ -272,7 +288,7 @@ def _names(spec) -> list[Any]:
 
 
 def _spec_of(mesh, array):
-    """The spec in the type of a traced array, less what the mesh cannot divide.
+    """The spec in the type of a traced array, without axes that the mesh cannot divide.
 
     Constants are replicated.
     """
@@ -281,7 +297,7 @@ def _spec_of(mesh, array):
 
 
 def _trimmed(entries):
-    """Without the unsharded axes at the end, as one would write it."""
+    """The spec without the unsharded axes at its end, as one would write it."""
     entries = list(entries)
     while entries and entries[-1] is None:
         entries.pop()

@@ -1,11 +1,12 @@
 """SM3: adaptive step sizes from a few numbers per axis, in place of one per entry."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from memoptax import _check, _flax_metadata, _parameters, _sm3_rules, covers
 from memoptax._bases import by_rows
@@ -18,9 +19,9 @@ _STEPS = {False: _sm3_rules.step, True: _sm3_rules.row_sparse_step}
 class ScaleBySM3State(NamedTuple):
     """State of :func:`scale_by_sm3`.
 
-    The accumulators and scales are tuples with one item per leaf of the parameters, in
-    the order of `jax.tree.leaves`, and not trees like the parameters: their shapes and
-    shardings differ. For a tree without leaves both are a scalar zero.
+    Accumulators and scales differ from the parameters in shape and sharding. So they
+    are not trees like the parameters, but tuples with one item per leaf, in the order
+    of ``jax.tree.leaves``. For a tree without leaves both are a scalar zero.
     """
 
     count: jax.Array  # shape=(), dtype=int32
@@ -30,79 +31,78 @@ class ScaleBySM3State(NamedTuple):
 
 
 def scale_by_sm3(
-    momentum: jax.typing.ArrayLike | None = None,
-    beta: jax.typing.ArrayLike | None = None,
-    eps: jax.typing.ArrayLike = 1e-30,
+    momentum: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    eps: ArrayLike = 1e-30,
     *,
     variant: str = "II",
-    cover: Callable[[Any, Any], Sequence[tuple[int, ...]]] | None = None,
-    accumulator_dtype: jax.typing.DTypeLike | None = None,
-    momentum_dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformation:
-    r"""Divides by the root of the least accumulator among the boxes of each entry.
+    cover: covers.Cover | Sequence[tuple[int, ...]] | None = None,
+    accumulator_dtype: DTypeLike | None = None,
+    momentum_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Divide by the root of the least accumulator among the boxes of each entry.
 
     SM3 covers each tensor with families of boxes r, keeps one number per box, and
     bounds Adagrad's sum of squares from above by the least of them. SM3-II, the
     default, and SM3-I do
 
     .. math::
-
       \text{II:}\quad \nu_t(i) &= \min_{r \ni i} A_{t-1}(r) + g_t(i)^2, &
         A_t(r) &= \max_{i \in r} \nu_t(i) \\
       \text{I:}\quad A_t(r) &= A_{t-1}(r) + \max_{i \in r} g_t(i)^2, &
         \nu_t(i) &= \min_{r \ni i} A_t(r)
 
     .. math::
-
       q_t = g_t / \sqrt{\nu_t + \epsilon}, \qquad m_t = \mu m_{t-1} + (1 - \mu) q_t
 
-    and return :math:`q_t`, or :math:`m_t` with momentum. An entry of :math:`q_t` is at
-    most 1 in magnitude. With `beta`, each sum x + y is an average
-    :math:`\beta x + (1 - \beta) y`; it starts at zero and is not bias-corrected,
-    which makes the first steps up to :math:`1 / \sqrt{1 - \beta}` long.
+    The update is :math:`q_t`, or :math:`m_t` with momentum. An entry of :math:`q_t` is
+    at most 1 in magnitude. With ``beta``, each sum x + y becomes an average
+    :math:`\beta x + (1 - \beta) y`. It starts at 0 and has no bias correction, so the
+    first steps are up to :math:`1 / \sqrt{1 - \beta}` long.
 
-    State: for a tensor :math:`n_1 \times \dots \times n_k` the accumulators hold
-    :math:`\sum_i n_i` numbers in float32 (float64 for float64 parameters), whatever the
-    dtype of parameters and gradients. Rank 0 and 1 are exact Adagrad. Momentum adds one
-    copy of the parameters in float32, half in bfloat16, a quarter in int8 (with one
-    scale per row of the last axis). Without momentum none of it is allocated.
+    Memory: for a tensor :math:`n_1 \times \dots \times n_k` the accumulators hold
+    :math:`\sum_i n_i` numbers in float32 (float64 for float64 parameters). Rank 0 and 1
+    are exact Adagrad. Momentum adds one copy of the parameters in float32, half of one
+    in bfloat16 and a quarter in int8 (with one scale per row of the last axis).
 
-    Where any squared gradient of a leaf is not finite, its accumulators and momentum
-    stay as they were; where every entry has an accumulator of its own (Adagrad:
-    vectors, scalars) only that entry's do, and in int8 the momentum of its row. The
-    update is not finite where the gradient is not, so that
-    :func:`optax.apply_if_finite` sees it.
+    If a squared gradient of a leaf is not finite, the accumulators and the momentum of
+    the leaf do not change. If every entry has an accumulator of its own (Adagrad:
+    vectors, scalars), this holds for single entries, and for single rows of an int8
+    momentum. The update is not finite where the gradient is not, so that
+    ``optax.apply_if_finite`` can see it.
 
-    A gradient leaf may be row-sparse (`jax.experimental.sparse.BCOO` with one sparse
+    A gradient leaf may be row-sparse (``jax.experimental.sparse.BCOO`` with one sparse
     dimension, see :func:`memoptax.sparse.row_value_and_grad`). Its parameter needs the
-    cover :func:`memoptax.covers.rows`. The work is that of the rows touched; duplicates
-    are summed first; momentum is neither applied nor changed.
+    cover :func:`memoptax.covers.rows`. The work is that of the rows touched. Duplicate
+    rows are summed first, and momentum is neither applied nor changed.
 
     Args:
-      momentum: :math:`\mu` in [0, 1); None or 0 for none.
-      beta: :math:`\beta` in (0, 1) for a moving average; None for accumulation.
-      eps: inside the root; 0/0 is 0.
-      variant: 'I' or 'II'. II is never larger and so never takes smaller steps.
-      cover: a function `(path, leaf) -> list of box shapes`, or such a list for all
-        parameters. None is :func:`memoptax.covers.axes`. It is asked again on every
-        update (while tracing), so it may depend on the names in the path and on the
-        shape alone. See :mod:`memoptax.covers` for others.
-      accumulator_dtype: float32 or float64; None is float64 for float64 parameters
-        and float32 for all others.
-      momentum_dtype: of the storage: float32, float64, bfloat16, float16 or int8; None
-        is that of the accumulators. The momentum is rounded to nearest as it is stored,
-        and returned as stored: its error is at most :math:`1 / (1 - \mu)` times the
-        rounding error of the storage (for int8, 1/254 of the largest in the row).
-        No derivative flows through int8.
+      momentum: :math:`\mu` in [0, 1), or None or 0 for none.
+      beta: :math:`\beta` in (0, 1) for a moving average, or None for the sum.
+      eps: ε ≥ 0, inside the root. With 0, 0/0 is 0.
+      variant: ``'I'`` or ``'II'``. The ν of II is never larger than that of I, so its
+        steps are never smaller.
+      cover: a function ``(path, leaf) -> list of box shapes``, or such a list for all
+        parameters. None is :func:`memoptax.covers.axes`, and :mod:`memoptax.covers` has
+        others. Every update calls it again, while it is traced, so it may use only the
+        names in the path and the shape.
+      accumulator_dtype: float32 or float64. None is float64 for float64 parameters and
+        float32 for all others.
+      momentum_dtype: dtype in which the momentum is stored: None (that of the
+        accumulators), float64, float32, bfloat16, float16 or int8. The momentum is
+        rounded to nearest, and the update is the rounded momentum. Its error is at most
+        :math:`1 / (1 - \mu)` times the rounding error (for int8, 1/254 of the largest
+        in the row). No derivative flows through int8.
 
     Returns:
-      A :class:`optax.GradientTransformation`. Updates have the dtype of the gradients.
-      Under :func:`optax.inject_hyperparams` name `cover`, `accumulator_dtype` and
-      `momentum_dtype` in `static_args` if you use them.
+      An ``optax.GradientTransformationExtraArgs``. It ignores extra arguments, and its
+      updates have the dtype of the gradients.
 
     Raises:
-      ValueError: if an argument is out of its range.
-      ValueError: in `init`, if a parameter is not real and floating.
+      ValueError: if an argument is out of its range, with its name and value (under
+        ``optax.inject_hyperparams`` name ``cover``, ``accumulator_dtype`` and
+        ``momentum_dtype`` in ``static_args`` where they are given); in ``init``, if a
+        parameter does not have a real floating-point dtype.
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax
@@ -115,14 +115,13 @@ def scale_by_sm3(
       Anil et al, `Memory-Efficient Adaptive Optimization
       <https://arxiv.org/abs/1901.11150>`_, NeurIPS 2019
 
-    Differs from the authors' code:
-
-      1. Accumulators are float32 or better; theirs have the gradient's dtype.
-      2. Covers other than slices, SM3-I and int8 momentum are offered.
-      3. `beta` is an average that can decrease (in PyTorch-SM3 it cannot).
+    Differs from the authors' code in:
+      1. Accumulators are float32 or better. Theirs have the gradient's dtype.
+      2. It offers covers other than slices, SM3-I and int8 momentum.
+      3. With ``beta`` the accumulators can decrease. In PyTorch-SM3 they cannot.
       4. Rows that a row-sparse gradient does not touch keep their accumulators, and
          duplicate rows are summed before they are squared.
-      5. What of a gradient is not finite leaves no trace in the state.
+      5. Gradients that are not finite leave no trace in the state.
     """
     momentum = _check.number("momentum", momentum, 0, 1, below=True, optional=True)
     beta = _check.number("beta", beta, 0, 1, above=True, below=True, optional=True)
@@ -184,7 +183,10 @@ def scale_by_sm3(
 
 
 def _check_momentum(momentum, dtype, state):
-    """Refuse a state whose momentum other arguments made. A traced one may be 0."""
+    """Refuse a state whose momentum was made with other arguments.
+
+    A traced momentum may be 0, and decides nothing.
+    """
     if momentum is None or _check.static(momentum):
         if (momentum is None) != (state.momentum is None):
             found = "none" if state.momentum is None else "one"
@@ -219,43 +221,38 @@ def _save(state, treedef, memories):
 
 def sm3(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: jax.typing.ArrayLike | None = None,
-    beta: jax.typing.ArrayLike | None = None,
-    eps: jax.typing.ArrayLike = 1e-30,
+    momentum: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    eps: ArrayLike = 1e-30,
     *,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: optax.MaskOrFn = None,
     variant: str = "II",
-    cover: Callable[[Any, Any], Sequence[tuple[int, ...]]] | None = None,
-    accumulator_dtype: jax.typing.DTypeLike | None = None,
-    momentum_dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformation:
-    """SM3, the memory-efficient adaptive optimizer.
+    cover: covers.Cover | Sequence[tuple[int, ...]] | None = None,
+    accumulator_dtype: DTypeLike | None = None,
+    momentum_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SM3, the memory-efficient adaptive optimizer.
 
-    :func:`scale_by_sm3`, then decoupled weight decay, then the learning rate.
-    Row-sparse gradients go through all three as single leaves, and are not decayed
-    (that would touch every row). :func:`memoptax.sparse.apply_updates` applies them.
+    :math:`\theta_{t+1} = \theta_t - \eta\,(u_t + \lambda\,\theta_t)` with the update u
+    of :func:`scale_by_sm3`, which has the equations and the reference. Row-sparse
+    gradients are not decayed, because that would touch every row.
+    :func:`memoptax.sparse.apply_updates` applies them.
+
+    Memory: that of :func:`scale_by_sm3`.
 
     Args:
-      learning_rate: a number, or a schedule such as :func:`memoptax.sm3_schedule`; in
-        units of the change per step, since preconditioned gradients are at most 1.
-      momentum: see :func:`scale_by_sm3`, as for all arguments not named here.
-      weight_decay: the strength of the decoupled weight decay, times the learning rate;
-        a number of at least 0, or a schedule. With anything but a plain 0, `update`
-        needs the parameters.
-      mask: a tree, or a function from the parameters to a tree, of booleans: which
-        parameters decay.
+      learning_rate: η, a number or an optax schedule such as
+        :func:`memoptax.sm3_schedule`. It is the largest change of an entry per step,
+        since an entry of u is at most 1 in magnitude.
+      momentum: as in :func:`scale_by_sm3`, and so for all arguments not named here.
+      weight_decay: λ ≥ 0, a number or a schedule, per unit of learning rate. With a
+        plain 0, ``update`` needs no parameters.
+      mask: a tree of booleans that says which parameters decay, or a function from the
+        parameters to such a tree. None decays all.
 
     Returns:
-      A :class:`optax.GradientTransformation`.
-
-    Raises:
-      ValueError: if an argument is out of its range.
-      ValueError: in `init`, if a parameter is not real and floating.
-
-    References:
-      Anil et al, `Memory-Efficient Adaptive Optimization
-      <https://arxiv.org/abs/1901.11150>`_, NeurIPS 2019
+      An ``optax.GradientTransformationExtraArgs``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax, optax
@@ -264,18 +261,18 @@ def sm3(
       >>> params = jnp.array([[1.0, 2.0], [3.0, 4.0]])
       >>> state = tx.init(params)
       >>> for _ in range(5):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state)
-      ...     params = optax.apply_updates(params, updates)
-      ...     print(f"{loss(params):.2E}")
+      ...   updates, state = tx.update(jax.grad(loss)(params), state)
+      ...   params = optax.apply_updates(params, updates)
+      ...   print(f"{loss(params):.2E}")
       2.10E+01
       1.64E+01
       1.33E+01
       1.10E+01
       9.31E+00
+
+    Differs from the authors' code in what :func:`scale_by_sm3` lists.
     """
     learning_rate = _check.learning_rate(learning_rate)
-    decay = by_rows.add_decayed_weights(weight_decay)
-    _check.mask("mask", mask)
     return optax.chain(
         scale_by_sm3(
             momentum,
@@ -286,6 +283,6 @@ def sm3(
             accumulator_dtype=accumulator_dtype,
             momentum_dtype=momentum_dtype,
         ),
-        decay if mask is None else optax.masked(decay, mask),
+        by_rows.weight_decay(weight_decay, mask),
         by_rows.on_values(optax.scale_by_learning_rate(learning_rate)),
     )

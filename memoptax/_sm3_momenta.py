@@ -1,29 +1,23 @@
 """Critical momenta over the covers of SM3: a second moment that costs nothing."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from memoptax import _check, _flax_metadata, _momentum, _parameters, _sm3_rules, covers
 from memoptax._bases import precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
+from memoptax._buffer.options import Aggregate, BufferArguments
 from memoptax._tensors import families
-
-_REFERENCES = """\
-References:
-  Malviya et al, `Promoting Exploration in Memory-Augmented Adam using Critical Momenta
-  <https://arxiv.org/abs/2307.09638>`_, TMLR 2024
-
-  Anil et al, `Memory-Efficient Adaptive Optimization
-  <https://arxiv.org/abs/1901.11150>`_, NeurIPS 2019"""
 
 
 class ScaleBySM3CmState(NamedTuple):
-    """State of scale_by_sm3_cm.
+    """State of :func:`scale_by_sm3_cm`.
 
     The accumulators are a tuple with one item per leaf of the parameters, in the order
     of ``jax.tree.leaves``, as in :class:`ScaleBySM3State`.
@@ -33,29 +27,21 @@ class ScaleBySM3CmState(NamedTuple):
     mu: Any  # like the params, in mu_dtype: the momentum m
     mu_scales: Any  # int8: per leaf (*shape[:-1], 1), float32; else None
     accumulators: Any  # per leaf and family: ceil(shape / box), float32 or better
-    buffer: Any  # of momenta, a Buffer; None with a concrete κ or C of 0
+    buffer: algorithm.Buffer | None  # of momenta; None with a concrete κ or C of 0
 
 
-@_options.documented(_REFERENCES)
+@_options.flat
 def scale_by_sm3_cm(
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     *,
-    cover: Callable[[Any, Any], Sequence[tuple[int, ...]]] | None = None,
-    skip_first=False,
-    mu_dtype=None,
-    topc=None,
-    decay=0.7,
-    kappa=1.0,
-    aggr="sum",
-    synced=True,
-    priority_fn=None,
-    buffer_dtype=None,
-    fifo_probability=None,
-    seed=0,
-    holding=None,
-) -> optax.GradientTransformation:
+    cover: covers.Cover | Sequence[tuple[int, ...]] | None = None,
+    skip_first: bool = False,
+    mu_dtype: DTypeLike | None = None,
+    aggr: Aggregate = "sum",
+    **buffer: Unpack[BufferArguments],
+) -> optax.GradientTransformationExtraArgs:
     r"""Scale the aggregate of critical momenta by a second moment over boxes.
 
     .. math::
@@ -64,36 +50,42 @@ def scale_by_sm3_cm(
       A_t(r) &= \max_{i \in r} \nu_t(i), \qquad
       u_t = \frac{M_t / (1 - \beta_1^t)}{\sqrt{\nu_t / (1 - \beta_2^t)} + \epsilon}
 
-    with m and B of :func:`critical_momenta`, and boxes r and their numbers A as in
+    with m and B of :func:`critical_momenta`, and with boxes r and accumulators A as in
     SM3-II (:func:`scale_by_sm3`). ν is never below the v of :func:`scale_by_adam_cm`,
     and with :func:`memoptax.covers.full` it is v. It is computed where it is used, and
     never stored.
 
     A κ or C of 0 keeps no buffer, and M is m: momentum over the root of its own second
-    moment. That is not Adam, whose second moment is of the gradients; the step is about
-    :math:`1 / (1 - \beta_1)` times as long at first. On a step with a gradient that is
-    not finite u is NaN, and the whole state stays as it was.
+    moment. That is not Adam, whose second moment is that of the gradients. The step is
+    about :math:`1 / (1 - \beta_1)` times as long at first. If a gradient is not finite,
+    the whole update is NaN and the whole state does not change.
 
-    Memory: C + 3 copies of the parameters (slots, spare, sum and m), C + 2 where the
-    slots are read and not summed, 2 with C = 1; less with ``buffer_dtype`` and
+    Memory: C + 2 copies of the parameters (2 for C = 1), for the slots and m, and one
+    more with a running sum (``holding='sum'``); less with ``buffer_dtype`` and
     ``mu_dtype``. A tensor :math:`n_1 \times \dots \times n_k` adds
     :math:`\sum_i n_i` numbers in float32 (float64 for float64 parameters). With int8
-    for both a matrix of 1024² takes 2.02 bytes per parameter at C = 1, and 7.04 at
+    for both, a matrix of 1024² takes 2.02 bytes per parameter at C = 1, and 7.04 at
     C = 5.
 
     Args:
       b1: β₁ in [0, 1).
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
-      cover: the boxes, a function ``(path, leaf) -> list of box shapes`` or such a list
-        for all parameters. None is :func:`memoptax.covers.axes`, with which vectors and
-        scalars have a number for every entry. As in :func:`scale_by_sm3`.
+      cover: the boxes, as in :func:`scale_by_sm3`.
       skip_first: whether to repeat the first step of the authors' code, as in
         :func:`scale_by_adam_cm`.
-      {mu_dtype}
-      {buffer}
+      mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
+      aggr: as in :func:`critical_gradients`.
+      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
+        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
+        :func:`critical_gradients`.
 
-    {returns}
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. It ignores extra arguments, and its
+      updates have the dtype of the gradients.
+
+    Raises:
+      ValueError: as :func:`critical_gradients` does.
 
     Examples:
       >>> import memoptax, optax, jax, jax.numpy as jnp
@@ -104,21 +96,26 @@ def scale_by_sm3_cm(
       >>> print(f"{memoptax.state_bytes(tx, params) / 1024**2:.2f}")
       2.02
 
-    {references}
+    References:
+      Malviya et al, `Promoting Exploration in Memory-Augmented Adam using Critical
+      Momenta <https://arxiv.org/abs/2307.09638>`_, TMLR 2024
+
+      Anil et al, `Memory-Efficient Adaptive Optimization
+      <https://arxiv.org/abs/1901.11150>`_, NeurIPS 2019
 
     Differs from the authors' code in:
-      1. No original exists: the equations join those of the two papers.
+      1. The authors have no such optimizer. The equations join those of two papers.
       2. What :func:`critical_momenta` lists of m and the buffer.
-      3. The second moment is an average that starts at 0 and is corrected for it, as
-         Adam's is; that of SM3 is a sum.
-      4. Gradients are dense: row-sparse ones are refused.
+      3. The second moment is an average with bias correction, as in Adam. That of SM3
+         is a sum.
+      4. Row-sparse gradients are refused.
     """
     b1, b2, eps, _ = pytorch.check_adam(b1, b2, eps, 0.0)
     _check.flag("skip_first", skip_first)
     families.check_cover(cover)
     cover = covers.axes if cover is None else cover
     mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
-    options = _options.options(**_options.among(locals()))
+    options = _options.options(aggr=aggr, **buffer)
 
     def init_fn(params):
         mu, mu_scales = _momentum.zeros(params, mu_dtype)
@@ -130,8 +127,7 @@ def scale_by_sm3_cm(
             buffer=None if options.keeps_nothing else algorithm.empty(options, params),
         )
 
-    def update_fn(updates, state, params=None):
-        del params
+    def check(updates, state):
         _check.state(state, ScaleBySM3CmState)
         if options.keeps_nothing and state.buffer is not None:
             raise ValueError(
@@ -139,29 +135,37 @@ def scale_by_sm3_cm(
                 "pass the arguments that it was made with, or make a new one with init."
             )
         _momentum.check(options, updates, state, mu_dtype)
+
+    def update_fn(updates, state, params=None):
+        del params
+        check(updates, state)
         boxes = _boxes(cover, updates, state.accumulators)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(state.accumulators))
-        placed = _momentum.beside(state, updates)
-        sound = _momentum.is_sound(options, placed, dtype, b1, b2, eps, squares=True)
-        joined, momentum, buffer = _momentum.aggregate(  # M_t, B_{t+1}
-            options, placed, state, b1, sound, skip_first=skip_first
-        )
+        g = _momentum.beside(state, updates)
+        sound = _momentum.is_sound(options, g, dtype, b1, b2, eps, squares=True)
+        parts = [None] * len(boxes)
+        if options.keeps_nothing:
+            M, _, mu = _momentum.average(g, state, b1, sound)  # M_t is m_t
+            buffer = None
+        elif skip_first:
+            M, mu, buffer = _momentum.as_released(options, g, state, b1, sound)
+        else:
+            m, stored, mu = _momentum.average(g, state, b1, sound)  # m_t
+            M, buffer = algorithm.recall_and_offer(  # M_t, B_{t+1}
+                options, state.buffer, m, g, sound, stored
+            )
+            parts = algorithm.parts(options, state.buffer, buffer, m)
+        nu, accumulators = _second_moment(boxes, M, parts, state, b2, sound)  # ν_t, A_t
         count = jnp.where(sound, optax.safe_increment(state.count), state.count)
-        parts = _momentum.parts(
-            options, placed, state, momentum, buffer, skip_first=skip_first
-        )
-        nu, accumulators = _second_moment(boxes, joined, parts, state, b2, sound)
-        scaled = pytorch.normalize(  # u_t
-            joined, nu, jnp.maximum(count, 1), b1, b2, eps
-        )
-        state = ScaleBySM3CmState(count, *momentum, accumulators, buffer)
-        return _momentum.or_nan(sound, scaled, updates), state
+        u = pytorch.normalize(M, nu, jnp.maximum(count, 1), b1, b2, eps)  # u_t
+        state = ScaleBySM3CmState(count, *mu, accumulators, buffer)
+        return _momentum.or_nan(sound, u, updates), state
 
     return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
 def _boxes(cover, updates, accumulators):
-    """The boxes of every leaf, once they were found to be those of the accumulators."""
+    """The boxes of every leaf, checked against the accumulators of the state."""
     leaves = jax.tree.leaves_with_path(updates)
     _sm3_rules.check_leaves(leaves, accumulators)
     boxes = [families.resolve(cover, path, leaf) for path, leaf in leaves]
@@ -171,9 +175,9 @@ def _boxes(cover, updates, accumulators):
 
 
 def _second_moment(boxes, joined, parts, state, b2, taken):
-    """The nu of every entry, and the accumulators after this step.
+    """ν of every entry, and the accumulators after this step.
 
-    ``parts`` are what the leaves of ``joined`` are computed from.
+    ``parts`` says of each leaf of ``joined`` what it is computed from, or None.
     """
     leaves, treedef = jax.tree.flatten(joined)
     if not leaves:
@@ -195,37 +199,31 @@ def _leaf(boxes, x, parts, numbers, b2, taken):
     )
     raised = tuple(jnp.where(taken, new, old) for new, old in zip(raised, numbers))
     if len(raised) == 1 and raised[0].shape == x.shape:
-        return raised[0], raised  # by it alone, so that it can overwrite the old one
+        # With a box per entry, ν is the accumulator. It is read from the new one, so
+        # that XLA can overwrite the old one.
+        return raised[0], raised
     return nu(x, *found.spread(floors)), raised
 
 
-@_options.documented(_REFERENCES)
+@_options.flat
 def sm3_cm(
     learning_rate: optax.ScalarOrSchedule,
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     *,
-    weight_decay: Any = 0.0,
-    mask=None,
-    cover: Callable[[Any, Any], Sequence[tuple[int, ...]]] | None = None,
-    skip_first=False,
-    mu_dtype=None,
-    topc=None,
-    decay=0.7,
-    kappa=1.0,
-    aggr="sum",
-    synced=True,
-    priority_fn=None,
-    buffer_dtype=None,
-    fifo_probability=None,
-    seed=0,
-    holding=None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: optax.MaskOrFn = None,
+    cover: covers.Cover | Sequence[tuple[int, ...]] | None = None,
+    skip_first: bool = False,
+    mu_dtype: DTypeLike | None = None,
+    aggr: Aggregate = "sum",
+    **buffer: Unpack[BufferArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Critical momenta over SM3's covers, at two bytes a parameter.
 
     :math:`\theta_{t+1} = \theta_t - \eta\,(u_t + \lambda\,\theta_t)` with the u of
-    :func:`scale_by_sm3_cm`, which has the equations and the sources.
+    :func:`scale_by_sm3_cm`, which has the equations and the references.
 
     Memory: that of :func:`scale_by_sm3_cm`. ``topc=1`` with int8 for ``mu_dtype`` and
     ``buffer_dtype`` takes 2.02 bytes per parameter of a matrix of 1024².
@@ -235,15 +233,20 @@ def sm3_cm(
       b1: β₁ in [0, 1).
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
-      weight_decay: λ ≥ 0, per unit of learning rate; with a plain 0 ``update`` needs no
-        parameters.
-      mask: a tree of booleans, or a function from parameters to one: which are decayed.
-      cover: as in :func:`scale_by_sm3_cm`.
-      skip_first: as in :func:`scale_by_sm3_cm`; the first step then decays only.
-      {mu_dtype}
-      {buffer}
+      weight_decay: λ ≥ 0, a number or a schedule, per unit of learning rate. With a
+        plain 0, ``update`` needs no parameters.
+      mask: a tree of booleans that says which parameters decay, or a function from the
+        parameters to such a tree. None decays all.
+      cover: the boxes, as in :func:`scale_by_sm3`.
+      skip_first: as in :func:`scale_by_sm3_cm`. The first step then decays only.
+      mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
+      aggr: as in :func:`critical_gradients`.
+      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
+        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
+        :func:`critical_gradients`.
 
-    {returns}
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
 
     Examples:
       >>> import memoptax, optax, jax, jax.numpy as jnp
@@ -261,8 +264,6 @@ def sm3_cm(
       1.69E+01
       1.55E+01
 
-    {references}
-
     Differs from the authors' code in what :func:`scale_by_sm3_cm` lists.
     """
     learning_rate = _check.learning_rate(learning_rate)
@@ -274,7 +275,8 @@ def sm3_cm(
             cover=cover,
             skip_first=skip_first,
             mu_dtype=mu_dtype,
-            **_options.among(locals()),
+            aggr=aggr,
+            **buffer,
         ),
         precision.in_float32(
             optax.chain(

@@ -1,4 +1,7 @@
-"""One step of SM3 on one tensor: accumulators, direction and momentum."""
+"""One step of SM3 on one tensor: accumulators, direction and momentum.
+
+:func:`sm3_i` and :func:`sm3_ii` are the boxes of the paper.
+"""
 
 import functools
 from collections.abc import Callable
@@ -30,8 +33,8 @@ def step(rule, path, boxes, gradient, numbers, memory):
     families = _families.Families(boxes, g.shape)
     nu, floors, raised = rule.precondition(g, numbers, families, beta)
     if len(raised) == 1 and raised[0].shape == g.shape:
-        # Adagrad. Told entry by entry, for no other entry cares; and what is told by
-        # the new sum, by it alone, so that it can overwrite the old one.
+        # Adagrad rejects non-finite entries one at a time. Testing only the new sum
+        # lets XLA reuse the memory of the old sum.
         finite = _is_finite(g)
         raised = _select(jnp.isfinite(raised[0]), raised, numbers)
         nu, floors = functools.partial(_adagrad, beta), raised
@@ -48,14 +51,14 @@ def step(rule, path, boxes, gradient, numbers, memory):
 
 
 def _beside(gradient, numbers, memory):
-    """The gradient laid out as what the state has of its shape, if it has such."""
+    """The gradient with the sharding of an array of its shape in the state, if any."""
     home = numbers[0] if memory is None else memory.values
     return layout.like(gradient, home) if home.shape == gradient.shape else gradient
 
 
 def _average(direction, momentum, families, g, floors, memory, finite):
-    """The momentum, in the dtype of g and as it is stored."""
-    # An int8 row has one scale, which tells whether the row can be stored.
+    """The momentum, in the dtype of g and in storage."""
+    # The scale of an int8 row says whether the row is finite.
     by_row = memory.scale is not None and finite.ndim > 0
 
     def blend(g, values, scale, *floors):
@@ -69,12 +72,12 @@ def _average(direction, momentum, families, g, floors, memory, finite):
     operands = (g, *memory, *floors)
     new = storage.encode_computed(blend, entries, operands, memory)
     memory = _select(jnp.isfinite(new.scale) if by_row else finite, new, memory)
-    # Told by the stored momentum alone, so that it can overwrite the old one.
+    # Reading only the stored momentum lets XLA reuse the memory of the old one.
     return jnp.where(jnp.isfinite(g), storage.decode(memory, g.dtype), g), memory
 
 
 def row_sparse_step(rule, path, boxes, gradient, numbers, memory):
-    """The same for the rows touched, as if they were the whole table."""
+    """One row-sparse leaf: a step on the rows touched, as if they were the table."""
     _check_rows(gradient, boxes, _families.name(path))
     gradient = row_sparse.merged(gradient, _families.name(path))
     (table,) = numbers
@@ -86,7 +89,7 @@ def row_sparse_step(rule, path, boxes, gradient, numbers, memory):
 
 
 def _check_rows(gradient, boxes, name: str) -> None:
-    """Refuses covers in which a row that rests would have a share."""
+    """Refuse covers whose boxes would also hold rows that are not touched."""
     if tuple(boxes) != ((1, *gradient.shape[1:]),):
         raise ValueError(
             f"{name} has a row-sparse gradient and the cover {list(boxes)!r}. Only "
@@ -96,13 +99,13 @@ def _check_rows(gradient, boxes, name: str) -> None:
         )
 
 
-# The two variants, and Adagrad which both of them are at singleton boxes. nu is
-# a function of the gradient and the floors (the least numbers of the boxes, family by
-# family), so that it can be computed again by whoever needs it.
+# The two variants, and Adagrad, which both of them are with a box per entry. nu is a
+# function of the gradient and the floors (the least numbers of the boxes, family by
+# family). So each consumer can compute it again.
 
 
 def sm3_ii(g, numbers, families, beta, parts=None):
-    """nu = min A + g^2, then A = max nu. ``parts`` are what g is computed from."""
+    """SM3-II: nu = min A + g^2, then A = max nu. g may be computed from ``parts``."""
 
     def nu(g, *floors):
         return _accumulate(_least(floors), g * g, beta)
@@ -112,7 +115,7 @@ def sm3_ii(g, numbers, families, beta, parts=None):
 
 
 def sm3_i(g, numbers, families, beta):
-    """A = A + max g^2, then nu = min A."""
+    """SM3-I: A = A + max g^2, then nu = min A."""
 
     def nu(g, *floors):
         return _least(floors)
@@ -123,7 +126,7 @@ def sm3_i(g, numbers, families, beta):
 
 
 def _adagrad(beta, g, total):
-    """nu from the total, which contains g^2 unless that is not finite."""
+    """nu from the total, which contains g^2 if that is finite."""
     return jnp.where(_is_finite(g), total, _accumulate(total, g * g, beta))
 
 
@@ -132,14 +135,14 @@ def _least(floors):
 
 
 def _accumulate(old, new, decay):
-    """The sum, or with a decay the average, of what was and what comes."""
+    """The sum of old and new, or with a decay their average."""
     return old + new if decay is None else decay * old + (1 - decay) * new
 
 
 def _direction(nu, eps, g, *floors):
-    """g / sqrt(nu + eps), and 0 / 0 = 0; finite derivatives too."""
+    """g / sqrt(nu + eps), with 0 / 0 = 0 and finite derivatives."""
     square = nu(g, *floors) + eps
-    # A known eps cannot vanish. All who read this would compute the choice again.
+    # A static eps > 0 needs no guard. A guard would be recomputed in every fusion.
     if not (isinstance(eps, int | float) and eps >= jnp.finfo(square.dtype).tiny):
         square = jnp.where(square == 0, 1, square)
     return g / jnp.sqrt(square)
@@ -156,12 +159,12 @@ def _are_finite(raised):
 
 
 def _select(condition, yes, no):
-    """Keeps structure and dtypes; NaN in the branch not taken does no harm."""
+    """``yes`` or ``no``, trees of one structure."""
     return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
 
 
 def hyperparameter(x, dtype):
-    """In `dtype`: inject_hyperparams gives it in bfloat16, NumPy in float64."""
+    """``x`` in ``dtype``. It may come in bfloat16 from inject_hyperparams."""
     return x if x is None or type(x) in (int, float) else jnp.asarray(x, dtype)
 
 
@@ -175,19 +178,19 @@ def zero_accumulators(params, cover, dtype=None):
         return _flax_metadata.fit(box, numbers)
 
     leaves = _flax_metadata.leaves_with_path(params)
-    # optax.tree.map_params finds the parameters in a state by a tree without leaves,
-    # and needs a leaf wherever else there is something.
+    # optax.tree.map_params looks for parameters with a tree without leaves. Every other
+    # field of the state must then have a leaf.
     return tuple(of(*leaf) for leaf in leaves) or jnp.zeros(())
 
 
 def accumulator_dtype(leaf, dtype):
-    """float32 or better, unless the user says which."""
+    """The ``dtype`` of the user, or for None float32 or better."""
     wide = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
     return wide if dtype is None else dtype
 
 
 def check_leaves(leaves, accumulators):
-    """Refuses another number of leaves than the accumulators were made for."""
+    """Refuse another number of leaves than the accumulators were made for."""
     if leaves and len(leaves) != len(accumulators):
         raise ValueError(
             f"updates have {len(leaves)} leaves, but the state was made for "

@@ -1,10 +1,10 @@
 """Covers: families of boxes that tile a tensor, one accumulator per box.
 
-A box shape tiles a tensor with boxes of that size; the boxes at the far edges are
-cut short where the size does not divide. `(1, 4)` tiles a 3 x 4 matrix by its rows,
-`(3, 1)` by its columns, `(1, 1)` by its entries and `(3, 4)` is the whole of it. A
-cover is a list of box shapes. Every family tiles the tensor, so every entry lies in
-one box of each family.
+A box shape tiles a tensor with boxes of that size. Boxes at the far edges are cut short
+if the size does not divide. `(1, 4)` tiles a 3 x 4 matrix by its rows, `(3, 1)` by its
+columns and `(1, 1)` by its entries, and `(3, 4)` is one box for the whole matrix. A
+cover is a function that gives each parameter a list of box shapes. Every family tiles
+the tensor, so every entry is in one box of each family.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ Cover = Callable[[Any, Any], Sequence[Box]]
 def axes(path: Any, leaf: Any) -> list[Box]:
     """Slices of codimension one, the paper's cover: sum(n_i) numbers.
 
-    A tensor of shape `(n_1, ..., n_k)` gets one family per axis. Rank 0 and rank 1
-    get one number per entry, which is Adagrad.
+    A tensor of shape `(n_1, ..., n_k)` gets one family per axis. Rank 0 and rank 1 get
+    one number per entry, which is Adagrad.
 
     Args:
       path: the key path of the parameter (not used).
@@ -41,7 +41,7 @@ def axes(path: Any, leaf: Any) -> list[Box]:
 
 
 def rows(path: Any, leaf: Any) -> list[Box]:
-    """One box per index of the first axis: n_1 numbers, the cover for embeddings.
+    """One box per index of the first axis: n_1 numbers. This is for embeddings.
 
     Args:
       path: the key path of the parameter (not used).
@@ -59,7 +59,7 @@ def rows(path: Any, leaf: Any) -> list[Box]:
 
 
 def full(path: Any, leaf: Any) -> list[Box]:
-    """One box per entry: Adagrad, and as much memory as Adagrad.
+    """One box per entry. This is Adagrad, with Adagrad's memory.
 
     Args:
       path: the key path of the parameter (not used).
@@ -77,7 +77,7 @@ def full(path: Any, leaf: Any) -> list[Box]:
 
 
 def whole(path: Any, leaf: Any) -> list[Box]:
-    """One box for the whole tensor: a single number, one step size for all entries.
+    """One box for the whole tensor: one number, and one step size for all entries.
 
     Args:
       path: the key path of the parameter (not used).
@@ -97,7 +97,7 @@ def whole(path: Any, leaf: Any) -> list[Box]:
 def blocks(*size: int | None) -> Cover:
     """Boxes of a given size: prod(ceil(n_i / size_i)) numbers.
 
-    The sizes belong to the last axes. `None` spans its axis; axes to the left of the
+    The sizes are those of the last axes. `None` spans its axis. Axes to the left of the
     given sizes are split into single indices.
 
     Args:

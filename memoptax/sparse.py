@@ -1,4 +1,4 @@
-"""Row-sparse gradients: of a table only the rows that a step has touched."""
+"""Row-sparse gradients, which hold only the rows of a table that a step has touched."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,28 +18,28 @@ __all__ = ["apply_updates", "on_values", "row_value_and_grad"]
 def row_value_and_grad(
     loss: Callable[..., jax.Array], table: Any, ids: Any, *others: Any
 ) -> tuple[jax.Array, Any]:
-    r"""The value of a loss and its gradient by the rows of a table that it looks up.
+    r"""The value of a loss, and its gradient by the rows of a table that it looks up.
 
-    The gradient of a lookup by :func:`jax.grad` is as large as the table. This one
-    differentiates the gathered rows and returns them with their indices, in
-    :math:`O(\text{ids.size} \cdot d)` time and memory.
+    With ``jax.grad`` the gradient of a lookup is as large as the table. This function
+    differentiates by the gathered rows, and returns their gradient with their indices,
+    in :math:`O(\text{ids.size} \cdot d)` time and memory.
 
     Args:
       loss: a function `(rows, *others) -> scalar`, where `rows` is `table[ids]`.
-      table: shape `(n, ...)`, any floating dtype; or a pytree of tables.
-      ids: integers of any shape and dtype; or a pytree of them, one array per table.
-        A negative id counts from the end. An id outside of [-n, n) gives a row of zeros
-        and no gradient (use it for padding).
-      *others: pytrees of dense parameters, differentiated too.
+      table: shape `(n, ...)`, any floating dtype, or a pytree of tables.
+      ids: integers of any shape and dtype, or a pytree of them with one array per
+        table. A negative id counts from the end. An id outside of [-n, n) gives a row
+        of zeros and no gradient, and so can be padding.
+      *others: pytrees of dense parameters, by which the loss is differentiated too.
 
     Returns:
       The value, and the gradient of the table: a BCOO array of shape `table.shape`
       with one sparse dimension and `ids.size` rows, in which an id may occur more than
-      once. With `others`, a tuple of it and of their gradients.
+      once. With `others`, a tuple of this gradient and theirs.
 
     Raises:
-      ValueError: if a table is not real and floating or has no axis, or if ids are no
-        integers.
+      ValueError: if a table is not real and floating-point or has no axis, or if ids
+        are not integers.
 
     Examples:
       >>> import jax.numpy as jnp, memoptax
@@ -65,21 +65,21 @@ def row_value_and_grad(
 
 
 def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
-    """Adds updates to parameters, as :func:`optax.apply_updates` does, rows included.
+    """Add updates to parameters as ``optax.apply_updates`` does, row-sparse ones too.
 
-    A row-sparse update is scatter-added: under `jax.jit` with donated parameters the
-    table is changed in place, and the cost is that of the rows touched.
+    A row-sparse update is added by a scatter. Under `jax.jit` with donated parameters
+    it changes the table in place, and the cost is that of the rows touched.
 
     Args:
       params: a tree of parameters.
-      updates: a tree of updates of the same structure; its leaves are arrays or, for
+      updates: a tree of updates of the same structure. Its leaves are arrays or, for
         tables, BCOO arrays with one sparse dimension.
 
     Returns:
       The new parameters, with the structure, shapes and dtypes of `params`.
 
     Examples:
-      Flax's `TrainState` calls optax's function. This one calls ours:
+      Flax's `TrainState` calls optax's function. This one calls memoptax's:
 
       >>> import memoptax
       >>> from flax.training import train_state
@@ -112,26 +112,26 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
 def on_values(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets a transformation of optax go over trees with row-sparse leaves.
+    """Let an optax transformation work on trees with row-sparse leaves.
 
     A row-sparse leaf has values and indices, and optax's own transformations would
-    change both. This one sums the rows that occur more than once, and hands `inner` the
-    values of the rows and the rows of the parameters. So a norm is that of the dense
-    gradient. For `optax.clip`, `clip_by_global_norm`, `scale`, `zero_nans` and the like
-    in front of :func:`memoptax.sm3` or after it.
+    change both. This wrapper first sums rows that occur more than once. Then it gives
+    `inner` the values of the rows, and the rows of the parameters. So a norm is that of
+    the dense gradient. Use it for `optax.clip`, `clip_by_global_norm`, `scale`,
+    `zero_nans` and the like, before or after :func:`memoptax.sm3`.
 
-    `optax.apply_if_finite` goes around :func:`memoptax.sm3` without this.
+    `optax.apply_if_finite` works around :func:`memoptax.sm3` without it.
 
     Args:
-      inner: a transformation that holds nothing for each entry of a parameter.
+      inner: a transformation whose state has nothing per entry of a parameter.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`.
+      An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      ValueError: in `update`, if a leaf is row-sparse and `inner` holds something for
-        each entry of its parameter, as momenta and `optax.MultiSteps` do. In place of
-        the latter, look up the ids of all micro-batches at once.
+      ValueError: in `update`, if a leaf is row-sparse and the state of `inner` has
+        something per entry of its parameter, as momenta and `optax.MultiSteps` do. In
+        place of `optax.MultiSteps`, look up the ids of all micro-batches at once.
 
     Examples:
       >>> import memoptax, optax
@@ -170,7 +170,7 @@ def _rows(update, param):
 
 
 def _check_state(inner, state, name):
-    """Refuses a state that holds something for each parameter."""
+    """Refuse a state that has something per entry of a parameter."""
     found = []
     optax.tree.map_params(inner, found.append, state)
     if found:
@@ -183,20 +183,20 @@ def _check_state(inner, state, name):
 
 
 def _places(table, ids):
-    """The rows of a table that ids name, as integers of a known kind."""
+    """The row numbers of ids, as integers of a known dtype."""
     if table.ndim == 0:
         raise ValueError(f"table must have an axis of rows, but is {table!r}.")
     try:
         known: Any = ids if hasattr(ids, "dtype") else np.asarray(ids)
     except ValueError as error:  # rows of different lengths
         raise ValueError(f"ids must be integers, but are {ids!r}.") from error
-    if known.size == 0 and not hasattr(ids, "dtype"):  # NumPy takes [] for floats
+    if known.size == 0 and not hasattr(ids, "dtype"):  # NumPy makes floats of []
         known = known.astype(np.int32)
     if not jnp.issubdtype(known.dtype, jnp.integer):
         raise ValueError(f"ids must be integers, but are {ids!r}.")
     rows = table.shape[0]
     if isinstance(known, (np.ndarray, np.generic)):
-        # JAX would cut 64 bits down to 32, and 2^32 would be row 0.
+        # JAX would cut 64 bits to 32, and 2^32 would become row 0.
         if known.dtype == np.uint64:
             known = np.minimum(known, np.uint64(2**63 - 1))
         known = np.clip(known.astype(np.int64), -rows - 1, rows).astype(np.int32)

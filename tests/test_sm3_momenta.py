@@ -316,3 +316,27 @@ def test_a_state_of_other_arguments_is_refused():
         memoptax.scale_by_sm3_cm().update(params, none.init(params))
     with pytest.raises(ValueError, match="'w'"):
         none.update({"w": jnp.zeros((3, 5))}, none.init(params))
+
+
+def test_a_function_joins_whole_leaves():
+    shapes = set()
+
+    def join(update, mean, fill):
+        shapes.add(update.shape)
+        return update + mean
+
+    x = jnp.ones((256, 256))  # so large that its maxima are taken in sections
+    options = dict(topc=5, mu_dtype="int8", buffer_dtype="int8")
+    by_name, by_function = (
+        memoptax.sm3_cm(0.1, aggr=aggr, **options) for aggr in ("sum", join)
+    )
+    states = [tx.init(x) for tx in (by_name, by_function)]
+    for step in range(3):
+        gradient = jax.random.normal(jax.random.key(step), x.shape)
+        (a, first), (b, second) = (
+            jax.jit(tx.update)(gradient, state, x)
+            for tx, state in zip((by_name, by_function), states)
+        )
+        states = [first, second]
+        chex.assert_trees_all_close((a, first), (b, second), rtol=1e-5)
+    assert shapes == {x.shape}

@@ -1,1 +1,1 @@
-"""What optax has with other semantics: PyTorch's bases, and float32 inside."""
+"""Base optimizers where optax's differ: PyTorch's semantics, and float32 inside."""

@@ -9,9 +9,9 @@ from memoptax._tensors import row_sparse
 
 
 def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Applies an elementwise transformation to the values of row-sparse leaves.
+    """Apply an elementwise transformation to the values of row-sparse leaves.
 
-    optax's own would scale the indices too. Updates keep the dtype they came in.
+    optax's own would scale the indices too. Updates keep their dtype.
     """
 
     def update_fn(updates, state, params=None):
@@ -22,20 +22,26 @@ def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformati
     return optax.GradientTransformation(inner.init, update_fn)
 
 
-def add_decayed_weights(weight_decay) -> optax.GradientTransformation:
-    """Decoupled weight decay; row-sparse leaves, whose rows must rest, pass by."""
-    dense = pytorch.weight_decay(weight_decay)
-    if _check.is_zero(weight_decay):
+def weight_decay(rate, mask=None) -> optax.GradientTransformation:
+    """Decoupled weight decay of the dense leaves; the rows of row-sparse ones rest."""
+    decay = _decay_of_dense(rate)
+    _check.mask("mask", mask)
+    return decay if mask is None else optax.masked(decay, mask)
+
+
+def _decay_of_dense(rate):
+    dense = pytorch.weight_decay(rate)
+    if _check.is_zero(rate):
         return dense
 
     def update_fn(updates, state, params=None):
         if params is None:
             raise ValueError(
-                f"weight_decay={weight_decay!r} needs the parameters: "
+                f"weight_decay={rate!r} needs the parameters: "
                 "call update(updates, state, params)."
             )
 
-        # None is no leaf, so the row-sparse ones are out of the way.
+        # A row-sparse leaf becomes None, which is no leaf.
         kept, decayed = (
             _map(lambda u, x: None if row_sparse.is_row_sparse(u) else x, updates, tree)
             for tree in (updates, params)

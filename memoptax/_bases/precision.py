@@ -1,7 +1,4 @@
-"""State and arithmetic in float32 under parameters or gradients of half precision.
-
-And the reverse: one moment of a state in fewer bits than the arithmetic.
-"""
+"""Precision of a base: float32 inside, and one moment stored in fewer bits."""
 
 from typing import Any, NamedTuple
 
@@ -14,11 +11,11 @@ from memoptax._tensors import layout, storage
 
 
 def in_float32(inner: optax.GradientTransformation):
-    """``inner`` with whatever is below float32 widened on the way in.
+    """``inner`` in float32 for parameters and gradients of half precision.
 
-    Updates return in the dtype and, in JAX's explicit mode, with the sharding in which
-    they came, and the state keeps the dtypes it was born with, whatever dtype the
-    gradients have. Float32 passes through untouched.
+    Updates keep their dtype and, in JAX's explicit mode, their sharding. The state
+    keeps the dtypes that it had at first, for gradients of any dtype. Float32 passes
+    through untouched.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -30,7 +27,7 @@ def in_float32(inner: optax.GradientTransformation):
         wide = jax.tree.map(_widen, updates)
         params = _wide(params)
         wide, new_state = inner.update(wide, state, params, **extra_args)
-        # By leaves: a restored state may have lists where a new one has tuples.
+        # Leaf by leaf, because a restored state may have lists instead of tuples.
         dtypes = [leaf.dtype for leaf in jax.tree.leaves(state)]
         leaves, treedef = jax.tree.flatten(new_state)
         leaves = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes)]
@@ -42,18 +39,18 @@ def in_float32(inner: optax.GradientTransformation):
 
 
 class StoredMomentState(NamedTuple):
-    """State of a base of which one moment is stored in another dtype (``mu_dtype``)."""
+    """State of a base with one moment stored in another dtype (``mu_dtype``)."""
 
-    inner: Any  # without that moment
+    inner: Any  # the base's own state without that moment
     moment: Any  # like the params, in the dtype of storage
     scales: Any  # int8: per leaf (*shape[:-1], 1), float32; else None
 
 
 def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
-    """``inner`` with the moment ``field`` of its state kept in ``dtype`` if not None.
+    """``inner`` with the moment ``field`` of its state stored in ``dtype``.
 
-    Updates have the dtype of the arithmetic. Unlike optax's own ``mu_dtype`` this
-    stores int8 too, and never computes in the dtype of storage.
+    None stores it as it is. Updates have the dtype of the arithmetic. Unlike optax's
+    own ``mu_dtype``, this takes int8 too, and never computes in the dtype of storage.
     """
     if dtype is None:
         return inner
@@ -90,7 +87,7 @@ def _wide(params):
 
 
 def _widen(leaf):
-    """``leaf`` in float32 or better and not weakly typed: a state stays as born."""
+    """``leaf`` in float32 or better and not weakly typed, as a state needs it."""
     dtype = jnp.promote_types(leaf.dtype, jnp.float32)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.update(dtype=dtype, weak_type=False)

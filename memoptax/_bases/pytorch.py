@@ -1,7 +1,7 @@
 """Bases with PyTorch's semantics, where optax's own transformations have others.
 
-The authors' optimizers are PyTorch's with a buffer in front, so these are the bases of
-their variants. Everything else is taken from optax as it is.
+The authors put a buffer in front of PyTorch's optimizers, so their variants have these
+bases. Everything else is optax's own.
 """
 
 import math
@@ -16,8 +16,10 @@ from memoptax._bases import precision
 from memoptax._tensors import storage
 
 
-def weight_decay(rate: Any, mask=None) -> optax.GradientTransformation:
-    """``optax.add_decayed_weights``; a concrete rate of 0 asks for no parameters."""
+def weight_decay(
+    rate: optax.ScalarOrSchedule, mask: optax.MaskOrFn = None
+) -> optax.GradientTransformation:
+    """``optax.add_decayed_weights``. A concrete rate of 0 needs no parameters."""
     rate = _check.rate("weight_decay", rate)
     _check.mask("mask", mask)
     if _check.is_zero(rate):
@@ -50,7 +52,7 @@ def check_adam(b1, b2, eps, eps_root):
 
 
 def trace(momentum, dampening=0.0, nesterov=False, accumulator_dtype=None):
-    """``optax.trace``, or nothing for a momentum of None, or dampened."""
+    """``optax.trace``, or a dampened one, or nothing for a momentum of None."""
     momentum = _check.number("momentum", momentum, 0, 1, optional=True)
     dampening = _check.number("dampening", dampening, 0, 1)
     _check.flag("nesterov", nesterov)
@@ -83,7 +85,8 @@ class DampenedTraceState(NamedTuple):
 def dampened_trace(momentum, dampening, nesterov=False, accumulator_dtype=None):
     """b₁ = u₁, then b = momentum·b + (1 − dampening)·u; emits b.
 
-    Differs from ``optax.trace`` in the dampening, which spares the first step.
+    Differs from ``optax.trace`` in the dampening, which does not apply to the first
+    step.
     """
 
     def init_fn(params):
@@ -116,10 +119,10 @@ class CenteredRmsState(NamedTuple):
 
 
 def scale_by_centered_rms(decay, eps, initial_scale=0.0):
-    """u / (√max(v − h², 0) + eps), h and v the EMAs of u and u².
+    """u / (√max(v − h², 0) + eps), with h and v the averages of u and u².
 
-    Differs from ``optax.scale_by_stddev`` in the clamp: rounding makes the variance of
-    a constant gradient negative, and its root NaN.
+    Differs from ``optax.scale_by_stddev`` in the clamp. Rounding makes the variance of
+    a constant gradient negative, and its root is then NaN.
     """
 
     def init_fn(params):
@@ -155,7 +158,8 @@ class AmsgradState(NamedTuple):
 def scale_by_amsgrad(b1, b2, eps, eps_root=0.0):
     """Adam over the maximum of the *uncorrected* second moment.
 
-    Differs from ``optax.scale_by_amsgrad``, which takes it of the corrected one.
+    Differs from ``optax.scale_by_amsgrad``, which takes the maximum of the corrected
+    one.
     """
 
     def init_fn(params):
@@ -182,8 +186,8 @@ def normalize(mu, nu, count, b1, b2, eps, eps_root=0.0):
     """(m / (1 − b1ᵗ)) / (√(v / (1 − b2ᵗ) + eps_root) + eps)."""
 
     def leaf(m, v):
-        # Scalars are inverted first: a division per element would be done again by
-        # every transformation that recomputes this one.
+        # The scalars are inverted first. Every consumer that recomputes this would
+        # repeat a division per element.
         m_scale = (1 / bias_correction(b1, count)).astype(m.dtype)
         v_scale = (1 / bias_correction(b2, count)).astype(v.dtype)
         return m * m_scale / (jnp.sqrt(v * v_scale + eps_root) + eps)
@@ -192,7 +196,7 @@ def normalize(mu, nu, count, b1, b2, eps, eps_root=0.0):
 
 
 def bias_correction(decay, count):
-    """1 − decayᵗ. As −expm1(t·log decay): the plain form costs 2e-5 in float32."""
+    """1 − decayᵗ, as −expm1(t·log decay). The plain form is off by 2e-5 in float32."""
     if _check.static(decay):
         log = math.log(decay) if decay > 0 else -math.inf
     else:

@@ -1,1 +1,1 @@
-"""The machine of critical gradients and critical momenta. It knows no optimizer."""
+"""The buffer of critical gradients and critical momenta. It knows no optimizer."""

@@ -25,10 +25,10 @@ WEIGHTS = {"sum": _sum, "mid": _mid, "mean": _mean}
 
 
 def join(updates, totals, fill, kappa, sound, aggr):
-    """Each of the ``updates`` joined with the sum of what is held, in its own dtype.
+    """Each of the ``updates`` joined with the sum of the values held, in its dtype.
 
-    ``fill`` (R,) is the number of values in that sum. Where it or κ is 0 the updates
-    pass through, whatever ``aggr`` is; where the step is not ``sound`` they are NaN.
+    ``fill`` (R,) is the number of values in that sum. If it or κ is 0, the updates pass
+    through for any ``aggr``. If the step is not ``sound``, they are NaN.
     """
     fills = list(fill) * (len(updates) if len(fill) == 1 else 1)
     if isinstance(aggr, str):
@@ -47,7 +47,8 @@ def _weighted(updates, totals, fills, kappa, sound, *, aggr):
 def _leaf(update, total, fill, kappa, sound, weights):
     dtype = jnp.promote_types(update.dtype, total.dtype)
     k, untouched = _weight(fill, kappa, dtype)
-    # Scalars are chosen, not tensors: whatever follows recomputes this for nothing.
+    # The choice is between scalars. Consumers recompute that at no cost, but not a
+    # choice between tensors.
     weight, total_weight = weights(jnp.maximum(fill, 1).astype(dtype), k)
     weight = jnp.where(sound, jnp.where(untouched, 1, weight), jnp.nan).astype(dtype)
     total_weight = jnp.where(untouched, 0, total_weight).astype(dtype)

@@ -1,4 +1,16 @@
-"""Algorithm 1 of both papers: read the buffer, join, and offer the value to it."""
+"""Algorithm 1 of both papers: read the buffer, join, and offer the value to it.
+
+For a value x_t (the gradient g_t, or the momentum m_t) and a buffer B_t of at most C
+values with keys::
+
+  read    ΣB_t and |B_t|
+  join    u_t = x_t + κ/|B_t| · ΣB_t
+  offer   while |B_t| < C, or if ‖g_t‖ is above the least key:
+              store x_t in that place, with the key ‖g_t‖
+  decay   multiply all keys by the decay
+
+:func:`recall_and_offer` does one step of it.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -14,11 +26,11 @@ from memoptax._tensors import storage
 
 
 class Buffer(NamedTuple):
-    """C values of a tree with L leaves, and what says who leaves next.
+    """C values of a tree with L leaves, and the keys that decide which value leaves.
 
-    There are R rows of keys: one where all leaves are kept or dropped together
-    (synced), else L. All zeros are an empty buffer. :mod:`memoptax._buffer.holding`
-    has the three ways to hold values: select, read and sum.
+    There are R rows of keys. R is 1 if all leaves are kept or dropped together
+    (``synced``), and L if not. A buffer of zeros is empty. Values are held in one of
+    three ways: select, read or sum (``holding``).
     """
 
     slots: Any  # like the params, in the storage's dtype; but for select (C + 1, ...)
@@ -36,7 +48,7 @@ class Buffer(NamedTuple):
 
 
 def empty(options: Options, params) -> Buffer:
-    """The buffer that ``options`` ask for, holding nothing."""
+    """An empty buffer for these options and parameters."""
     jax.tree_util.tree_map_with_path(_check_floating, params)
     leaves, topc = jax.tree.leaves(params), options.topc
     dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
@@ -69,38 +81,27 @@ def empty(options: Options, params) -> Buffer:
 def recall_and_offer(
     options: Options, buffer: Buffer, values, gradients, sound: Any = True, stored=None
 ):
-    """``values`` joined with the buffer, and the buffer once they were offered to it.
+    """``values`` joined with the buffer, and the buffer after ``values`` were offered.
 
-    Read before write, as in the papers: a value is never averaged with itself. Its
-    priority is that of the ``gradients``. A value is only offered where the norms of
-    its gradients are finite, the priority is at least 0, and the step is ``sound``.
-    Where the caller keeps the values in storage itself, ``stored`` are they.
+    The buffer is read before it is written, as in the papers, so a value is never
+    averaged with itself. The priority is that of the ``gradients``. The values are only
+    offered if the norms of the gradients are finite, the priority is at least 0, and
+    the step is ``sound``. ``stored`` are the values in storage, if the caller keeps
+    them in storage itself.
     """
     matching.check(options, buffer, gradients)
     check_scales(options, gradients, buffer.scales)
-    if values is gradients:  # momenta are laid out as their state is
+    if values is gradients:  # momenta have the layout of their state
         values = gradients = holding.beside(buffer, gradients)
-    offers, treedef = jax.tree.flatten(values)
-    leaves, across = treedef.flatten_up_to(gradients), options.across
-    norms = _norms.of(leaves, buffer.keys.dtype, across)
-    own = norms
-    if values is not gradients and _needs_own_norms(options, buffer, offers):
-        own = _norms.of(offers, buffer.keys.dtype, across)
-    step = _step if across is None else _step_on_devices
-    totals, after = step(
-        buffer,
-        offers,
-        [None] * len(offers) if stored is None else stored,
-        _priority(options, gradients, leaves, norms),
-        sound & jnp.isfinite(norms) & options.is_sound(),
-        own,
-        options.decay,
-        options.fifo_probability,
-        way=options.way(buffer.slots),
-        across=across,
+    leaves, treedef = jax.tree.flatten(values)
+    stored = [None] * len(leaves) if stored is None else stored
+    norms, priority, finite = _measured(options, buffer, values, gradients)
+    sound = sound & finite & options.is_sound()
+    totals, after = _read_and_offer(
+        options, buffer, leaves, stored, norms, priority, sound
     )
     joined = aggregation.join(
-        offers,
+        leaves,
         totals,
         eviction.fill(buffer),
         options.kappa,
@@ -110,47 +111,80 @@ def recall_and_offer(
     return treedef.unflatten(joined), after
 
 
-def parts(options: Options, before: Buffer, after: Buffer, leaf: int, value):
-    """What a leaf of :func:`recall_and_offer`'s result is computed from, entry by
-    entry: a function, and its tensors.
+def _measured(options: Options, buffer: Buffer, values, gradients):
+    """The norms (L,) of the values, the priority (R,), and which gradients are finite.
 
-    None where they were overwritten, and for slots as wide as the result: reading those
-    again moves more bytes than storing it (sm3_cm, C = 5, on an H100: 88, not 68).
+    A momentum is a mean of finite gradients, so it is finite itself. Its own norms are
+    taken only where its storage needs them.
     """
-    wide = jax.tree.leaves(after.slots)[leaf].dtype.itemsize >= value.dtype.itemsize
-    if wide or options.way(before.slots) != "read":
-        return None
-    fill = eviction.fill(before)
-    fill = fill if options.synced else fill[leaf : leaf + 1]
+    offers, treedef = jax.tree.flatten(values)
+    leaves = treedef.flatten_up_to(gradients)
+    dtype, across = buffer.keys.dtype, options.across
+    norms = own = _norms.of(leaves, dtype, across)
+    if values is not gradients and _needs_own_norms(options, buffer, offers):
+        own = _norms.of(offers, dtype, across)
+    return own, _priority(options, gradients, leaves, norms), jnp.isfinite(norms)
 
-    def compute(value, *terms):
-        (joined,) = aggregation.join(
-            [value],
-            [functools.reduce(jnp.add, terms)],
-            fill,
-            options.kappa,
-            options.is_sound(),
-            options.aggr,
-        )
-        return joined
 
-    return compute, (value, *holding.terms(before, after, leaf, value))
+def _read_and_offer(options: Options, buffer, values, stored, norms, priority, sound):
+    """The sum of the values held, per leaf, and the buffer after the offer."""
+    step = _step if options.across is None else _step_on_devices
+    return step(
+        buffer,
+        values,
+        stored,
+        norms,
+        priority,
+        sound,
+        options.decay,
+        options.fifo_probability,
+        way=options.way(buffer.slots),
+        across=options.across,
+    )
+
+
+def parts(options: Options, before: Buffer, after: Buffer, values) -> list:
+    """Per leaf, what :func:`recall_and_offer` computed its result from: a function,
+    entry by entry, and tensors.
+
+    None where the slots were overwritten, and where ``aggr`` is a function, which may
+    look at other entries. None for slots as wide as the result, too: to read those
+    again moves more bytes than to store it (sm3_cm with C = 5 on an H100: 88 bytes per
+    parameter and not 68).
+    """
+    leaves, fill = jax.tree.leaves(values), eviction.fill(before)
+    hidden = options.way(before.slots) != "read" or callable(options.aggr)
+    found = []
+    for leaf, (value, slots) in enumerate(zip(leaves, jax.tree.leaves(after.slots))):
+        if hidden or slots.dtype.itemsize >= value.dtype.itemsize:
+            found.append(None)
+        else:
+            n = fill if options.synced else fill[leaf : leaf + 1]
+            terms = holding.terms(before, after, leaf, value)
+            found.append((functools.partial(_joined, options, n), (value, *terms)))
+    return found
+
+
+def _joined(options: Options, fill, value, *terms):
+    totals = [functools.reduce(jnp.add, terms)]
+    sound = options.is_sound()
+    (u,) = aggregation.join([value], totals, fill, options.kappa, sound, options.aggr)
+    return u
 
 
 def _step_on_devices(
     buffer: Buffer,
     values,
     stored,
+    norms,
     priority,
     sound,
-    norms,
     decay,
     fifo_probability,
     *,
     way,
     across,
 ):
-    """The sums of what was held, per leaf, and the buffer after the offer."""
     stacks, _ = holding.stacks_of(buffer)
     fit = sound & storage.fits(norms, values, stacks)
     synced = buffer.keys.shape[0] == 1
@@ -170,7 +204,7 @@ def _step_on_devices(
 
 
 # Compiled once for all optimizers and steps, so that an eager update compiles nothing.
-# What knows of several devices is only ever traced.
+# The form for several devices is only ever traced.
 _step = jax.jit(_step_on_devices, static_argnames=("way", "across"))
 
 
@@ -184,7 +218,7 @@ def is_within(options: Options, gradients, dtype, limit=None) -> jax.Array:
 def _priority(options: Options, gradients, leaves, norms) -> jax.Array:
     """How critical ``gradients`` are, (R,): the sum of the L2 norms of a row's leaves.
 
-    A ``priority_fn`` replaces the rule; without syncing it is given a leaf at a time.
+    A ``priority_fn`` replaces this rule. If not ``synced``, it is called for each leaf.
     """
     rule = options.rule
     if rule is None:
@@ -196,10 +230,7 @@ def _priority(options: Options, gradients, leaves, norms) -> jax.Array:
 
 
 def _needs_own_norms(options: Options, buffer: Buffer, offers) -> bool:
-    """Whether the norms of momenta count, and not only those of their gradients.
-
-    A momentum is a mean of finite gradients, and so is finite itself.
-    """
+    """Whether storage needs the norms of the momenta, not only of their gradients."""
     stacks, _ = holding.stacks_of(buffer)
     narrower = any(map(storage.is_narrower, offers, stacks))
     return narrower or options.way(buffer.slots) == "sum"

@@ -1,7 +1,7 @@
-"""Who enters the buffer and who leaves it: keys and ages alone, and no tensors.
+"""Who enters the buffer and who leaves it, from keys and ages only.
 
-Entries have an index, by which ties are broken. An entry is held if its age is at least
-1, so a buffer of zeros is an empty one. R is the number of groups that are kept or
+Entries have an index, and the lowest index wins a tie. An entry is held if its age is
+at least 1, so a buffer of zeros is empty. R is the number of groups that are kept or
 dropped together: one, or one for each leaf.
 """
 
@@ -13,11 +13,11 @@ import optax
 
 
 class Decision(NamedTuple):
-    """What becomes of an offer."""
+    """The answer to an offer."""
 
     offered: jax.Array  # (R,), bool: it was finite
     accepted: jax.Array  # (R,), bool: it takes the place of an entry
-    entry: jax.Array  # (R,), int32: of this one
+    entry: jax.Array  # (R,), int32: that entry
     held: jax.Array  # (R, C), bool: the entries before
 
 
@@ -32,15 +32,13 @@ def fill(buffer) -> jax.Array:
 
 
 def ranks(buffer) -> jax.Array:
-    """The keys, a NaN as 0, and below all of them -1 for empty entries."""
+    """The keys, with 0 for NaN and -1 for empty entries."""
     keys = jnp.where(buffer.keys > 0, buffer.keys, 0)
     return jnp.where(held(buffer), keys, -1)
 
 
 def least(buffer) -> jax.Array:
-    """The least critical entry, (R,): an empty one before all others, and among equals
-    the lowest.
-    """
+    """The entry with the least key, (R,). An empty entry is below all others."""
     return jax.lax.top_k(-ranks(buffer), 1)[1][:, 0]
 
 
@@ -50,15 +48,15 @@ def oldest(buffer) -> jax.Array:
 
 
 # A rule says which entry of a full buffer leaves, and whether a new value must be more
-# critical than it. A new rule is a function of the buffer and a line here.
+# critical than that entry. A new rule is a function of the buffer and a line here.
 RULES = {"priority": (least, True), "fifo": (oldest, False)}
 
 
 def decide(buffer, priority, finite, fifo) -> Decision:
-    """Offer values of a ``priority`` (R,); if not ``finite`` (R,), they never were.
+    """Decide on an offer of this ``priority`` (R,), if it is ``finite`` (R,).
 
-    ``fifo`` says whether this step is first in, first out; None is never. Empty entries
-    are filled first, and in order. A priority equal to the least key is refused.
+    ``fifo`` says whether this step is first in, first out. None means never. Empty
+    entries are filled first, in order. A priority equal to the least key is refused.
     """
     entry, gate = _by_rule(buffer, "priority", priority)
     if fifo is not None:
@@ -76,10 +74,10 @@ def _by_rule(buffer, name, priority):
 
 
 def insert(buffer, decision: Decision, priority, decay):
-    """The buffer's keys, ages and counters after a decision: the new key comes in, and
-    then all of them decay, the new one too.
+    """The buffer's keys, ages and counters after a decision.
 
-    A ``decay`` out of [0, 1] ends there; one that is NaN leaves the keys.
+    The new key comes in first. Then all keys decay, the new one too. A ``decay`` is
+    clipped to [0, 1], and NaN counts as 1.
     """
     offered, accepted, _, before = decision
     new = here(decision, buffer.keys.shape)
@@ -97,13 +95,13 @@ def insert(buffer, decision: Decision, priority, decay):
 
 
 def here(decision: Decision, shape) -> jax.Array:
-    """Where in (R, C) the new entry goes, if anywhere."""
+    """The place of the new entry in (R, C), if it is accepted."""
     column = jnp.arange(shape[1], dtype=decision.entry.dtype)
     return (column == decision.entry[:, None]) & decision.accepted[:, None]
 
 
 def draw(draws: Any, probability, finite):
-    """Whether this step is first in, first out (None: never), and the next key."""
+    """Whether this step is first in, first out (None means never), and the next key."""
     if draws is None:
         return None, None
     kept, key = jax.random.split(jax.random.wrap_key_data(draws))

@@ -1,17 +1,17 @@
-"""Where the C values of a buffer are, and how their sum is known: three ways.
+"""The three ways to hold the C values of a buffer and to know their sum.
 
-*select* is for one value: a slot shaped like its parameter, chosen entry by entry.
+*select* is for one value. Its slot has the shape of its parameter.
 
-*read* has a slot more than values. The new value is written into the spare one, whether
-or not it stays; then the slots of the entries held before are added up. If the value
-stays, the slot of the entry that leaves becomes the spare one. The reads follow the
-write *by data*, which is what lets XLA update the slots in place.
+*read* has C + 1 slots. Every new value is written into the spare slot. Then the slots
+of the entries held before are added up. If the value stays, the slot of the entry that
+leaves becomes the spare one. The reads depend on the write by data, so XLA can update
+the slots in place.
 
-*sum* writes likewise, and keeps the sum of all values in the state, so that a step
-touches two slots whatever C is: :mod:`memoptax._buffer.running_sum`.
+*sum* writes in the same way and keeps the sum of all values in the state. A step
+touches two slots for any C: :mod:`memoptax._buffer.running_sum`.
 
-In a buffer ``entries`` says which entry each slot holds, C for the spare one. Only the
-order of those numbers counts, so that zeros are entries in order.
+``entries`` of a buffer says which entry each slot holds, with C for the spare one. Only
+the order of those numbers counts, so zeros mean that the entries are in order.
 """
 
 import functools
@@ -25,14 +25,15 @@ from memoptax._tensors import layout, storage
 
 WAYS = ("select", "read", "sum")
 
-# Up to how many bytes of slots per parameter reading them all is the default. Beyond,
-# it moves more than the sum does: on an H100 120 bytes per parameter instead of 52
-# in adam_c with C = 20 in float32 (80 bytes of slots), 57 with int8 (20 bytes).
+# Reading all slots is the default up to this many bytes of slots per parameter. Beyond
+# that it moves more bytes than the sum does. On an H100, adam_c with C = 20 in float32
+# (80 bytes of slots) moves 120 bytes per parameter instead of 52, and with int8
+# (20 bytes of slots) 57.
 _READ_BYTES = 20
 
 
 def way(holding: str | None, topc: int, itemsize: int) -> str:
-    """The way that ``holding`` names; None is the default for C and bytes a value."""
+    """The way that ``holding`` names. None is the default for C and the itemsize."""
     if holding is not None:
         return holding
     if topc == 1:
@@ -41,30 +42,30 @@ def way(holding: str | None, topc: int, itemsize: int) -> str:
 
 
 def itemsize(slots) -> int:
-    """The most bytes that a value of one entry of a parameter takes."""
+    """The largest number of bytes that one number in a slot takes."""
     return max((leaf.dtype.itemsize for leaf in jax.tree.leaves(slots)), default=4)
 
 
 def copies(way: str, topc: int) -> int | None:
-    """How many slots there are; None is one without an axis for slots."""
+    """The number of slots, or None for a single one without an axis for slots."""
     return None if way == "select" else topc + 1
 
 
 def in_order(rows: int, topc: int) -> jax.Array:
-    """Entries (R, C + 1) that are in the slots that their numbers say."""
+    """``entries`` (R, C + 1) for entries in the order of the slots."""
     return jnp.tile(jnp.arange(topc + 1, dtype=jnp.int32), (rows, 1))
 
 
 def slots_of(entries) -> jax.Array:
-    """The slot of each entry, and at last the spare one, (R, C + 1)."""
+    """The slot of each entry, then the spare slot, (R, C + 1)."""
     return jnp.argsort(entries, axis=1)
 
 
 class Row(NamedTuple):
-    """A decision on one row and where its values are, as scalars.
+    """A decision on one row and the places of its values, as scalars.
 
-    As scalars, so that leaves of one shape are one program: whatever picks its own
-    leaf's number out of a vector has to be compiled for itself.
+    With scalars, leaves of one shape share one compiled program. Code that picks the
+    number of its own leaf out of a vector would be compiled once per leaf.
     """
 
     offered: jax.Array  # bool
@@ -80,8 +81,9 @@ def rows(entries, decision: eviction.Decision) -> list[Row]:
     if entries is not None:
         slots = slots_of(entries)
         evicted = jnp.take_along_axis(slots, decision.entry[:, None], axis=1)
-    # Decided before anything of a leaf is done: else a GPU joins the update to the
-    # norm, and the slot becomes a pass of its own (adam_c, C = 1: 44 bytes, not 40).
+    # The barrier completes the decision before any leaf is touched. Otherwise a GPU
+    # fuses the update with the norm, and the slot takes a pass of its own (adam_c,
+    # C = 1: 44 bytes instead of 40).
     columns = (decision.offered, decision.accepted, decision.held, slots, evicted)
     offered, accepted, before, slots, evicted = jax.lax.optimization_barrier(columns)
     return [
@@ -91,7 +93,7 @@ def rows(entries, decision: eviction.Decision) -> list[Row]:
 
 
 def moved(entries, decision: eviction.Decision):
-    """``entries`` once the new value is in the spare slot, if it stays."""
+    """``entries`` after the new value went into the spare slot, if it stays."""
     if entries is None:
         return None
     topc = entries.shape[1] - 1
@@ -110,8 +112,9 @@ def select(value, slot: storage.Stored, stored, row: Row, dtype):
     total = jnp.where(row.held[0], storage.decode(slot, dtype), 0)
     if stored is None:
         return total, storage.encode(value, slot, row.accepted, slot)
-    # A TPU would write the slot together with the momentum, before it is read, and copy
-    # it: adam_cm in int8 would take 33 bytes and a quarter of temporaries.
+    # Without the barrier, a TPU writes the slot together with the momentum before the
+    # slot is read, and copies it: adam_cm in int8 would move 33 bytes per parameter and
+    # take a quarter of the parameters in temporaries.
     stored = jax.lax.optimization_barrier(stored)
     return total, storage.choose(row.accepted, stored, slot)
 
@@ -153,8 +156,10 @@ def _by_choice(stack, slots, held, zero):
 
 @_terms.fun.def_vmap
 def _batched(axis_size, in_batched, *operands):
-    """Under vmap every member has its own slots, and XLA would store all that are read
-    by an index (sgd_c with C = 5 on a CPU: 5 copies of the parameters instead of 1).
+    """Under vmap each member reads other slots, so they are read by choice.
+
+    XLA would store everything that is read by an index (sgd_c with C = 5 on a CPU: 5
+    copies of the parameters instead of 1).
     """
     axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
     terms = jax.vmap(_by_choice, axes, axis_size=axis_size)(*operands)
@@ -173,17 +178,17 @@ def write(value, stack: storage.Stored, stored, row: Row):
 
 
 def to_write(value, stack: storage.Stored, stored, row: Row) -> storage.Stored:
-    """What the spare slot gets: the value, or zeros if it was not offered."""
+    """The new content of the spare slot: the value, or zeros if it was not offered."""
     if stored is None:
         return storage.encode(value, stack, row.offered)
     return storage.choose(row.offered, stored)
 
 
 def exchange(way, buffer, values, stored, decision, norms, across):
-    """The sums of what is held, per leaf, and the buffer with what is new in its slots.
+    """The sum of the values held, per leaf, and the buffer with the new values.
 
     ``stored`` are the values as the slots store them, or None for each. ``norms`` (L,)
-    are those of the values, for the way that needs them.
+    are those of the values. Only the way *sum* needs them.
     """
     stacks, treedef = stacks_of(buffer)
     each = per_leaf(rows(buffer.entries, decision), stacks)
@@ -225,7 +230,7 @@ def per_leaf(rows: list, leaves) -> list:
 
 
 def value(buffer, leaf: int, entry: int, dtype):
-    """The value of one entry of one leaf, which is 0 where none is held."""
+    """The value of one entry of one leaf, or 0 if the entry is empty."""
     stack = stacks_of(buffer)[0][leaf]
     row = 0 if buffer.keys.shape[0] == 1 else leaf
     if buffer.entries is not None:
@@ -239,7 +244,7 @@ def shape_of(buffer, leaf) -> tuple[int, ...]:
 
 
 def beside(buffer, values):
-    """The values laid out as their slots are, in JAX's explicit mode."""
+    """The values with the sharding of their slots, in JAX's explicit mode."""
     leading = 0 if buffer.entries is None else 1
     return jax.tree.map(
         lambda x, slots: layout.like(x, slots, leading), values, buffer.slots

@@ -1,4 +1,4 @@
-"""Whether a buffer is one of these options and parameters."""
+"""Checks that a buffer was made with these options and parameters."""
 
 import jax
 import jax.numpy as jnp

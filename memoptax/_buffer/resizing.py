@@ -1,4 +1,4 @@
-"""A buffer with another capacity or way of holding, emptied, or looked through."""
+"""Resize, reset and inspect a buffer."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from memoptax._tensors import storage
 
 
 def resize(buffer, topc: int, way: str):
-    """The buffer with ``topc`` values: its most critical entries, in their order."""
+    """The buffer with capacity ``topc``: its most critical entries, in their order."""
     rows, before = buffer.keys.shape
     kept = min(topc, before)
     chosen = jnp.sort(jax.lax.top_k(eviction.ranks(buffer), kept)[1], axis=1)
@@ -48,7 +48,7 @@ def resize(buffer, topc: int, way: str):
 
 
 def _summed(buffer, like, rebuilds):
-    """The buffer with the sum of its values, and what is known of it."""
+    """The buffer with the sum of its values, their norms and the error bounds."""
     topc, dtype = buffer.keys.shape[1], buffer.keys.dtype
     leaves, treedef = jax.tree.flatten(buffer.slots)
     stacks, _ = holding.stacks_of(buffer)
@@ -81,7 +81,7 @@ def _summed(buffer, like, rebuilds):
 
 
 def reset(buffer):
-    """The buffer, holding none; the key of its draws stays."""
+    """The buffer without its values. The key of the draws stays."""
     zeros = jax.tree.map(storage.emptied, buffer)._replace(draws=buffer.draws)
     if buffer.entries is None:
         return zeros
@@ -89,7 +89,7 @@ def reset(buffer):
 
 
 def problem(buffer) -> str | None:
-    """What is wrong with the numbers of a buffer that is not traced, if anything is."""
+    """A fault in the numbers of a buffer that is not traced, or None."""
     held = np.asarray(buffer.ages) > 0
     offered, accepted = np.ravel(buffer.offered), np.ravel(buffer.accepted)
     found = {
@@ -116,7 +116,7 @@ def _are_norms(numbers) -> bool:
 
 
 def _are_misplaced(entries) -> bool:
-    """Whether a row has neither every entry once nor, as zeros do, none of them."""
+    """Whether a row is neither all zeros nor every entry once."""
     if entries is None:
         return False
     rows = np.sort(np.asarray(entries), axis=1)

@@ -1,4 +1,4 @@
-"""The sum of the values of a buffer, kept in its state with a bound on its error."""
+"""The sum of a buffer's values, kept in its state with a bound on its error."""
 
 import math
 
@@ -8,17 +8,16 @@ import jax.numpy as jnp
 from memoptax._buffer import eviction
 from memoptax._tensors import storage
 
-# A running sum is rebuilt when its error may exceed this share of the summed norms of
-# its leaf's slots, in unit roundoffs: 1e-5 in float32, 1.9e-14 in float64.
+# A running sum is rebuilt when its error bound exceeds this share of the summed norms
+# of its leaf's slots, in unit roundoffs: 1e-5 in float32, 1.9e-14 in float64.
 _TOLERANCE = 1e-5 / float(jnp.finfo(jnp.float32).eps / 2)
 
 
 def exchange(buffer, values, stacks, stored, rows, decision, norms, across, write):
-    """The sums before, the slots after, and the fields of the buffer that say what its
-    sums are.
+    """The sums before the offer, and after it the slots and the fields of the sums.
 
-    ``write`` puts a value into the spare slot of its leaf, and ``rows`` has what was
-    decided on each leaf.
+    ``write`` puts a value into the spare slot of its leaf. ``rows`` has the decision on
+    each leaf.
     """
     totals, treedef = jax.tree.flatten(buffer.total)
     after, changes, written = [], [], []
@@ -52,9 +51,9 @@ def exchange(buffer, values, stacks, stored, rows, decision, norms, across, writ
 def _before(total, after, change):
     """The sum before a change.
 
-    XLA's CPU backend would copy a sum that is read after it was overwritten (a quarter
-    of the parameters in temporaries, a fifth of the step); so there it is taken back
-    from the sum after, which costs 2·eps·|new| of accuracy.
+    XLA's CPU backend copies a sum that is read after it was overwritten. The copy takes
+    a quarter of the parameters in temporaries and a fifth of the step. So on a CPU the
+    change is subtracted from the sum after, which costs 2·eps·|new| of accuracy.
     """
     return jax.lax.platform_dependent(
         total,
@@ -71,13 +70,13 @@ def units(totals, dtype):
 
 
 def bound(buffer, totals, new, incoming):
-    """The norms (L, C) and error bounds (L,) after slots changed, and whether to take
-    the sums from the slots.
+    """The norms (L, C) and error bounds (L,) after a change, and whether to rebuild.
 
-    ``new`` (R, C) says where a value of norm ``incoming`` (L,) replaces one. A sum that
-    takes in new - old rounds twice: at most one unit of |new| + |old|, and one of
-    itself, which the norms of the slots bound. One bound for the whole tree would let
-    an outlier in a small leaf hide behind a large leaf.
+    ``new`` (R, C) says where a value of norm ``incoming`` (L,) replaces another. Adding
+    new - old to a sum rounds twice: by at most one unit of |new| + |old|, and by one
+    unit of the sum, which the norms of the slots bound. Each leaf has its own bound,
+    because one bound for the tree would hide an outlier in a small leaf behind a large
+    leaf.
     """
     unit = units(totals, buffer.norms.dtype)
     outgoing = jnp.sum(jnp.where(new, buffer.norms, 0), axis=1)
@@ -90,7 +89,7 @@ def bound(buffer, totals, new, incoming):
 
 
 def fresh_error(norms, units):
-    """The error bounds (L,) of sums taken from slots of these ``norms`` (L, C)."""
+    """The error bounds (L,) of sums that were rebuilt from these ``norms`` (L, C)."""
     topc = norms.shape[1]
     block = _block(topc)
     additions = -(-topc // block) + int(math.log2(block))
@@ -99,23 +98,23 @@ def fresh_error(norms, units):
 
 @jax.custom_jvp
 def rebuild(totals, stacks, spares, wanted):
-    """The sums, from the slots if ``wanted``; their derivative does not change."""
+    """The sums, rebuilt from the slots if ``wanted``, with the same derivative."""
     return from_slots(totals, stacks, spares, wanted)
 
 
 @rebuild.defjvp
 def _rebuild_jvp(primals, tangents):
-    """A sum taken from the slots is the same sum, but for its roundings."""
+    """A rebuilt sum differs only by rounding."""
     return rebuild(*primals), tangents[0]
 
 
 def from_slots(totals, stacks, spares, wanted=True):
-    """The sums; if ``wanted``, each is that of all slots but the spare one.
+    """The sums. If ``wanted``, each is added up from all slots but the spare one.
 
-    ``spares`` has an item per leaf. When one leaf needs it, all sums are taken from the
-    slots, in one loop: leaves are accepted together, so their bounds are reached at
-    about the same time, and a loop per leaf would take long to compile. Only sums leave
-    the loop, so that no stack is copied, and without need it takes no turn.
+    ``spares`` has an item per leaf. When one leaf needs it, one loop rebuilds the sums
+    of all leaves: leaves are accepted together, so their bounds are reached at about
+    the same time, and a loop per leaf would take long to compile. Only sums leave the
+    loop, so no stack is copied. If no rebuild is wanted, the loop takes no turn.
     """
     topc = max((storage.copies(stack) for stack in stacks), default=1) - 1
     block = _block(topc)
@@ -144,16 +143,17 @@ def _term(stack, k, spare, topc, dtype):
 
 
 def _block(topc):
-    """Slots that one turn of a rebuild adds up, a power of two.
+    """The number of slots that one turn of a rebuild adds up, a power of two.
 
-    Every turn reads and writes the sum once and adds a rounding, which many slots feel;
-    every slot of a turn has to be compiled, which many leaves feel.
+    Every turn reads and writes the sum once and rounds once, so many slots ask for
+    large blocks. Every slot of a block is compiled for each leaf, so many leaves ask
+    for small ones.
     """
     return 1 if topc < 2 else 2 if topc < 32 else 8
 
 
 def _pairwise(terms):
-    """The sum of ``terms``, a power of two of them."""
+    """The sum of ``terms``, whose number is a power of two."""
     while len(terms) > 1:
         terms = [a + b for a, b in zip(terms[::2], terms[1::2])]
     return terms[0]

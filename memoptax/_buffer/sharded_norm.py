@@ -8,44 +8,47 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 Names = tuple[Any, ...]
 
 
-def sharded_norm(axes: Any = "auto", rule: Callable | None = None):
-    r"""The sum of the L2 norms of leaves of which each device sees a part.
+def sharded_norm(
+    axes: Any = "auto", rule: Callable[[Any], ArrayLike] | None = None
+) -> Callable[[Any], ArrayLike]:
+    r"""The sum of the L2 norms of leaves that are sharded over devices.
 
     .. math::
       \sum_{\text{leaves}} \sqrt{\sum_{\text{devices}} \lVert g \rVert^2}
 
-    The default priority of a buffer, to be passed as ``priority_fn`` inside
-    ``jax.shard_map``. There a device sees its own shards only and would decide for
-    itself; with this all of them keep and drop the same, and a value that is not finite
-    on one of them is refused on all. The norms that the state keeps are of whole leaves
-    too, so the state lies as :func:`state_partition_specs` says. Under ``jit`` alone no
-    such thing is needed: there norms are of whole leaves.
+    Pass it as ``priority_fn`` inside ``jax.shard_map``. There a device sees only its
+    own shards and would decide for itself. With this priority, all devices keep and
+    drop the same values, and a value that is not finite on one device is refused on
+    all. The state then also keeps the norms of whole leaves, and has the specs of
+    :func:`state_partition_specs`. Under ``jit`` without ``shard_map``, norms are those
+    of whole leaves anyway.
 
     Args:
       axes: the mesh axes over which the leaves are sharded. A name or a tuple of names
-        for all leaves; or a tree with a name, a tuple of names or a ``PartitionSpec``
-        for each, such as what ``in_specs`` says of the parameters; or ``'auto'``, the
-        axes over which JAX says that a leaf varies. A leaf that JAX knows not to vary
-        over an axis is not summed over it. Gradients must have been averaged over axes
-        that the parameters are not sharded over.
-      rule: a priority of your own instead of the sum of norms, a function of the shards
-        of one device (of one leaf if not ``synced``) that sums over the devices itself
-        (``jax.lax.psum``). What the
-        state keeps, and what is refused, is of whole leaves nevertheless; without
-        ``sharded_norm`` around it, it would be of shards.
+        is for all leaves. A tree has a name, a tuple of names or a ``PartitionSpec``
+        for each leaf, such as the ``in_specs`` of the parameters. ``'auto'`` means the
+        axes over which JAX knows that a leaf varies. If JAX knows that a leaf does not
+        vary over an axis, it is not summed over it. Gradients must have been averaged
+        over the axes that do not shard the parameters.
+      rule: a priority of your own instead of the sum of norms. It is a function from
+        the shards of one device (of one leaf if not ``synced``) to a scalar, and sums
+        over the devices itself (``jax.lax.psum``). The norms in the state, and the
+        check that values are finite, are still those of whole leaves. Without
+        ``sharded_norm`` around the rule, they would be those of shards.
 
     Returns:
       A function from gradients to a scalar.
 
     Raises:
-      ValueError: if ``rule`` is no function; when it is called: if ``axes`` is
-        ``'auto'`` under ``check_vma=False``, where JAX cannot know, or a tree with
-        another number of leaves; in ``update``, if a ``PartitionSpec`` divides the last
-        axis of a leaf that is kept in int8, where a row has one scale.
+      ValueError: if ``rule`` is not a function; when the result is called, if ``axes``
+        is ``'auto'`` under ``check_vma=False``, where JAX does not track what varies,
+        or a tree with another number of leaves; in ``update``, if a ``PartitionSpec``
+        divides the last axis of a leaf in int8, because a row has one scale.
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax
@@ -64,10 +67,10 @@ def sharded_norm(axes: Any = "auto", rule: Callable | None = None):
 
 @dataclasses.dataclass(frozen=True)
 class ShardedNorm:
-    """What :func:`sharded_norm` makes."""
+    """The priority that :func:`sharded_norm` returns."""
 
     axes: Any
-    rule: Callable | None
+    rule: Callable[[Any], ArrayLike] | None
 
     def __call__(self, gradients):
         if self.rule is not None:
@@ -77,7 +80,7 @@ class ShardedNorm:
         return sum(map(jnp.sqrt, self.across(squares)), jnp.zeros(()))
 
     def across(self, squares: list[jax.Array]) -> list[jax.Array]:
-        """Sums over the elements of each leaf, added up over its devices."""
+        """The sums of the elements of each leaf, over all devices that share it."""
         squares, groups = list(squares), {}
         for leaf, names in enumerate(self._names(squares)):
             groups.setdefault(names, []).append(leaf)
@@ -103,9 +106,10 @@ class ShardedNorm:
         return [tuple(n for n in a if n in b) for a, b in zip(every, varying)]
 
     def check_scales(self, leaves):
-        """Refuse specs that divide the rows of leaves which int8 gives one scale.
+        """Refuse specs that divide a row of int8, which has one scale.
 
-        Each device would take it from its own shard, and all would pass it for one.
+        Each device would compute the scale of its own shard, and the scales would
+        differ.
         """
         if isinstance(self.axes, str) and self.axes == "auto":
             return
@@ -120,9 +124,9 @@ class ShardedNorm:
                     )
 
     def _entries(self, count) -> list[Any]:
-        """What the axes say of each of so many leaves."""
+        """The entry of ``axes`` for each of ``count`` leaves."""
         entries = jax.tree.leaves(self.axes, is_leaf=_is_entry)
-        if len(entries) > count:  # a None may stand for None, which is no leaf
+        if len(entries) > count:  # a None may belong to a None, which is no leaf
             entries = [entry for entry in entries if entry is not None]
         if _is_entry(self.axes):
             entries *= count
@@ -135,7 +139,7 @@ class ShardedNorm:
 
 
 def _devices(name) -> int:
-    """Of how many an axis is; 1 where shard_map leaves it to the compiler."""
+    """The number of devices along an axis, or 1 if shard_map does not manage it."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return jax.lax.axis_size(name) if name in manual else 1
 
@@ -151,7 +155,7 @@ def _is_entry(node) -> bool:
 
 
 def _flat(entry) -> Names:
-    """The names in an entry, and in the tuples inside a spec."""
+    """The names in an entry, also in the tuples inside a spec."""
     if entry is None:
         return ()
     if isinstance(entry, str):
@@ -160,13 +164,13 @@ def _flat(entry) -> Names:
 
 
 def _varying(x) -> frozenset:
-    """The mesh axes over which JAX says that a value varies."""
+    """The mesh axes over which JAX knows that a value varies."""
     kind = jax.typeof(x)
     vma = getattr(kind, "vma", None)  # until jax 0.9
     return kind.mat.varying if vma is None else vma
 
 
 def _is_tracked() -> bool:
-    """Whether JAX knows what varies; under check_vma=False nothing seems to."""
+    """Whether JAX tracks what varies. Under check_vma=False it does not."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return all(name in _varying(jax.lax.axis_index(name)) for name in manual)

@@ -1,1 +1,1 @@
-"""One tensor at a time: its storage, its norm, the maxima over its boxes."""
+"""One tensor at a time: its storage, its norm, and the maxima over its boxes."""

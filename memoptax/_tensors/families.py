@@ -1,6 +1,6 @@
 """The families of boxes that cover one tensor, and the few sweeps that serve them.
 
-Every family tiles the tensor and has one number for each box, its accumulator.
+Every family tiles the tensor and has one number per box, its accumulator.
 """
 
 import functools
@@ -17,12 +17,12 @@ from memoptax._tensors.tiles import Box
 
 
 def name(path: Any) -> str:
-    """How an error message calls the parameter at a key path."""
+    """The name of the parameter at a key path, for error messages."""
     return jax.tree_util.keystr(path) or "the parameter"
 
 
 def check_cover(cover: Any) -> None:
-    """Refuses what cannot be a cover, whatever the parameters are."""
+    """Refuse what cannot be a cover of any parameters."""
     if cover is None or callable(cover):
         return
     if not (isinstance(cover, (list, tuple)) and all(map(_may_be_a_box, cover))):
@@ -70,7 +70,7 @@ def resolve(cover: Any, path: Any, leaf: Any) -> tuple[Box, ...]:
 
 
 def check_shapes(boxes: Sequence[Box], path: Any, leaf: Any, numbers) -> None:
-    """Refuses a cover that is not the one the accumulators were made for."""
+    """Refuse a cover that differs from the one that made the accumulators."""
     want = [tiles.counts(tuple(leaf.shape), box) for box in boxes]
     have = [tuple(x.shape) for x in numbers]
     if want != have:
@@ -81,22 +81,22 @@ def check_shapes(boxes: Sequence[Box], path: Any, leaf: Any, numbers) -> None:
 
 
 def zeros(leaf: Any, box: Box, dtype) -> jax.Array:
-    """A family's accumulator, sharded like the axes of the leaf that it follows."""
+    """The accumulators of a family, sharded like the axes of the leaf they follow."""
     if 0 in leaf.shape:
         return jnp.zeros(tiles.counts(leaf.shape, box), dtype)
-    # The result of a reduction is sharded like the axes that remain, as jnp.zeros would
-    # not be. Its value is not used, so a compiled init does not compute it.
+    # The result of a reduction is sharded like the axes that remain. jnp.zeros would
+    # not be. The value is not used, so a compiled init does not compute it.
     return jnp.zeros_like(tiles.box_max(jnp.zeros_like(leaf, dtype=bool), box), dtype)
 
 
 def spread(x: jax.Array, box: Box, shape: Box) -> jax.Array:
-    """Gives every entry the number of its box.
+    """Give every entry the number of its box.
 
-    An axis that one box spans stays at size one, to be broadcast by what follows.
+    An axis that one box spans keeps the size one, and is broadcast later.
     """
     for axis, (b, n) in enumerate(zip(box, shape)):
         if 1 < b < n:
-            # jnp.repeat, in a form that explicit shardings pass through.
+            # jnp.repeat in a form that supports explicit shardings.
             head, tail = x.shape[:axis], x.shape[axis + 1 :]
             x = jnp.broadcast_to(
                 jnp.expand_dims(x, axis + 1), (*head, x.shape[axis], b, *tail)
@@ -107,11 +107,11 @@ def spread(x: jax.Array, box: Box, shape: Box) -> jax.Array:
 
 
 def sweeps(boxes: Sequence[Box], shape: Box) -> list[tuple[Box, list[int]]]:
-    """Groups families, so that few sweeps over the tensor serve all of them.
+    """Group families, so that few sweeps over the tensor serve all of them.
 
-    Each group comes with a box that divides the boxes of its members: their maxima
-    follow from the maxima over that common box, which is a small array. The axes of a
-    convolution kernel, for example, need two sweeps and not four.
+    Each group has a common box that divides the boxes of its members. The maxima over
+    the common box are a small array, and those of the members follow from it. The axes
+    of a convolution kernel, for example, need two sweeps instead of four.
 
     Returns:
       Pairs of a common box and the indices of the families it serves.
@@ -172,11 +172,11 @@ class Families:
     def maxima(self, f, g, floors=(), parts=None) -> tuple[jax.Array, ...]:
         """For each family, the maximum over its boxes of `f(g, *numbers >= 0)`.
 
-        f works entry by entry; `numbers` are those of the boxes an entry lies in, one
-        for each sweep. `parts` are a function, entry by entry, and the tensors that it
-        computes g from. Sweeps across rows call it on what they read: a GPU would
-        store a g that they share with the update (sm3_cm in int8, C = 5: a copy of
-        the parameters, not .06).
+        f works entry by entry. Its `numbers` are those of the boxes that contain the
+        entry, one for each sweep. `parts` are a function, entry by entry, and the
+        tensors from which it computes g. Sweeps across rows call it, because a GPU
+        would store a g that they share with the update (sm3_cm with C = 5 in int8: one
+        copy of the parameters instead of .06).
         """
         out = {}
         for common, members in self.sweeps:
@@ -196,7 +196,7 @@ class Families:
         return *operands[:count], *self.spread(operands[count:])
 
     def spread(self, floors: Sequence[jax.Array]) -> list[jax.Array]:
-        """Gives every entry its box's number, for each sweep."""
+        """For each sweep, give every entry the number of its box."""
         return [
             spread(x, common, self.shape) for x, (common, _) in zip(floors, self.sweeps)
         ]

@@ -1,4 +1,4 @@
-"""Arrays laid out on a mesh as others are, where JAX makes that part of their type."""
+"""The sharding of one array for another one, in JAX's explicit mode."""
 
 import jax
 from jax.sharding import PartitionSpec
@@ -7,9 +7,8 @@ from jax.sharding import PartitionSpec
 def like(x, other, leading: int = 0):
     """``x``, sharded like ``other`` without its first ``leading`` axes.
 
-    Only in JAX's explicit mode a type says how an array is sharded, and only there
-    two arrays that are sharded otherwise do not go together. Elsewhere ``x`` is
-    returned as it is.
+    In JAX's explicit mode the sharding is part of a type, and two arrays of different
+    shardings cannot be combined. In other modes ``x`` is returned as it is.
     """
     have, want = jax.typeof(x).sharding, jax.typeof(other).sharding
     spec = _whole(want.spec[leading:], x.ndim)

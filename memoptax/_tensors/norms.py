@@ -1,4 +1,4 @@
-"""The L2 norms of leaves over the whole range of their dtype. No gradient flows."""
+"""The L2 norms of leaves over the whole range of their dtype, without a derivative."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 def of(leaves, dtype, across=None):
     """The L2 norm of every leaf, (L,), in ``dtype``.
 
-    A norm is right wherever it is a number of that dtype, also where its square is
-    not. ``across`` adds up what several devices know of the squares of every leaf; None
-    where one device sees whole leaves.
+    A norm is right if it is in the range of that dtype, even if its square is not.
+    ``across`` adds up the squares of a leaf over devices. It is None where one device
+    sees whole leaves.
     """
     wide = jnp.result_type(dtype, *leaves)
     squares = [_squares(jax.lax.stop_gradient(x).astype(wide)) for x in leaves]
@@ -18,14 +18,15 @@ def of(leaves, dtype, across=None):
 
 
 def vector(scalars, dtype):
-    """An array of ``scalars``, or one zero where there are none: no tool that saves a
-    state takes an array of no entries.
+    """An array of ``scalars``, or one zero if there are none.
+
+    Tools that save a state refuse an array without entries.
     """
     return jnp.stack(scalars) if scalars else jnp.zeros((1,), dtype)
 
 
 def _bounds(dtype):
-    """Up to what magnitude a square is safe, and what scales the others to be so."""
+    """The largest magnitude with a safe square, and the factor that scales the rest."""
     exponent = jnp.finfo(dtype).maxexp
     return 2.0 ** (exponent * 5 // 16), 2.0 ** (exponent * 5 // 8)
 
@@ -36,8 +37,8 @@ def _squares(x):
 
     Large ones are scaled down and small ones up, so that no square overflows or
     vanishes. GPU and TPU add up all three in one pass. XLA's CPU backend would take
-    three slow ones (16 M entries: 370 ms instead of 8), and looks first whether the
-    plain sum will do.
+    three slow passes (16 M entries: 370 ms instead of 8), so it first tries the plain
+    sum.
     """
     return jax.lax.platform_dependent(x, cpu=_squares_by_case, default=_squares_by_size)
 
@@ -48,7 +49,7 @@ def _squares_by_size(x):
     large, small = size > edge, size < 1 / edge
     parts = (
         jnp.where(large, x / scale, 0),
-        jnp.where(large | small, 0, x),  # NaN is here
+        jnp.where(large | small, 0, x),  # NaN is among these
         jnp.where(small, x * scale, 0),
     )
     return jnp.stack([jnp.sum(jnp.square(part)) for part in parts])

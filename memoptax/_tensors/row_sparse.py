@@ -1,6 +1,6 @@
-"""Row-sparse tensors: BCOO arrays that hold only the rows a step has touched.
+"""Row-sparse tensors: BCOO arrays that hold only the rows that a step has touched.
 
-jax.experimental.sparse is imported where there is such an array, and not before.
+jax.experimental.sparse is imported only when there is such an array.
 """
 
 import sys
@@ -13,21 +13,21 @@ import jax.numpy as jnp
 def is_row_sparse(leaf: Any) -> bool:
     """Whether a leaf of an update tree is a BCOO array.
 
-    There is none before somebody has imported jax.experimental.sparse.
+    There is none before jax.experimental.sparse has been imported.
     """
     sparse = sys.modules.get("jax.experimental.sparse")
     return isinstance(leaf, getattr(sparse, "BCOO", ()))
 
 
 def places(ids, rows: int) -> jax.Array:
-    """Row numbers in [0, rows), and `rows` for what is outside of [-rows, rows).
+    """Row numbers in [0, rows), and `rows` for ids outside of [-rows, rows).
 
-    A negative id counts from the end. The result is int32 at least, so that it can say
-    `rows` whatever the dtype of the ids is.
+    A negative id counts from the end. The result is int32 at least, so that it can hold
+    `rows` for ids of any dtype.
     """
     wide = jnp.int64 if ids.dtype.itemsize == 8 else jnp.int32
     if jnp.issubdtype(ids.dtype, jnp.unsignedinteger):
-        # Beyond the signed numbers it would turn negative, and count from the end.
+        # A larger id would become negative as a signed number, and count from the end.
         ids = jnp.minimum(ids, min(jnp.iinfo(wide).max, jnp.iinfo(ids.dtype).max))
     ids = ids.astype(wide)
     inside = (ids >= -rows) & (ids < rows)
@@ -37,8 +37,8 @@ def places(ids, rows: int) -> jax.Array:
 def merged(gradient, name: str) -> Any:
     """The gradient with every row once, under a number that is not negative.
 
-    Rows left over are 0 and point outside of the table. What JAX is told of the indices
-    stays, so that the type does: `lax.cond` compares it.
+    Unused rows are 0 and point outside of the table. The flags of the indices stay as
+    they are, because they are part of the type, which `lax.cond` compares.
     """
     if gradient.n_batch or gradient.n_sparse != 1:
         raise ValueError(
@@ -53,7 +53,7 @@ def merged(gradient, name: str) -> Any:
     inside = (indices < rows).reshape(-1, *[1] * (data.ndim - 1))
     data = jnp.where(inside, data, 0)
     if rows and gradient.nse:
-        # A promise of unique indices may overlook that -1 is the last row.
+        # Indices that are marked as unique may still have -1 and the last row.
         once = BCOO((data, indices), shape=gradient.shape)
         once = once.sum_duplicates(nse=gradient.nse)
         data, indices = once.data, once.indices
@@ -66,7 +66,7 @@ def merged(gradient, name: str) -> Any:
 
 
 def check_indices(update, name: str) -> None:
-    """Refuses indices that a transformation of values has gone over."""
+    """Refuse indices that a transformation has changed like values."""
     if not jnp.issubdtype(update.indices.dtype, jnp.integer):
         raise ValueError(
             f"The row-sparse gradient of {name} has indices of dtype "
@@ -81,19 +81,19 @@ def gather(x: jax.Array, gradient) -> jax.Array:
 
 
 def take(x: jax.Array, ids: jax.Array) -> jax.Array:
-    """`x[ids]`, of which rows outside of `x` are 0."""
+    """`x[ids]`, with 0 for rows outside of `x`."""
     if x.shape[0] == 0:
         return jnp.zeros((*ids.shape, *x.shape[1:]), x.dtype)
     return x.at[ids].get(mode="fill", fill_value=0)
 
 
 def scatter(x: jax.Array, gradient, rows: jax.Array) -> jax.Array:
-    """`x` with these rows in the places that the gradient touches."""
+    """`x` with these `rows` in place of those that the gradient touches."""
     return x.at[gradient.indices[:, 0]].set(rows, mode="drop") if x.size else x
 
 
 def with_values(update, values) -> Any:
-    """The same rows with other values; for a dense update the values themselves."""
+    """The same rows with other values, or the values themselves for a dense update."""
     if not is_row_sparse(update):
         return values.astype(update.dtype)
     from jax.experimental.sparse import BCOO

@@ -1,10 +1,10 @@
 """How arrays are kept in few bytes: as they are, rounded, or in int8 with scales.
 
-A state keeps what it stores of a tree in two fields: the values, a tree like the
-parameters, and the scales, a tuple with one array per leaf (None without int8). They
-are apart because a scale has neither the shape nor the sharding of its parameter, and
-must not be taken for one. In between, every leaf is a :class:`Stored`. Where there is a
-slot axis it comes first: a stack holds several values of one parameter.
+A state stores a tree in two fields: the values, a tree like the parameters, and the
+scales, a tuple with one array per leaf (None without int8). The scales are apart
+because they have neither the shape nor the sharding of the parameters, and code must
+not take them for parameters. Outside of the state, every leaf is a :class:`Stored`. A
+stack holds several values of one parameter, with the axis of slots first.
 """
 
 import functools
@@ -31,9 +31,9 @@ class Stored(NamedTuple):
 
 
 def zeros(leaf, copies: int | None = None, dtype=None):
-    """The values of an empty stack ``(copies, *leaf.shape)``; None is a lone array.
+    """The values of an empty stack ``(copies, *leaf.shape)``, or of one array for None.
 
-    Made from the leaf's own zeros, to follow its sharding: ``jnp.zeros`` would
+    It is made from zeros like the leaf, to follow its sharding. ``jnp.zeros`` would
     replicate the stack on every device of a mesh.
     """
     dtype = jnp.dtype(leaf.dtype if dtype is None else dtype)
@@ -41,25 +41,25 @@ def zeros(leaf, copies: int | None = None, dtype=None):
 
 
 def zero_scales(params, copies: int | None = None, dtype=None):
-    """The scales of :func:`zeros` of every leaf, sharded like all axes but the last."""
+    """The scales for :func:`zeros` of each leaf, sharded like its axes but the last."""
     if dtype is None or jnp.dtype(dtype) != jnp.int8:
         return None
 
     def scale(leaf):
-        # A reduction leaves the other axes sharded. It is not computed: nothing but
-        # its shape is used.
+        # A reduction leaves the other axes sharded. Only its shape is used, so it is
+        # not computed.
         rows = _row(jnp.any, jnp.zeros_like(leaf, dtype=bool))
         return _repeat(jnp.zeros_like(rows, dtype=jnp.float32), copies)
 
-    # optax.tree.map_params finds the parameters in a state by a tree without leaves,
-    # and needs a leaf wherever else there is something.
+    # optax.tree.map_params looks for parameters with a tree without leaves. Every other
+    # field of the state must then have a leaf.
     leaves = _flax_metadata.leaves_with_path(params)
     scales = tuple(_flax_metadata.fit(box, scale(leaf)) for _, box, leaf in leaves)
     return scales or jnp.zeros(())
 
 
 def zero_sum(leaf):
-    """Zeros like the leaf, in the dtype that its values are added up in."""
+    """Zeros like the leaf, in the dtype of a sum of its values."""
     return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
 
 
@@ -77,26 +77,26 @@ def unpack(treedef, values, scales) -> list[Stored]:
 
 
 def pack(treedef, stored: list[Stored], scales):
-    """The two fields again; ``scales`` are those before, and say if there are any."""
+    """The two fields of a state. The old ``scales`` say whether there are any."""
     if stored and scales is not None:
         scales = tuple(leaf.scale for leaf in stored)
     return treedef.unflatten([leaf.values for leaf in stored]), scales
 
 
 def encode(x, like: Stored, wanted: Any = True, other: Stored | None = None) -> Stored:
-    """``x`` as ``like`` stores it, rounded to nearest; where not ``wanted``, ``other``.
+    """``x`` as ``like`` stores it, rounded to nearest, or ``other`` if not ``wanted``.
 
     In int8 the largest magnitude of a row (of the last axis) becomes ±127, and no
-    derivative flows. Without ``other``, what is not wanted is zero.
+    derivative flows. Without ``other`` there is zero instead.
     """
     return _chosen(_rounded(x, like), like, wanted, other)
 
 
 def encode_computed(f, entries, operands, like: Stored, wanted: Any = True) -> Stored:
-    """``f(*entries(*operands))`` as ``like`` stores it, or ``like``; without storing
-    the numbers on the way.
+    """Encode ``f(*entries(*operands))`` without materialising it first.
 
-    The arguments are those of :func:`memoptax._tensors.tiles.maxima`.
+    The result is stored as ``like``, and is ``like`` if not ``wanted``. The arguments
+    are those of :func:`memoptax._tensors.tiles.maxima`.
     """
     if like.scale is None or operands[0].size == 0:
         return encode(f(*entries(*operands)), like, wanted, like)
@@ -111,10 +111,10 @@ def encode_computed(f, entries, operands, like: Stored, wanted: Any = True) -> S
 
 
 def _chosen(rounded: Stored, like: Stored, wanted, other) -> Stored:
-    """The rounded numbers or the others, and only then in the dtypes of ``like``.
+    """The rounded numbers or the others, cast to the dtypes of ``like`` at the end.
 
-    On a TPU a choice between int8 values would be a pass of its own: sgd_c with one
-    slot then moves 23 bytes per parameter, and 18 like this.
+    On a TPU a choice between int8 values would be a pass of its own. sgd_c with one
+    slot would then move 23 bytes per parameter instead of 18.
     """
 
     def leaf(new, like, other=0):
@@ -126,7 +126,7 @@ def _chosen(rounded: Stored, like: Stored, wanted, other) -> Stored:
 
 
 def _rounded(x, like: Stored) -> Stored:
-    """``x`` rounded to what ``like`` can store, still in a dtype of arithmetic."""
+    """``x`` rounded to a number that ``like`` can store, still in a wide dtype."""
     if like.scale is not None:
         return _quantized(x, _row(jnp.max, jnp.abs(x), initial=0))
     dtype = like.values.dtype
@@ -137,14 +137,14 @@ def _rounded(x, like: Stored) -> Stored:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _rounded_to(info, x):
-    """``x`` as a dtype of 16 bits has it.
+    """``x`` rounded to a dtype of 16 bits.
 
-    A GPU leaves out a conversion there and back. The running sum would then add what no
-    slot holds.
+    A GPU skips a conversion there and back. The running sum would then add a number
+    that differs from the one in the slot.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     rounded = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
-    # Without the subnormal numbers, which float16 needs for what is below 6e-5.
+    # reduce_precision has no subnormal numbers, which float16 needs below 6e-5.
     step = float(info.smallest_subnormal)
     if step < jnp.finfo(jnp.float32).tiny:
         return rounded
@@ -154,7 +154,7 @@ def _rounded_to(info, x):
 
 @_rounded_to.defjvp
 def _rounded_to_jvp(info, primals, tangents):
-    """That of the number itself: a rounding has none."""
+    """The derivative of the number itself, as if it were not rounded."""
     rounded = _rounded_to(info, *primals)
     return rounded, tangents[0].astype(rounded.dtype)
 
@@ -162,17 +162,17 @@ def _rounded_to_jvp(info, primals, tangents):
 def _quantized(x, largest) -> Stored:
     x, largest = jax.lax.stop_gradient((x, largest))
     wide = largest.astype(jnp.promote_types(largest.dtype, jnp.float32))
-    # With 17 bits, so that its products with 7 bits are exact: however XLA fuses them,
-    # a slot adds to the sum what it will take away. A little less than a 127th, so
-    # that no row overflows.
+    # The scale has 17 bits, so its products with 7 bits are exact. A slot then adds to
+    # the sum exactly what it will subtract, however XLA fuses the products. It is a
+    # little less than a 127th, so that no row overflows.
     scale = jax.lax.reduce_precision((wide * _STEP).astype(jnp.float32), 8, 16)
-    # XLA's CPU backend takes subnormal numbers for 0, which has no inverse.
+    # XLA's CPU backend flushes subnormal numbers to 0, which has no inverse.
     inverse = 1 / jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1)
     return Stored(jnp.round(x * inverse), scale)
 
 
 def as_in(stored: Stored, like: Stored, dtype) -> Stored:
-    """The stored value, which is of ``dtype``, as ``like`` stores it."""
+    """The stored value, a number of ``dtype``, as ``like`` stores it."""
     if stored.values.dtype == like.values.dtype:
         return stored
     return encode(decode(stored, dtype), like)
@@ -188,7 +188,7 @@ def saturate(x, like: Stored):
 
 
 def fits(norms, leaves, stacks: list[Stored]):
-    """Which leaves (L,) of these L2 norms (L,) are within the range of their slots.
+    """Which leaves (L,), with these L2 norms (L,), are in the range of their slots.
 
     int8 has the range of its scales.
     """
@@ -197,7 +197,7 @@ def fits(norms, leaves, stacks: list[Stored]):
 
 
 def is_narrower(leaf, stack: Stored) -> bool:
-    """Whether a number of the leaf may be out of the range of its slots."""
+    """Whether the dtype of the leaf has a larger range than its slots."""
     return math.isfinite(_limit(leaf.dtype, _precision(stack)))
 
 
@@ -207,7 +207,7 @@ def _limit(dtype, stored) -> float:
 
 
 def norm_bounds(norms, leaves, stored: list[Stored], across=None):
-    """The most that L2 norms (L,) may be in storage."""
+    """Upper bounds (L,) of the L2 norms (L,) after storage."""
     roundings = list(map(_rounding, leaves, stored))
     squares = [rounding[1] for rounding in roundings]
     squares = squares if across is None else across(squares)
@@ -216,13 +216,13 @@ def norm_bounds(norms, leaves, stored: list[Stored], across=None):
 
 
 def _rounding(x, stored):
-    """What storage makes of the norm of ``x``: at most factor * norm + √square."""
+    """A factor and a square: a stored norm is at most factor * norm + √square."""
     if stored.scale is not None:
         return 1, jnp.sum(jnp.square(stored.scale)) * math.prod(x.shape[-1:]) / 4
     info = jnp.finfo(stored.values.dtype)
     if info.bits >= jnp.finfo(x.dtype).bits:
         return 1, 0
-    # The sum of no elements: a 0 that shard_map knows to be of this shard alone.
+    # The sum of no elements is a 0 that shard_map tracks as belonging to this shard.
     lost = jnp.sum(jnp.atleast_1d(x)[:0], dtype=jnp.float32)
     lost += float(info.smallest_subnormal) ** 2 / 4 * x.size
     return 1 + float(info.eps) / 2, lost
@@ -236,13 +236,13 @@ def _precision(stored):
 
 
 def decode(stored: Stored, dtype):
-    """The number that a stored value stands for, in ``dtype``."""
+    """The numbers of a stored value, in ``dtype``."""
     values = stored.values.astype(dtype)
     return values if stored.scale is None else values * stored.scale.astype(dtype)
 
 
 def choose(wanted, stored: Stored, other: Stored | None = None) -> Stored:
-    """The stored value, or the other one; without one, that of zero."""
+    """The stored value if ``wanted``, and if not, ``other`` or zero."""
     wide = jax.tree.map(
         lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), stored
     )
@@ -250,7 +250,7 @@ def choose(wanted, stored: Stored, other: Stored | None = None) -> Stored:
 
 
 def read(stack: Stored, slot) -> Stored:
-    """The stored value in ``slot``, on the device whatever memory the stack is in."""
+    """The stored value in ``slot``, in device memory."""
 
     def taken(x):
         value = jax.lax.dynamic_index_in_dim(
@@ -262,7 +262,7 @@ def read(stack: Stored, slot) -> Stored:
 
 
 def write(stack: Stored, stored: Stored, slot) -> Stored:
-    """The stack with ``stored`` in ``slot``, in the memory that the stack is in."""
+    """The stack with ``stored`` in ``slot``, in the memory of the stack."""
 
     def written(x, new):
         new = _moved(new, jax.typeof(x).memory_space)
@@ -274,8 +274,9 @@ def write(stack: Stored, stored: Stored, slot) -> Stored:
 
 
 def select(stack: Stored, slots, copies: int | None) -> Stored:
-    """A stack of ``copies`` that begins with ``slots`` of this one, and is else 0; for
-    None the first of them without a slot axis.
+    """A stack of ``copies`` that starts with these ``slots`` and goes on with zeros.
+
+    For None it is the first of the slots, without an axis of slots.
     """
 
     def taken(x):
@@ -295,7 +296,7 @@ def emptied(array):
 
 
 def _moved(x, space):
-    """A stack may stand in the host's memory, from where one slot is fetched."""
+    """``x`` in this memory space. A stack may be in the memory of the host."""
     return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
@@ -304,6 +305,6 @@ def _repeat(one, copies):
 
 
 def _row(reduction, x, **options):
-    """``reduction`` over the last axis, which stays; at rank 0 over none."""
+    """``reduction`` over the last axis, which keeps the size 1. Rank 0 has none."""
     last = tuple(range(x.ndim))[-1:]
     return reduction(x, axis=last, keepdims=True, **options)

@@ -1,11 +1,11 @@
 """The maxima of a computed tensor over boxes, without storing the tensor.
 
 The preconditioner of SM3 has three consumers: two families of maxima and the update.
-XLA does not fuse a producer with several consumers into a reduction: on CPU it would
-store the preconditioner, and a temporary of the size of a parameter costs as much as a
-whole Adam step. So there every maximum computes what it compares from slices of the
-gradient of its own, which nothing else has in common with it, and reads each entry
-once, at the speed of memory.
+XLA does not fuse a producer with several consumers into a reduction. On a CPU it would
+store the preconditioner, and a temporary as large as a parameter costs as much as a
+whole Adam step. So on a CPU every maximum computes its operands from its own slices of
+the gradient. It shares them with no other consumer, and reads each entry once, at the
+speed of memory.
 """
 
 import functools
@@ -17,17 +17,17 @@ import jax.numpy as jnp
 
 Box = tuple[int, ...]
 
-_SMALL = 2**15  # entries; below this a temporary lives in the cache
+_SMALL = 2**15  # entries; a smaller temporary stays in the cache
 _LONG = 2**13  # entries of a row
 
-# How often pairs are repeated at most, along rows and across them. Across rows it is
-# sixteen rows that XLA unrolls; what it does not unroll walks down columns one by one.
+# The largest number of pairs per section, along rows and across them. Across rows XLA
+# unrolls sixteen rows. A loop that it does not unroll walks down columns one by one.
 _ALONG, _ACROSS = 32, 8
-_DEVICES = 8  # an axis of even shares for so many keeps them where that is possible
+_DEVICES = 8  # sections keep even shares of an axis for so many, where possible
 
 
 def counts(shape: Box, box: Box) -> Box:
-    """How many boxes lie along each axis: the shape of a family's accumulator."""
+    """The number of boxes along each axis: the shape of a family's accumulator."""
     return tuple(-(-n // max(b, 1)) for n, b in zip(shape, box))
 
 
@@ -50,9 +50,9 @@ def maxima(
     operands: Sequence[jax.Array],
     box: Box,
 ) -> jax.Array:
-    """The maximum over every box of `f(*entries(*operands)) >= 0`, not storing it.
+    """The maximum over every box of `f(*entries(*operands)) >= 0`, without storing it.
 
-    Where an operand is not finite, the result is not finite.
+    If an operand is not finite, the maximum over its box is not finite.
 
     Args:
       f: an elementwise function of arrays that broadcast against each other.
@@ -72,8 +72,9 @@ def maxima(
     spanned = [i for i, (b, n) in enumerate(zip(box, shape)) if b >= n > 1]
     if not spanned or math.prod(shape) < _SMALL or any(map(_is_sharded, operands)):
         return stored(*operands)
-    # A GPU computes what it compares along rows as it reads, and would store it for the
-    # maxima across rows: sm3 would move 20 bytes per parameter of a matrix, not 16.5.
+    # For maxima along rows a GPU computes the operands as it reads. For maxima across
+    # rows it would store them. sm3 would then move 20 bytes per parameter of a matrix
+    # instead of 16.5.
     gpu = stored if len(shape) - 1 in spanned else folded
     return jax.lax.platform_dependent(
         *operands, cpu=folded, cuda=gpu, rocm=gpu, default=stored
@@ -83,8 +84,8 @@ def maxima(
 def _fold(f, arguments, shape, spanned):
     """The maxima over sections of one of the spanned axes.
 
-    Neighbours are compared first. An axis may be divided between devices, which its
-    type need not say, and what is far apart would have to be sent.
+    Neighbours are compared first. An axis may be divided between devices without a sign
+    of it in the type, and entries that are far apart would have to be sent.
     """
     axis = max(spanned, key=lambda i: shape[i])
     last = len(shape) - 1
@@ -95,7 +96,7 @@ def _fold(f, arguments, shape, spanned):
         pairs = zip(*(_pair(x, axis, *section) for x in arguments))
         x = functools.reduce(_larger, (_no_nan(f(*each)) for each in pairs))
         x = _maximum(x, (axis + 1,))
-        # XLA's maximum of what is left is slow where its rows are long.
+        # XLA's own maximum of the rest is slow if rows are long.
         while x.shape[axis] > 1 and math.prod(x.shape[axis + 1 :]) > _LONG:
             x = functools.reduce(_larger, _parts(x, axis))
         return x
@@ -107,9 +108,9 @@ def _fold(f, arguments, shape, spanned):
 
 
 def _sections(n, most):
-    """One or two sections of an axis: start, stop, and how many pairs are repeated.
+    """One or two sections of an axis: start, stop, and the number of pairs repeated.
 
-    The second may overlap the first: a maximum does not mind.
+    They may overlap, which does not change a maximum.
     """
     pairs = n // 2
     repeats = max(1, min(most, pairs))
@@ -130,7 +131,7 @@ def _divisor(n, most):
 
 
 def _pair(x, axis, start, stop, repeats):
-    """The even and the odd places of a section, with its repeats as an axis."""
+    """The even and the odd entries of a section, with its repeats as an axis."""
     head, n, tail = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     if n == 1:
         return [x.reshape(*head, 1, 1, *tail)] * 2
@@ -152,8 +153,8 @@ def _parts(x, axis):
 def _maximum(x, axes):
     """The maximum over some axes of numbers that are neither negative nor NaN.
 
-    Their bits are ordered as they are. XLA's CPU backend joins a maximum of integers to
-    what computes them, and hands one of floats over to a library, which reads them from
+    The bits of such numbers have the same order. XLA's CPU backend fuses a maximum of
+    integers with its producer, but calls a library for floats, which reads them from
     memory.
     """
     integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
@@ -167,21 +168,21 @@ def _maximum_jvp(axes, primals, tangents):
 
 
 def _larger(x, y):
-    # One comparison and one select; jnp.maximum, which also orders NaN and the two
-    # zeros, takes three times as long on CPU.
+    # One comparison and one select. jnp.maximum also orders NaN and the two zeros, and
+    # takes three times as long on a CPU.
     return jax.lax.select(x > y, x, y)
 
 
 def smaller(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The smaller of two finite numbers, broadcast; quicker than jnp.minimum on CPU."""
+    """The smaller of two finite numbers. It is faster than jnp.minimum on a CPU."""
     return jnp.where(x < y, x, y)
 
 
 def _no_nan(x):
-    # A NaN counts as infinite. XLA's own maximum on CPU may lose it, too.
+    # A NaN counts as infinite. XLA's own maximum on a CPU may lose it.
     return jnp.where(x <= jnp.finfo(x.dtype).max, x, jnp.inf)
 
 
 def _is_sharded(x):
-    """Whether the type says so: under explicit sharding an axis is not split freely."""
+    """Whether the type has a sharding. Such an axis cannot be reshaped freely."""
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)
