@@ -234,7 +234,7 @@ def _as_float(value) -> float:
 
 
 def _plain(value):
-    """A static number as Python's own; a JAX scalar as it is."""
+    """A static number as Python's own, and a JAX scalar as it is."""
     if not isinstance(value, (np.generic, np.ndarray)):
         return value
     whole = jnp.issubdtype(value.dtype, jnp.integer)

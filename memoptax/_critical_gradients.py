@@ -84,8 +84,9 @@ def critical_gradients(
       priority_fn: how critical a gradient is, a function from the gradients (from one
         leaf if not ``synced``) to a scalar of at least 0. None means the sum of the
         leaves' L2 norms, which is the authors' rule. ``optax.tree.norm`` is the global
-        norm. Inside ``jax.shard_map`` such a function sees only the shards of one
-        device. Use :func:`memoptax.sharded_norm` there, so that all devices agree.
+        norm. Inside ``jax.shard_map`` a function sees only the shards of one device.
+        Use :func:`memoptax.sharded_norm` there, which also takes a rule of your own, so
+        that all devices agree.
       buffer_dtype: dtype of the slots: None (that of the parameters), float64, float32,
         bfloat16, float16 or int8. Sums and keys stay in float32 or better. A leaf is
         refused if its norm exceeds the range of the dtype (65504 in float16). int8 has

@@ -243,8 +243,8 @@ def sm3(
 
     Args:
       learning_rate: η, a number or an optax schedule such as
-        :func:`memoptax.sm3_schedule`. It is the largest change of an entry per step,
-        since an entry of u is at most 1 in magnitude.
+        :func:`memoptax.sm3_schedule`. Without ``beta`` and weight decay it is the
+        largest change of an entry per step.
       momentum: as in :func:`scale_by_sm3`, and so for all arguments not named here.
       weight_decay: λ ≥ 0, a number or a schedule, per unit of learning rate. With a
         plain 0, ``update`` needs no parameters.

@@ -23,7 +23,7 @@ def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def weight_decay(rate, mask=None) -> optax.GradientTransformation:
-    """Decoupled weight decay of the dense leaves; the rows of row-sparse ones rest."""
+    """Decoupled weight decay of dense leaves. Row-sparse ones are not decayed."""
     decay = _decay_of_dense(rate)
     _check.mask("mask", mask)
     return decay if mask is None else optax.masked(decay, mask)

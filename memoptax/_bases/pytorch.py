@@ -83,7 +83,7 @@ class DampenedTraceState(NamedTuple):
 
 
 def dampened_trace(momentum, dampening, nesterov=False, accumulator_dtype=None):
-    """b₁ = u₁, then b = momentum·b + (1 − dampening)·u; emits b.
+    """b₁ = u₁, then b = momentum·b + (1 − dampening)·u. The update is b.
 
     Differs from ``optax.trace`` in the dampening, which does not apply to the first
     step.

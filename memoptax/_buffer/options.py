@@ -80,7 +80,7 @@ class Options(NamedTuple):
 
     @property
     def rule(self) -> Priority | None:
-        """The priority, or None for the default one; sharded_norm has one inside it."""
+        """The user's priority, which may be inside of sharded_norm, or None."""
         norm = self.priority_fn
         return norm.rule if isinstance(norm, sharded_norm.ShardedNorm) else norm
 

@@ -53,7 +53,7 @@ def _summed(buffer, like, rebuilds):
     leaves, treedef = jax.tree.flatten(buffer.slots)
     stacks, _ = holding.stacks_of(buffer)
     if like is None:
-        # Slots of one dtype may be narrower than the parameters; keys never are.
+        # Slots of one dtype may be narrower than the parameters. Keys never are.
         known = dtype if len({x.dtype for x in leaves}) == 1 else jnp.float32
         wide = [
             dtype if x.dtype == jnp.int8 else jnp.promote_types(x.dtype, known)

@@ -20,8 +20,9 @@ Box = tuple[int, ...]
 _SMALL = 2**15  # entries; a smaller temporary stays in the cache
 _LONG = 2**13  # entries of a row
 
-# The largest number of pairs per section, along rows and across them. Across rows XLA
-# unrolls sixteen rows. A loop that it does not unroll walks down columns one by one.
+# The largest number of pairs in a group, along rows and across them. Across rows such a
+# group has sixteen rows, which XLA unrolls. A loop that it does not unroll walks down
+# the columns one by one.
 _ALONG, _ACROSS = 32, 8
 _DEVICES = 8  # sections keep even shares of an axis for so many, where possible
 
@@ -108,7 +109,7 @@ def _fold(f, arguments, shape, spanned):
 
 
 def _sections(n, most):
-    """One or two sections of an axis: start, stop, and the number of pairs repeated.
+    """One or two sections of an axis: start, stop, and the number of pairs in a group.
 
     They may overlap, which does not change a maximum.
     """
@@ -131,7 +132,7 @@ def _divisor(n, most):
 
 
 def _pair(x, axis, start, stop, repeats):
-    """The even and the odd entries of a section, with its repeats as an axis."""
+    """The even and odd entries of a section, with the pairs of a group as an axis."""
     head, n, tail = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     if n == 1:
         return [x.reshape(*head, 1, 1, *tail)] * 2
