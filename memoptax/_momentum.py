@@ -83,11 +83,11 @@ def average(gradients, state, b1, taken):
     leaves, treedef = jax.tree.flatten(gradients)
     before = storage.unpack(treedef, state.mu, state.mu_scales)
     dtypes = [_wide(old.values.dtype, g.dtype) for old, g in zip(before, leaves)]
-    after = [
+    done = [
         _blended(g.astype(dtype), old, b1, 1 - b1, taken)
         for g, old, dtype in zip(leaves, before, dtypes)
     ]
-    m = [storage.decode(new, dtype) for new, dtype in zip(after, dtypes)]
+    m, after = [d[0] for d in done], [d[1] for d in done]
     return treedef.unflatten(m), after, storage.pack(treedef, after, state.mu_scales)
 
 
@@ -100,7 +100,8 @@ def _blended(gradient, old, b1, rest, taken):
 
     operands = (gradient, *old)
     new = storage.encode_computed(blend, lambda *numbers: numbers, operands, old)
-    return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
+    new = jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
+    return storage.decode(new, gradient.dtype), new
 
 
 def or_nan(sound, updates, gradients):

@@ -183,7 +183,9 @@ def _second_moment(boxes, joined, parts, state, b2, taken):
     if not leaves:
         return joined, state.accumulators
     each = zip(boxes, leaves, parts, state.accumulators)
-    done = [_leaf(*leaf, b2, taken) for leaf in each]
+    # A b2 that is known stays a number of Python: 1 - b2 is then exact in float32.
+    leaf = _LEAF[isinstance(b2, float)]
+    done = [leaf(*one, b2, taken) for one in each]
     nu, accumulators = zip(*done)
     return treedef.unflatten(nu), accumulators
 
@@ -192,17 +194,23 @@ def _leaf(boxes, x, parts, numbers, b2, taken):
     if x.size == 0:
         return x, numbers
     dtype = numbers[0].dtype
-    x = x.astype(dtype)
+    x, b2 = x.astype(dtype), _sm3_rules.hyperparameter(b2, dtype)
     found = families.Families(boxes, x.shape)
-    nu, floors, raised = _sm3_rules.sm3_ii(
-        x, numbers, found, _sm3_rules.hyperparameter(b2, dtype), parts
-    )
+    parts = None if parts is None else algorithm.joining(parts)
+    nu, floors, raised = _sm3_rules.sm3_ii(x, numbers, found, b2, parts)
     raised = tuple(jnp.where(taken, new, old) for new, old in zip(raised, numbers))
     if len(raised) == 1 and raised[0].shape == x.shape:
         # With a box per entry, ν is the accumulator. It is read from the new one, so
         # that XLA can overwrite the old one.
         return raised[0], raised
     return nu(x, *found.spread(floors)), raised
+
+
+# Compiled once for all steps, so that an eager step dispatches one program per leaf.
+_LEAF = {
+    True: jax.jit(_leaf, static_argnames=("boxes", "b2")),
+    False: jax.jit(_leaf, static_argnames="boxes"),
+}
 
 
 @_options.flat

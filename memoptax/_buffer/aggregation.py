@@ -44,16 +44,30 @@ def _weighted(updates, totals, fills, kappa, sound, *, aggr):
     ]
 
 
-def _leaf(update, total, fill, kappa, sound, weights):
+def _leaf(update, total, fill, kappa, sound, rule):
     dtype = jnp.promote_types(update.dtype, total.dtype)
+    return combine(update, total, _weights(fill, kappa, sound, rule, dtype))
+
+
+def weights(fill, kappa, sound, aggr, dtype):
+    """The weights of an update and of the sum of what is held, by a named ``aggr``."""
+    return _weights(fill, kappa, sound, WEIGHTS[aggr], dtype)
+
+
+def _weights(fill, kappa, sound, rule, dtype):
     k, untouched = _weight(fill, kappa, dtype)
     # The choice is between scalars. Consumers recompute that at no cost, but not a
     # choice between tensors.
-    weight, total_weight = weights(jnp.maximum(fill, 1).astype(dtype), k)
+    weight, total_weight = rule(jnp.maximum(fill, 1).astype(dtype), k)
     weight = jnp.where(sound, jnp.where(untouched, 1, weight), jnp.nan).astype(dtype)
-    total_weight = jnp.where(untouched, 0, total_weight).astype(dtype)
-    joined = weight * update.astype(dtype) + total_weight * total.astype(dtype)
-    return joined.astype(update.dtype)
+    return weight, jnp.where(untouched, 0, total_weight).astype(dtype)
+
+
+def combine(update, total, weights):
+    """The update and the sum of what is held, as one in the dtype of the update."""
+    weight, total_weight = weights
+    joined = weight * update.astype(weight.dtype)
+    return (joined + total_weight * total.astype(weight.dtype)).astype(update.dtype)
 
 
 def _called(aggr, update, total, fill, kappa, sound):

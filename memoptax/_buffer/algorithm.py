@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from memoptax import _flax_metadata
 from memoptax._buffer import aggregation, eviction, holding, matching
 from memoptax._buffer.options import Options, check_scales
+from memoptax._tensors import layout, storage
 from memoptax._tensors import norms as _norms
-from memoptax._tensors import storage
 
 
 class Buffer(NamedTuple):
@@ -143,33 +143,53 @@ def _read_and_offer(options: Options, buffer, values, stored, norms, priority, s
     )
 
 
+class Parts(NamedTuple):
+    """What a leaf of the result was computed from: a value and the slots held."""
+
+    value: jax.Array
+    stack: storage.Stored
+    slots: list  # C integers and the spare slot
+    held: list  # C bools
+    weights: tuple  # of the value, and of the sum of the slots
+
+
 def parts(options: Options, before: Buffer, after: Buffer, values) -> list:
-    """Per leaf, what :func:`recall_and_offer` computed its result from: a function,
-    entry by entry, and tensors.
+    """Per leaf, the :class:`Parts` of what :func:`recall_and_offer` returned.
 
     None where the slots were overwritten, and where ``aggr`` is a function, which may
     look at other entries. None for slots as wide as the result, too: to read those
     again moves more bytes than to store it (sm3_cm with C = 5 on an H100: 88 bytes per
     parameter and not 68).
     """
-    leaves, fill = jax.tree.leaves(values), eviction.fill(before)
-    hidden = options.way(before.slots) != "read" or callable(options.aggr)
-    found = []
-    for leaf, (value, slots) in enumerate(zip(leaves, jax.tree.leaves(after.slots))):
-        if hidden or slots.dtype.itemsize >= value.dtype.itemsize:
+    leaves, stacks = jax.tree.leaves(values), holding.stacks_of(after)[0]
+    if options.way(before.slots) != "read" or callable(options.aggr):
+        return [None] * len(leaves)
+    columns = holding.slots_of(before.entries), eviction.held(before)
+    fill, sound, found = eviction.fill(before), options.is_sound(), []
+    for leaf, (value, stack) in enumerate(zip(leaves, stacks)):
+        if stack.values.dtype.itemsize >= value.dtype.itemsize:
             found.append(None)
-        else:
-            n = fill if options.synced else fill[leaf : leaf + 1]
-            terms = holding.terms(before, after, leaf, value)
-            found.append((functools.partial(_joined, options, n), (value, *terms)))
+            continue
+        row = 0 if options.synced else leaf
+        dtype = jnp.promote_types(value.dtype, before.keys.dtype)
+        weights = aggregation.weights(
+            fill[row], options.kappa, sound, options.aggr, dtype
+        )
+        slots, held = (list(column[row]) for column in columns)
+        found.append(Parts(value, stack, slots, held, weights))
     return found
 
 
-def _joined(options: Options, fill, value, *terms):
-    totals = [functools.reduce(jnp.add, terms)]
-    sound = options.is_sound()
-    (u,) = aggregation.join([value], totals, fill, options.kappa, sound, options.aggr)
-    return u
+def joining(parts: Parts):
+    """A function, entry by entry, and the tensors from which it computes the result."""
+
+    def join(value, *terms):
+        total = functools.reduce(jnp.add, terms)
+        return aggregation.combine(value, total, parts.weights)
+
+    zero = jnp.zeros((), parts.weights[0].dtype)
+    terms = holding.terms(parts.stack, parts.slots, parts.held, zero)
+    return join, (parts.value, *(layout.like(t, parts.value) for t in terms))
 
 
 def _step_on_devices(

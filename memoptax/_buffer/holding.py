@@ -122,13 +122,13 @@ def select(value, slot: storage.Stored, stored, row: Row, dtype):
 def read(value, stack: storage.Stored, stored, row: Row, dtype):
     """The sum of the values held before, and the slots after."""
     stack, _ = write(value, stack, stored, row)
-    terms = _terms(stack, row.slots, row.held, jnp.zeros((), dtype))
-    return functools.reduce(jnp.add, terms), stack
+    found = terms(stack, row.slots, row.held, jnp.zeros((), dtype))
+    return functools.reduce(jnp.add, found), stack
 
 
 @jax.custom_jvp
 @jax.custom_batching.custom_vmap
-def _terms(stack, slots, held, zero):
+def terms(stack, slots, held, zero):
     """C tensors whose sum is that of the entries held, in the dtype of ``zero``."""
     return _by_index(stack, slots, held, zero)
 
@@ -154,7 +154,7 @@ def _by_choice(stack, slots, held, zero):
     return [*terms, last + spare]
 
 
-@_terms.fun.def_vmap
+@terms.fun.def_vmap
 def _batched(axis_size, in_batched, *operands):
     """Under vmap each member reads other slots, so they are read by choice.
 
@@ -166,7 +166,7 @@ def _batched(axis_size, in_batched, *operands):
     return terms, [True] * len(terms)
 
 
-@_terms.defjvp
+@terms.defjvp
 def _terms_jvp(primals, tangents):
     return jax.jvp(_by_index, primals, tangents)
 
@@ -211,17 +211,6 @@ def exchange(way, buffer, values, stored, decision, norms, across):
     return totals, buffer._replace(
         slots=slots, scales=scales, entries=entries, **fields
     )
-
-
-def terms(before, after, leaf: int, like):
-    """C tensors whose sum is that of what ``before`` held of a leaf, laid out like
-    another: from the slots of ``after``, in which the spare one was overwritten.
-    """
-    row = 0 if before.keys.shape[0] == 1 else leaf
-    slots, held = slots_of(before.entries)[row], eviction.held(before)[row]
-    zero = jnp.zeros((), jnp.promote_types(like.dtype, before.keys.dtype))
-    found = _terms(stacks_of(after)[0][leaf], list(slots), list(held), zero)
-    return [layout.like(term, like) for term in found]
 
 
 def per_leaf(rows: list, leaves) -> list:
