@@ -125,12 +125,6 @@ def read(value, stack: storage.Stored, stored, row: Row, dtype):
     return _write_and_sum(stack, new, row.slots, row.held, jnp.zeros((), dtype))
 
 
-@jax.custom_jvp
-@jax.custom_batching.custom_vmap
-def _write_and_sum(stack, new, slots, held, zero):
-    return _by_index(stack, new, slots, held, zero)
-
-
 def _by_index(stack, new, slots, held, zero):
     """The sum of the slots held, and the slots with ``new`` in the spare one."""
     stack = storage.write(stack, new, slots[-1])
@@ -154,7 +148,10 @@ def _by_choice(stack, new, slots, held, zero):
     return total, stack
 
 
-@_write_and_sum.fun.def_vmap
+_by_index_or_choice = jax.custom_batching.custom_vmap(_by_index)
+
+
+@_by_index_or_choice.def_vmap
 def _batched(axis_size, in_batched, *operands):
     """Under vmap each member reads other slots, so they are read by choice.
 
@@ -164,6 +161,11 @@ def _batched(axis_size, in_batched, *operands):
     axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
     out = jax.vmap(_by_choice, axes, axis_size=axis_size)(*operands)
     return out, jax.tree.map(lambda _: True, out)
+
+
+@jax.custom_jvp
+def _write_and_sum(stack, new, slots, held, zero):
+    return _by_index_or_choice(stack, new, slots, held, zero)
 
 
 @_write_and_sum.defjvp
