@@ -30,7 +30,7 @@ class CriticalMomentaState(NamedTuple):
 class ScaleByAdamCmState(NamedTuple):
     """State of :func:`scale_by_adam_cm`."""
 
-    count: jax.Array  # (), int32: finite steps taken
+    count: Any  # (), int32: finite steps taken
     mu: Any  # like the params, in mu_dtype: the momentum m
     mu_scales: Any  # int8: per leaf (*shape[:-1], 1), float32; else None
     nu: Any  # like the params, float32 or better: second moment of the aggregate M

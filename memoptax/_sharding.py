@@ -186,7 +186,7 @@ def state_shardings(
     shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
     if slots_memory_kind is None:
         return shardings
-    _check_memory(slots_memory_kind, mesh.devices.flat[0])
+    _check_memory(slots_memory_kind, mesh)
     return jax.tree.map(
         functools.partial(_with_slots_in, slots_memory_kind),
         shardings,
@@ -194,8 +194,9 @@ def state_shardings(
     )
 
 
-def _check_memory(kind, device):
+def _check_memory(kind, mesh):
     _check.choice("slots_memory_kind", kind, ("pinned_host", "device"))
+    device = mesh.devices.flat[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     if kind not in kinds:
         raise ValueError(

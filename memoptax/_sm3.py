@@ -24,7 +24,7 @@ class ScaleBySM3State(NamedTuple):
     of ``jax.tree.leaves``. For a tree without leaves both are a scalar zero.
     """
 
-    count: jax.Array  # shape=(), dtype=int32
+    count: Any  # shape=(), dtype=int32
     accumulators: Any  # per leaf and family: shape=ceil(shape / box), float32 or better
     momentum: Any  # None, or like the parameters, in the dtype of storage
     scales: Any  # None, or per leaf for int8: shape=(..., 1) of the leaf, float32

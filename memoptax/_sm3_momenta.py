@@ -23,7 +23,7 @@ class ScaleBySM3CmState(NamedTuple):
     of ``jax.tree.leaves``, as in :class:`ScaleBySM3State`.
     """
 
-    count: jax.Array  # (), int32: finite steps taken
+    count: Any  # (), int32: finite steps taken
     mu: Any  # like the params, in mu_dtype: the momentum m
     mu_scales: Any  # int8: per leaf (*shape[:-1], 1), float32; else None
     accumulators: Any  # per leaf and family: ceil(shape / box), float32 or better

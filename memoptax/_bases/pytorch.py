@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from memoptax import _check
 from memoptax._bases import precision
@@ -27,7 +28,15 @@ def weight_decay(
     return optax.add_decayed_weights(rate, mask)
 
 
-def scale_by_adam(b1, b2, eps, eps_root, mu_dtype=None, nesterov=False, amsgrad=False):
+def scale_by_adam(
+    b1: ArrayLike,
+    b2: ArrayLike,
+    eps: ArrayLike,
+    eps_root: ArrayLike,
+    mu_dtype: DTypeLike | None = None,
+    nesterov: bool = False,
+    amsgrad: bool = False,
+) -> optax.GradientTransformation:
     """``optax.scale_by_adam``, or with ``amsgrad`` PyTorch's form of it."""
     b1, b2, eps, eps_root = check_adam(b1, b2, eps, eps_root)
     _check.flag("nesterov", nesterov)
@@ -51,7 +60,12 @@ def check_adam(b1, b2, eps, eps_root):
     )
 
 
-def trace(momentum, dampening=0.0, nesterov=False, accumulator_dtype=None):
+def trace(
+    momentum: ArrayLike | None,
+    dampening: ArrayLike = 0.0,
+    nesterov: bool = False,
+    accumulator_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformation:
     """``optax.trace``, or a dampened one, or nothing for a momentum of None."""
     momentum = _check.number("momentum", momentum, 0, 1, optional=True)
     dampening = _check.number("dampening", dampening, 0, 1)
@@ -155,7 +169,7 @@ class AmsgradState(NamedTuple):
     nu_max: Any  # like the params: its maximum so far
 
 
-def scale_by_amsgrad(b1, b2, eps, eps_root=0.0):
+def scale_by_amsgrad(b1, b2, eps, eps_root: ArrayLike = 0.0):
     """Adam over the maximum of the *uncorrected* second moment.
 
     Differs from ``optax.scale_by_amsgrad``, which takes the maximum of the corrected
@@ -182,7 +196,7 @@ def scale_by_amsgrad(b1, b2, eps, eps_root=0.0):
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def normalize(mu, nu, count, b1, b2, eps, eps_root=0.0):
+def normalize(mu, nu, count, b1, b2, eps, eps_root: ArrayLike = 0.0):
     """(m / (1 − b1ᵗ)) / (√(v / (1 − b2ᵗ) + eps_root) + eps)."""
 
     def leaf(m, v):

@@ -126,13 +126,6 @@ def read(value, stack: storage.Stored, stored, row: Row, dtype):
     return functools.reduce(jnp.add, found), stack
 
 
-@jax.custom_jvp
-@jax.custom_batching.custom_vmap
-def terms(stack, slots, held, zero):
-    """C tensors whose sum is that of the entries held, in the dtype of ``zero``."""
-    return _by_index(stack, slots, held, zero)
-
-
 def _by_index(stack, slots, held, zero):
     return [
         jnp.where(one, storage.decode(storage.read(stack, slot), zero.dtype), zero)
@@ -154,7 +147,10 @@ def _by_choice(stack, slots, held, zero):
     return [*terms, last + spare]
 
 
-@terms.fun.def_vmap
+_by_index_or_choice = jax.custom_batching.custom_vmap(_by_index)
+
+
+@_by_index_or_choice.def_vmap
 def _batched(axis_size, in_batched, *operands):
     """Under vmap each member reads other slots, so they are read by choice.
 
@@ -162,8 +158,14 @@ def _batched(axis_size, in_batched, *operands):
     copies of the parameters instead of 1).
     """
     axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
-    terms = jax.vmap(_by_choice, axes, axis_size=axis_size)(*operands)
-    return terms, [True] * len(terms)
+    found = jax.vmap(_by_choice, axes, axis_size=axis_size)(*operands)
+    return found, [True] * len(found)
+
+
+@jax.custom_jvp
+def terms(stack, slots, held, zero):
+    """C tensors whose sum is that of the entries held, in the dtype of ``zero``."""
+    return _by_index_or_choice(stack, slots, held, zero)
 
 
 @terms.defjvp
