@@ -18,12 +18,12 @@ OPTIMIZERS = {"adam": optax.adam(3e-3), "adam_cm": memoptax.adam_cm(1.5e-3, topc
 
 
 def arrays(model):
-    """The parameters; an activation function, say, is none."""
+    """The parameters: an activation function, for example, is not one."""
     return eqx.filter(model, eqx.is_inexact_array)
 
 
 def make_step(tx):
-    # Donated: the buffer of the new state lies where that of the old one lay.
+    # Donated: the new state takes the memory of the old one.
     @eqx.filter_jit(donate="all")
     def step(model, state, cells, labels):
         def loss_fn(model):
@@ -50,7 +50,9 @@ def train(tx, cells, labels, steps):
 def main(argv=None):
     """Test accuracies by optimizer."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300, help="of a run (300)")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="steps of each run (300)"
+    )
     steps = parser.parse_args(argv).steps
     cells, labels = sklearn.datasets.load_breast_cancer(return_X_y=True)
     cells = sklearn.preprocessing.scale(cells).astype(np.float32)

@@ -27,7 +27,7 @@ class Classifier(nn.Module):
         return nn.Dense(10)(nn.relu(nn.Dense(64)(pixels)))
 
 
-# Donated: the buffer of the new state lies where that of the old one lay.
+# Donated: the new state takes the memory of the old one.
 @functools.partial(jax.jit, donate_argnums=0)
 def train_step(state, pixels, labels):
     def loss_fn(params):
@@ -51,7 +51,9 @@ def train(tx, pixels, labels, steps):
 def main(argv=None):
     """Test accuracies by optimizer."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=600, help="of each run (600)")
+    parser.add_argument(
+        "--steps", type=int, default=600, help="steps of each run (600)"
+    )
     steps = parser.parse_args(argv).steps
     pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = sklearn.model_selection.train_test_split(

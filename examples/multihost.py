@@ -3,13 +3,13 @@
     python examples/multihost.py --local 2      # two processes on this machine
     python examples/multihost.py --cluster      # on every host of a real cluster
 
-A classifier of scikit-learn's digits, whose parameters and optimizer state are sharded
-over all devices (FSDP), and whose batches are. Every process runs this same script and
-holds only what lies on its own devices; the numbers do not depend on how many processes
-share the devices. On Cloud TPU, SLURM, Open MPI and Kubernetes
-`jax.distributed.initialize()` finds the others by itself; elsewhere give each process
+It trains a classifier of scikit-learn's digits. Parameters, optimizer state and batches
+are sharded over all devices (FSDP). Every process runs this same script and holds only
+the shards of its own devices. The numbers do not depend on how many processes share the
+devices. On Cloud TPU, SLURM, Open MPI and Kubernetes `jax.distributed.initialize()`
+finds the other processes by itself. Elsewhere give each process
 `--coordinator host:port --processes N --process i`. With `--local` a parent starts the
-processes on simulated CPU devices, which talk by gloo on the loopback.
+processes on simulated CPU devices, which communicate by gloo on the loopback.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def init_params(seed=0):
 
 
 def specs_of(params):
-    """The first axis over all devices, where they divide it."""
+    """The first axis over all devices, where their number divides it."""
     devices = jax.device_count()
     return jax.tree.map(
         lambda p: P("data") if p.shape[0] % devices == 0 else P(), params
@@ -65,8 +65,8 @@ def loss_of(params, images, labels):
 def train(tx, steps):
     """The losses, the parameters in every process, and the bytes of state per device.
 
-    Data that every process can load is cut to its own rows; from files, each would read
-    only those.
+    Every process loads all data here and takes its own rows. From files, each would
+    read only these.
     """
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
     over = functools.partial(NamedSharding, mesh)
@@ -126,15 +126,31 @@ def start_local(processes, devices, arguments):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--local", type=int, help="processes to start on this machine")
-    parser.add_argument("--devices", type=int, default=4, help="of all of them")
-    parser.add_argument("--cluster", action="store_true", help="find the others alone")
-    parser.add_argument("--coordinator", help="host:port of process 0")
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--process", type=int)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--output", help="a .npz for the losses and parameters")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--local", type=int, help="how many processes to start on this machine (none)"
+    )
+    parser.add_argument(
+        "--devices", type=int, default=4, help="simulated by all of --local (4)"
+    )
+    parser.add_argument(
+        "--cluster", action="store_true", help="find the other processes by itself"
+    )
+    parser.add_argument(
+        "--coordinator", help="host:port of process 0, where --cluster finds nothing"
+    )
+    parser.add_argument(
+        "--processes", type=int, help="with --coordinator: how many there are"
+    )
+    parser.add_argument(
+        "--process", type=int, help="with --coordinator: which one this is, from 0"
+    )
+    parser.add_argument("--steps", type=int, default=300, help="of training (300)")
+    parser.add_argument(
+        "--output", help="a .npz file for the losses and parameters (none)"
+    )
     options = parser.parse_args(arguments)
     if options.local:
         passed = ["--steps", str(options.steps)]

@@ -1,10 +1,12 @@
 """Recipes on scikit-learn's digits: adapters, a sweep, a change of task, an average.
 
-    python examples/recipes.py
+    python examples/recipes.py              # all of them
+    python examples/recipes.py lora sweep   # these two
 
-Each is a function, which prints what it shows and returns it.
+Each is a function that prints what it shows and returns it.
 """
 
+import argparse
 import functools
 import itertools
 
@@ -54,7 +56,7 @@ def train(tx, params, state, data, steps, loss_fn=loss_fn):
 
 
 def lora(steps=200):
-    """Adapters of low rank on a frozen network: the buffer is of the adapters alone."""
+    """Adapters of low rank on a frozen network: the buffer is for the adapters only."""
     data, tx, params = digits(), optax.adam(3e-3), create_params()
     frozen, _, _ = train(tx, params, tx.init(params), data, steps)
     create = jax.nn.initializers.lecun_normal()
@@ -111,7 +113,7 @@ def sweep(steps=100, capacities=(1, 5)):
 
 
 def change_of_task(steps=200):
-    """What a buffer remembers is of the old task: empty it, and keep the moments."""
+    """A buffer holds gradients of the old task: empty it, and keep the moments."""
     data, params = digits(), create_params()
     tx = memoptax.adam_c(1e-3, topc=20, decay=0.999)
     trained = jax.jit(functools.partial(train, tx, steps=steps))
@@ -127,7 +129,7 @@ def change_of_task(steps=200):
 
 
 def polyak_average(steps=400, rate=1.0):
-    """An average of the parameters, which need not come to rest, by ``optax.ema``."""
+    """An average of the parameters, which may never settle, by ``optax.ema``."""
     data, params = digits(), create_params()
     tx, average = memoptax.sgd_c(rate), optax.ema(0.98)
 
@@ -148,9 +150,26 @@ def polyak_average(steps=400, rate=1.0):
     return last, averaged
 
 
-def main():
-    for recipe in (lora, sweep, change_of_task, polyak_average):
-        recipe()
+RECIPES = {
+    "lora": lora,
+    "sweep": sweep,
+    "change_of_task": change_of_task,
+    "polyak_average": polyak_average,
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "recipes", nargs="*", metavar="recipe", help=f"{', '.join(RECIPES)} (all)"
+    )
+    names = parser.parse_args(argv).recipes or list(RECIPES)
+    if unknown := set(names) - set(RECIPES):
+        parser.error(f"there is no recipe {', '.join(sorted(unknown))}")
+    for name in names:
+        RECIPES[name]()
 
 
 if __name__ == "__main__":

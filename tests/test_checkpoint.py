@@ -231,7 +231,7 @@ language_model.train(name, settings, text, mesh, pathlib.Path(folder), every=1)
 def test_a_run_killed_while_it_saves_takes_the_same_steps(tmp_path):
     """Killed where it begins to write, and again where all is written but the name."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples/experiments")]),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

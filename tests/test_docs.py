@@ -163,6 +163,14 @@ def test_links_of_the_readme_and_the_pages_lead_to_files():
                 assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
+def test_files_named_on_the_pages_exist():
+    folders = "benchmarks|docs|examples|memoptax|notebooks|tests"
+    name = rf"\b(?:{folders})/[\w/.-]+\.(?:py|md|ipynb|json|png)\b"
+    for page in [*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / ".ci" / "run"]:
+        for file in re.findall(name, page.read_text()):
+            assert (ROOT / file).exists(), f"{page.name} names {file}"
+
+
 def test_the_citation_has_the_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     citation = (ROOT / "CITATION.cff").read_text()

@@ -1,4 +1,4 @@
-"""The experiment of examples/escape.py: who leaves a sharp minimum."""
+"""The experiment of examples/experiments/escape.py: who leaves a sharp minimum."""
 
 import pathlib
 import sys
@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples/experiments"))
 
 import escape  # noqa: E402
 

@@ -1,9 +1,11 @@
 """The examples and the benchmark run, and give the numbers they are known for."""
 
+import argparse
 import importlib.util
 import inspect
 import json
 import pathlib
+import re
 
 import absent_devices
 import cases
@@ -37,7 +39,7 @@ def assert_picture(path):
 
 @pytest.mark.long
 def test_surfaces_give_the_recorded_losses(tmp_path):
-    surfaces = load("examples/surfaces.py")
+    surfaces = load("examples/experiments/surfaces.py")
     losses = surfaces.main(["--output", str(tmp_path / "surfaces.png")])
     assert_picture(tmp_path / "surfaces.png")
     for key, recorded in surfaces.RECORDED.items():
@@ -50,7 +52,7 @@ def test_surfaces_give_the_recorded_losses(tmp_path):
 
 @pytest.mark.long
 def test_digits_train_and_are_drawn(tmp_path, capsys):
-    digits = load("examples/digits.py")
+    digits = load("examples/experiments/digits.py")
     output = tmp_path / "digits.png"
     arguments = ["--steps", "40", "--seeds", "2", "--output", str(output)]
     results = digits.main(arguments)
@@ -70,7 +72,7 @@ def test_digits_train_and_are_drawn(tmp_path, capsys):
 
 @pytest.mark.long
 def test_digits_are_the_same_every_time():
-    digits = load("examples/digits.py")
+    digits = load("examples/experiments/digits.py")
     data = jax.tree.map(jnp.asarray, digits.load_digits(0))
     starts = jax.vmap(digits.create_params)(jnp.arange(2))
     batches = np.stack([digits.draw_batches(s, 20, len(data[0][1])) for s in (0, 1)])
@@ -218,11 +220,13 @@ def test_the_results_are_drawn(tmp_path):
 
 @pytest.mark.long
 def test_embeddings_learn_from_touched_rows(tmp_path):
-    embeddings = load("examples/embeddings.py")
-    found = embeddings.main(300, 2, str(tmp_path / "embeddings.png"))
+    embeddings = load("examples/experiments/embeddings.py")
+    output = tmp_path / "embeddings.png"
+    arguments = ["--steps", "300", "--dense-steps", "2", "--output", str(output)]
+    found = embeddings.main(arguments)
     assert np.mean(found["losses"][-30:]) < 0.95 * np.mean(found["losses"][:30])
     assert found["bytes"] < 0.02 * found["adam_bytes"]
-    assert_picture(tmp_path / "embeddings.png")
+    assert_picture(output)
     for word, others in found["neighbours"].items():
         assert len(set(others)) == len(others) >= 3 and word not in others
 
@@ -230,7 +234,7 @@ def test_embeddings_learn_from_touched_rows(tmp_path):
 @pytest.mark.cpu_only("a mesh of eight devices")
 @pytest.mark.long
 def test_the_language_model_learns_on_a_mesh_and_is_drawn(tmp_path, capsys):
-    model = load("examples/language_model.py")
+    model = load("examples/experiments/language_model.py")
     output, folder = tmp_path / "language_model.png", tmp_path / "checkpoints"
     arguments = ["--quick", "--every", "20", "--samples", "1", "--length", "20"]
     arguments += ["--mesh", "4x2", "--output", str(output)]
@@ -270,7 +274,7 @@ def test_the_language_model_learns_on_a_mesh_and_is_drawn(tmp_path, capsys):
 
 @pytest.mark.long
 def test_the_language_model_computes_in_bfloat16():
-    model = load("examples/language_model.py")
+    model = load("examples/experiments/language_model.py")
     args, settings = model.parse(["--quick", "--bf16", "--optimizer", "sm3"])
     text = model.read_text()
     made = model.create_model(len(text.characters), settings, model.create_mesh((1, 1)))
@@ -287,12 +291,46 @@ def test_the_language_model_computes_in_bfloat16():
         model.find_optimizer("adamm", settings)
 
 
-@pytest.mark.parametrize("name", ["linen_train_state", "equinox_mlp"])
+SHORT = ["linen_train_state", "nnx_optimizer", "equinox_mlp"]
+
+
+@pytest.mark.parametrize("name", SHORT)
 @pytest.mark.few(1)
 def test_small_examples_learn(name):
     accuracies = load(f"examples/{name}.py").main(["--steps", "200"])
     assert len(accuracies) == 2
     assert min(accuracies.values()) > 0.85
+
+
+EXAMPLES = sorted(p.relative_to(ROOT) for p in ROOT.glob("examples/**/*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_help_explains_every_option_of_an_example(path, monkeypatch, capsys):
+    explained, add_argument = {}, argparse.ArgumentParser.add_argument
+
+    def add_and_note(parser, *names, **options):
+        explained[names[-1]] = options.get("help")
+        return add_argument(parser, *names, **options)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", add_and_note)
+    with pytest.raises(SystemExit) as stop:
+        load(path).main(["--help"])
+    assert stop.value.code == 0
+    assert len(explained) > 1  # --help is one
+    assert all(text and len(text) > 5 for text in explained.values()), explained
+    usage = capsys.readouterr().out
+    assert all(name in usage for name in explained if name.startswith("--"))
+
+
+def test_the_page_names_every_example_in_the_order_of_the_folders():
+    page = (ROOT / "docs/examples.md").read_text()
+    named = re.findall(r"^\| `(\S+\.py)` \|", page, re.M)
+    assert sorted(named) == sorted(
+        path.relative_to("examples").as_posix() for path in EXAMPLES
+    )
+    assert named[: len(SHORT)] == [f"{name}.py" for name in SHORT]
+    assert named == sorted(named, key=lambda name: "/" in name)
 
 
 @pytest.mark.long

@@ -1,12 +1,10 @@
 """Word embeddings with a large table, of which every step touches a few rows.
 
-    python examples/embeddings.py [--steps 3000]
-
 Skip-gram with negative samples on the English text that ships with CPython. As in
 fastText, a word is the mean of the vectors of its character n-grams, which are hashed
-into 200,000 rows. A batch touches about one row in seventy, so `row_value_and_grad`,
-SM3 with the row cover and `apply_updates` leave most of the table alone, whereas dense
-Adam reads and writes all of it, and two more tables, at every step.
+into 200,000 rows. A batch touches about one row in seventy. `row_value_and_grad`, SM3
+with the row cover and `apply_updates` read and write only these rows. Dense Adam reads
+and writes the whole table and two more of its size at every step.
 """
 
 import argparse
@@ -15,11 +13,13 @@ import functools
 import re
 import time
 import zlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import memoptax
@@ -42,7 +42,7 @@ def read_corpus():
 
 
 def hashed_ngrams(word):
-    """Rows of the word itself and of its n-grams; BUCKETS, outside of it, for none."""
+    """Rows of the word and of its n-grams, filled up with BUCKETS, which is no row."""
     marked = f"<{word}>"
     grams = [marked] + [
         marked[i : i + n] for n in (3, 4, 5) for i in range(len(marked) - n + 1)
@@ -146,12 +146,8 @@ def neighbours(vectors, vocabulary, word, count=6):
 
 
 def plot(path, losses, vectors, vocabulary):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
+    figure = Figure(figsize=(12, 5))
+    left, right = figure.subplots(1, 2)
     width = max(1, len(losses) // 50)
     left.plot(np.convolve(losses, np.ones(width) / width, "valid"))
     left.set(xlabel="step", ylabel="loss", title=f"mean of {width} steps")
@@ -169,10 +165,27 @@ def plot(path, losses, vectors, vocabulary):
     right.set(xticks=[], yticks=[], xmargin=0.2)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
-def main(steps=3000, comparison_steps=30, picture="embeddings.png"):
+def main(argv=None):
+    """Losses, times, bytes of state and the nearest words."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3000, help="steps of row-sparse SM3 (3000)"
+    )
+    parser.add_argument(
+        "--dense-steps", type=int, default=30, help="steps of dense Adam, timed (30)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("embeddings.png"),
+        help="the figure (embeddings.png)",
+    )
+    args = parser.parse_args(argv)
+    steps = args.steps
     vocabulary, text = read_corpus()
     ngrams = np.array([hashed_ngrams(w) for w in vocabulary], np.int32)
     print(f"{len(text):,} words of text, {len(vocabulary):,} different ones")
@@ -183,7 +196,7 @@ def main(steps=3000, comparison_steps=30, picture="embeddings.png"):
         sparse_step(sm3), sm3, ngrams, batches(text, BATCH), steps, words, bar=True
     )
     _, _, adam_ms, _, adam_size = train(
-        dense_step(adam), adam, ngrams, batches(text, BATCH), comparison_steps, words
+        dense_step(adam), adam, ngrams, batches(text, BATCH), args.dense_steps, words
     )
     vectors = word_vectors(tables, ngrams)
     for word in SHOWN:
@@ -196,8 +209,8 @@ def main(steps=3000, comparison_steps=30, picture="embeddings.png"):
     print("|---|---:|---:|")
     print(f"| row-sparse memoptax.sm3 | {ms:.2f} | {size:,} |")
     print(f"| dense optax.adam | {adam_ms:.2f} | {adam_size:,} |")
-    if picture:
-        plot(picture, losses, vectors, vocabulary)
+    plot(args.output, losses, vectors, vocabulary)
+    print(f"\nThe figure is in {args.output}")
     return {
         "losses": losses,
         "ms": ms,
@@ -209,6 +222,4 @@ def main(steps=3000, comparison_steps=30, picture="embeddings.png"):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000)
-    main(parser.parse_args().steps)
+    main()

@@ -299,10 +299,17 @@ def main(argv=None) -> dict:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=2000, help="of a run")
-    parser.add_argument("--starts", type=int, default=100, help="runs of each row")
     parser.add_argument(
-        "--output", type=pathlib.Path, default="escape.png", help="the figure"
+        "--steps", type=int, default=2000, help="steps of each run (2000)"
+    )
+    parser.add_argument(
+        "--starts", type=int, default=100, help="runs of each row (100)"
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("escape.png"),
+        help="the figure (escape.png)",
     )
     arguments = parser.parse_args(argv)
     results = measure(arguments.steps, arguments.starts)

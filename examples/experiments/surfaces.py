@@ -147,7 +147,10 @@ def main(argv=None):
     """Losses at TIMES, by (problem, optimizer)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--output", type=Path, default=Path("surfaces.png"), help="where to draw"
+        "--output",
+        type=Path,
+        default=Path("surfaces.png"),
+        help="the figure (surfaces.png)",
     )
     args = parser.parse_args(argv)
 

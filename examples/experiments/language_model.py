@@ -1,12 +1,12 @@
 """Train a character-level transformer on the English text that ships with CPython.
 
-    python examples/language_model.py --optimizer adam adam_cm:topc=1,learning_rate=5e-4
-    python examples/language_model.py --devices 8 --mesh 4x2 --checkpoint checkpoints
+    python language_model.py --optimizer adam adam_cm:topc=1,learning_rate=5e-4
+    python language_model.py --devices 8 --mesh 4x2 --checkpoint checkpoints
 
-An optimizer is named as in memoptax or optax, with arguments behind a colon. Parameters
-and what optimizers keep of them are spread over a mesh, and a batch over its first
-axis. The batch is drawn from the number of the step, so that a run which was killed
-takes, once it resumes, the steps that it would have taken.
+An optimizer is named as in memoptax or optax, with arguments after a colon. Parameters
+and optimizer state are sharded over a mesh, and a batch over its first axis. The batch
+is drawn from the number of the step, so that a run that was killed takes the same steps
+once it resumes.
 """
 
 import argparse
@@ -52,13 +52,13 @@ class Settings(NamedTuple):
 QUICK = Settings(width=32, layers=1, heads=2, context=32, batch=8, steps=40, rate=1e-2)
 HELP = {
     "width": "numbers of a character's vector",
-    "layers": "of attention",
-    "heads": "of each layer",
-    "context": "characters that are looked at",
+    "layers": "layers of attention",
+    "heads": "heads of each layer",
+    "context": "characters that the model sees",
     "batch": "windows of text in a step",
-    "steps": "of each run",
-    "seed": "of the parameters and the batches",
-    "rate": "learning rate, after a warm-up and before a cosine",
+    "steps": "steps of each run",
+    "seed": "seed of the parameters and the batches",
+    "rate": "learning rate, between a warm-up and a cosine decay",
 }
 
 
@@ -138,7 +138,7 @@ def create_mesh(shape):
 
 
 def create_model(vocabulary, settings, mesh):
-    """The model, made where it is to lie: no device ever holds all of a large one."""
+    """The model, made in its shards: no device ever holds all of a large one."""
 
     def create():
         return nnx.split(Transformer(vocabulary, settings))
@@ -149,9 +149,9 @@ def create_model(vocabulary, settings, mesh):
 
 
 def spread(leaf, mesh):
-    """The spec of a parameter: an axis of the mesh lies on the first that it divides.
+    """The spec of a parameter: each mesh axis takes the first dimension it divides.
 
-    The first axis of the mesh makes it FSDP, the second one tensor-parallel.
+    The first axis of the mesh is FSDP, the second is tensor-parallel.
     """
     free, spec = list(mesh.axis_names), []
     for length in leaf.shape if leaf.ndim > 1 else ():
@@ -163,7 +163,7 @@ def spread(leaf, mesh):
 
 
 def create_optimizer(tx, model, mesh):
-    """What is like the parameters lies where they do, counts and keys everywhere."""
+    """State that is like the parameters has their shardings; the rest is replicated."""
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -204,12 +204,12 @@ def make_step(nodes, settings, mesh):
     """A function of ``nodes``, model and optimizer, and the text, which takes a step.
 
     Its windows of text are drawn from the seed and the number of the step. Everything
-    stays where it lies: XLA would move some of it, and compile anew for the next step.
+    keeps its sharding: XLA would change some, and compile again for the next step.
     """
     layout = jax.tree.map(lambda x: x.sharding, nnx.state(nodes))
     over_batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
 
-    # Donated: the buffer of the new state lies where that of the old one lay.
+    # Donated: the new state takes the memory of the old one.
     @functools.partial(nnx.jit, donate_argnums=0)
     def step(nodes, text):
         model, optimizer = nodes["model"], nodes["optimizer"]
@@ -257,7 +257,7 @@ class Checkpoints:
             self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step, nodes, record):
-        """Starts to write; training goes on meanwhile, and the record grows."""
+        """Starts to write. Training goes on meanwhile, and the record grows."""
         if self.manager is None:
             return
         record = {name: list(values) for name, values in record.items()}
@@ -268,7 +268,7 @@ class Checkpoints:
         self.manager.save(step, args=parts)
 
     def restore(self, nodes):
-        """Puts the newest whole state into ``nodes``, where they lie; its record."""
+        """Puts the newest complete state into ``nodes``, and returns its record."""
         if self.manager is None or (step := self.manager.latest_step()) is None:
             return {"losses": [], "validation": []}
         parts = ocp.args.Composite(record=ocp.args.JsonRestore())
@@ -308,8 +308,8 @@ def train(name, settings, text, mesh, folder=None, every=50):
     checkpoints = Checkpoints(folder and folder / file_name(name), identity)
     record, step = checkpoints.restore(nodes), make_step(nodes, settings, mesh)
     losses, validation, seconds = record["losses"], record["validation"], []
-    # An accelerator has its next step before one waits for the last. Devices that are
-    # simulated would starve one another.
+    # An accelerator is given its next step before the last one ends. Simulated devices
+    # would starve one another.
     ahead = mesh.devices.flat[0].platform != "cpu"
     bar = tqdm(
         desc=name, total=settings.steps, initial=len(losses), unit="step", disable=None
@@ -354,7 +354,7 @@ def buffer_stats(optimizer):
 
 
 def print_reports(names, settings, text):
-    """What every optimizer will hold; nothing has been allocated yet."""
+    """What every optimizer will hold, before anything is allocated."""
     params = abstract_params(len(text.characters), settings)
     reports = {}
     for name in names:
@@ -365,7 +365,7 @@ def print_reports(names, settings, text):
 
 
 def sample(model, text, settings, count, length):
-    """Pairs of held-out text and how the model goes on from there."""
+    """Pairs of held-out text and what the model writes after it."""
     last = len(text.validation) - settings.context
     starts = np.linspace(0, last, count, dtype=int)
     prompts = text.validation[starts[:, None] + np.arange(settings.context)]
@@ -431,23 +431,47 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--optimizer", nargs="+", default=["adam"], metavar="NAME")
+    parser.add_argument(
+        "--optimizer",
+        nargs="+",
+        default=["adam"],
+        metavar="NAME",
+        help="what to train with, as in adam_c:topc=10,decay=0.9 (adam)",
+    )
     for name, text in HELP.items():
         default = getattr(Settings(), name)
         parser.add_argument(f"--{name}", type=type(default), help=f"{text} ({default})")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--mesh", default="1x1", help="devices, as in 4x2 (1x1)")
-    parser.add_argument("--devices", type=int, help="simulate so many, on the CPU")
     parser.add_argument(
-        "--checkpoint", type=Path, help="folder to save to, and to resume from"
+        "--devices", type=int, help="simulate so many on the CPU (none)"
     )
     parser.add_argument(
-        "--every", type=int, help="steps between checkpoints and validation losses"
+        "--checkpoint", type=Path, help="folder to save to and resume from (none)"
     )
-    parser.add_argument("--samples", type=int, default=2, help="of generated text (2)")
-    parser.add_argument("--length", type=int, default=400, help="of a sample (400)")
-    parser.add_argument("--output", type=Path, default=Path("language_model.png"))
-    parser.add_argument("--quick", action="store_true", help="small, and for seconds")
+    parser.add_argument(
+        "--every",
+        type=int,
+        help="steps between checkpoints and validation losses (a twentieth of all)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=2,
+        help="texts to generate for each optimizer (2)",
+    )
+    parser.add_argument(
+        "--length", type=int, default=400, help="characters of such a text (400)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("language_model.png"),
+        help="the figure (language_model.png)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a small model, trained for seconds"
+    )
     args = parser.parse_args(argv)
     settings = QUICK if args.quick else Settings()
     given = {k: v for k in HELP if (v := getattr(args, k)) is not None}
