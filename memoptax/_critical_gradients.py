@@ -221,8 +221,8 @@ def sgd_c(
       >>> tx = memoptax.sgd_c(0.1, momentum=0.9, topc=10)
       >>> params = jnp.array([1.0, 2.0, 3.0])
       >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> print(updates.round(3))
-      [-0.1 -0.2 -0.3]
+      >>> [f"{u:.3f}" for u in updates]
+      ['-0.100', '-0.200', '-0.300']
 
     Differs from the authors' SGD_C in:
       1. What :func:`critical_gradients` lists.
@@ -290,8 +290,8 @@ def rmsprop_c(
       >>> tx = memoptax.rmsprop_c(0.01, topc=10)
       >>> params = jnp.array([1.0, 2.0, 3.0])
       >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> print(updates.round(3))
-      [-0.1 -0.1 -0.1]
+      >>> [f"{u:.3f}" for u in updates]
+      ['-0.100', '-0.100', '-0.100']
 
     Differs from the authors' RMSprop_C in:
       1. What :func:`critical_gradients` lists.
@@ -366,8 +366,8 @@ def adam_c(
       >>> tx = memoptax.adam_c(0.03, topc=10)
       >>> params = jnp.array([1.0, 2.0, 3.0])
       >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> print(updates.round(3))
-      [-0.03 -0.03 -0.03]
+      >>> [f"{u:.3f}" for u in updates]
+      ['-0.030', '-0.030', '-0.030']
 
     Differs from the authors' Adam_C in:
       1. What :func:`critical_gradients` lists.
@@ -436,8 +436,8 @@ def adamw_c(
       >>> tx = memoptax.adamw_c(0.03, weight_decay=0.1, topc=10)
       >>> params = jnp.array([1.0, 2.0, 3.0])
       >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> print(updates.round(3))
-      [-0.033 -0.036 -0.039]
+      >>> [f"{u:.3f}" for u in updates]
+      ['-0.033', '-0.036', '-0.039']
 
     Differs from the authors' AdamW_C in:
       1. What :func:`critical_gradients` lists.

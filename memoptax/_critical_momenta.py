@@ -318,8 +318,8 @@ def sgd_cm(
       >>> tx = memoptax.sgd_cm(0.1, topc=10)
       >>> params = jnp.array([1.0, 2.0, 3.0])
       >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> print(updates.round(3))
-      [-0.01 -0.02 -0.03]
+      >>> [f"{u:.3f}" for u in updates]
+      ['-0.010', '-0.020', '-0.030']
     """
     learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
@@ -373,8 +373,8 @@ def adam_cm(
       >>> tx = memoptax.adam_cm(0.03, topc=10)
       >>> params = jnp.array([1.0, 2.0, 3.0])
       >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> print(updates.round(3))
-      [-0.3 -0.3 -0.3]
+      >>> [f"{u:.3f}" for u in updates]
+      ['-0.300', '-0.300', '-0.300']
 
     Differs from the authors' Adam_CM in what :func:`scale_by_adam_cm` lists.
     """
@@ -443,8 +443,8 @@ def adamw_cm(
       >>> tx = memoptax.adamw_cm(0.03, weight_decay=0.1, topc=10)
       >>> params = jnp.array([1.0, 2.0, 3.0])
       >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> print(updates.round(3))
-      [-0.303 -0.306 -0.309]
+      >>> [f"{u:.3f}" for u in updates]
+      ['-0.303', '-0.306', '-0.309']
 
     Differs from the authors' Adam_CM with weight decay in:
       1. What :func:`scale_by_adam_cm` lists.
