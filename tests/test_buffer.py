@@ -13,9 +13,7 @@ from memoptax._buffer import algorithm, eviction, holding, matching, resizing
 from memoptax._buffer.options import options
 from memoptax._critical_gradients import critical_gradients
 
-import goldens
 import oracle
-from compiled import step_of
 from slots import entries, exact_sums
 
 DEFAULTS = dict(
@@ -260,47 +258,6 @@ def test_the_whole_range_is_chosen_and_held(way, topc, size):
     np.testing.assert_allclose(
         keys, np.multiply(kept, size) * np.linalg.norm(shape), rtol=1e-6
     )
-
-
-# Recorded trajectories: SGD needs nothing but the buffer
-
-RECORDED = [
-    case
-    for case in goldens.cases("cg", "cm")
-    if goldens.ours(case)[0] == "sgd_c"
-    and case.hyperparameters["dampening"] == 0
-    and not (case.hyperparameters["weight_decay"] and case.hyperparameters["kappa"])
-]
-
-
-@pytest.mark.parametrize("way", [None, "read", "sum"])
-@pytest.mark.parametrize("case", RECORDED, ids=repr)
-@pytest.mark.few(7)
-def test_replays_the_recorded_streams(case, way):
-    with jax.enable_x64(case.dtype == "float64"):
-        _, chosen = goldens.ours(case)
-        rate, momentum = chosen.pop("learning_rate"), chosen.pop("momentum")
-        weight_decay = chosen.pop("weight_decay")
-        chosen.pop("dampening")
-        tx = optax.chain(
-            critical_gradients(**chosen, holding=way),
-            optax.add_decayed_weights(weight_decay),
-            optax.identity() if momentum is None else optax.trace(momentum),
-            optax.sgd(rate),
-        )
-
-        @jax.jit
-        def run(params, gradients):
-            def body(carry, gradient):
-                params, state = step_of(tx)(*carry, gradient)
-                return (params, state), params
-
-            return jax.lax.scan(body, (params, tx.init(params)), gradients)
-
-        (_, state), params = run(case.params0, case.grads)
-        assert goldens.deviation(case, params) < goldens.tolerance(case)
-        if way == "sum" and "burst" in case.stream and chosen["topc"]:
-            assert int(state[0].buffer.rebuilds) > 0
 
 
 # The sum

@@ -24,17 +24,57 @@ pytestmark = [
 ]
 
 
+# Every capacity in every context; one leaf and many take turns.
+GRADIENTS = [
+    ("float32", topc, leaves, name)
+    for topc, turn in ((1, 0), (5, 1), (40, 0))
+    for name, leaves in zip(CONTEXTS, [*PARAMS, *PARAMS, *PARAMS][turn:])
+]
+GRADIENTS += [
+    ("int8", topc, leaves, name)
+    for name, topc, leaves in zip(
+        CONTEXTS, (5, 40, 5, 40, 5), ("many", "one", "one", "many", "many")
+    )
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONTEXTS)
-@pytest.mark.parametrize("leaves", PARAMS)
-@pytest.mark.parametrize("topc", [1, 5, 40])
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize(("dtype", "topc", "leaves", "name"), GRADIENTS)
 def test_no_step_copies_the_buffer(dtype, topc, leaves, name, mesh):
-    if dtype and topc == 1:
-        return  # shown by 5 and 40
     tx = optax.chain(critical_gradients(topc, buffer_dtype=dtype), optax.sgd(0.1))
     params = {k: jnp.zeros(shape) for k, shape in PARAMS[leaves].items()}
     assert_slots_stay_in_place(name, tx, params, mesh)
+
+
+MOMENTA = {
+    "one slot": functools.partial(memoptax.adam_cm, topc=1),
+    "five": memoptax.adam_cm,
+    "forty": functools.partial(memoptax.adam_cm, topc=40),
+    "amsgrad": functools.partial(memoptax.adamw_cm, amsgrad=True),
+    "sgd": memoptax.sgd_cm,
+    "int8": functools.partial(memoptax.adam_cm, mu_dtype="int8", buffer_dtype="int8"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "leaves", "name"),
+    [
+        ("one slot", "many", "scan"),
+        ("five", "one", "plain"),
+        ("five", "one", "vmap"),
+        ("five", "many", "mesh"),
+        ("forty", "one", "apply_if_finite"),
+        ("forty", "one", "scan"),
+        ("amsgrad", "many", "plain"),
+        ("sgd", "many", "plain"),
+        *(("int8", "many", name) for name in CONTEXTS),
+    ],
+)
+@pytest.mark.few(2)
+def test_no_step_of_critical_momenta_copies_the_buffer(make, leaves, name, mesh):
+    params = {k: jnp.zeros(shape) for k, shape in PARAMS[leaves].items()}
+    assert_slots_stay_in_place(name, MOMENTA[make](0.1), params, mesh)
 
 
 @pytest.mark.slow
@@ -54,39 +94,6 @@ def test_nor_do_slots_of_half_precision(params_dtype, buffer_dtype, limit, topc,
     tx = optax.chain(critical_gradients(topc, buffer_dtype=buffer_dtype), optax.sgd(1))
     params = {"w": jnp.zeros((768, 768), params_dtype)}
     assert_slots_stay_in_place("plain", tx, params, mesh, limit)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONTEXTS)
-@pytest.mark.parametrize("topc", [1, 5, 40])
-def test_no_step_of_adam_cm_copies_the_buffer(topc, name, mesh):
-    params = {k: jnp.zeros(shape) for k, shape in PARAMS["one"].items()}
-    tx = memoptax.adam_cm(0.1, topc=topc)
-    assert_slots_stay_in_place(name, tx, params, mesh)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "make",
-    [
-        functools.partial(memoptax.adamw_cm, amsgrad=True),
-        memoptax.sgd_cm,
-    ],
-)
-@pytest.mark.long
-def test_no_variant_of_critical_momenta_copies_the_buffer(make, mesh):
-    params = {k: jnp.zeros(shape) for k, shape in PARAMS["many"].items()}
-    tx = make(0.1, topc=5)
-    assert_slots_stay_in_place("plain", tx, params, mesh)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONTEXTS)
-@pytest.mark.long
-def test_no_step_copies_what_is_in_int8(name, mesh):
-    params = {k: jnp.zeros(shape) for k, shape in PARAMS["many"].items()}
-    tx = memoptax.adam_cm(0.1, mu_dtype="int8", buffer_dtype="int8")
-    assert_slots_stay_in_place(name, tx, params, mesh)
 
 
 def test_a_copied_buffer_would_be_seen():

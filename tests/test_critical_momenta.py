@@ -76,8 +76,10 @@ def assert_same_run(one, other, **tolerance):
         chex.assert_trees_all_equal(got, want)
 
 
-@pytest.mark.parametrize("without", [{"kappa": 0.0}, {"kappa": 0}, {"topc": 0}])
-@pytest.mark.parametrize("skip_first", [False, True])
+@pytest.mark.parametrize(
+    ("without", "skip_first"),
+    [({"kappa": 0.0}, False), ({"kappa": 0}, True), ({"topc": 0}, True)],
+)
 def test_without_a_buffer_it_is_adam_bit_for_bit(without, skip_first):
     ours = memoptax.adam_cm(0.1, skip_first=skip_first, **without)
     assert_same_run(ours, optax.adam(0.1))
@@ -146,16 +148,15 @@ TRANSFORMS = {
 }
 
 
-@functools.cache
-def jitted(name):
-    return jax.jit(TRANSFORMS[name].update)
-
-
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("steps", [0, 1, 6])
-@pytest.mark.parametrize("bad", [nan, -inf])
-def test_a_step_that_is_not_finite_changes_nothing(name, steps, bad):
-    update = jitted(name)
+def test_a_step_that_is_not_finite_changes_nothing(name):
+    update = jax.jit(TRANSFORMS[name].update)
+    for steps in (0, 1, 6):
+        for bad in (nan, -inf):
+            changes_nothing(name, update, steps, bad)
+
+
+def changes_nothing(name, update, steps, bad):
     grads = jax.tree.map(jnp.asarray, lognormal(steps + 1))
     state = TRANSFORMS[name].init(zeros(grads))
     for t in range(steps):
