@@ -1,4 +1,4 @@
-"""Devices that XLA compiles for and that need not be there: an H100, TPUs.
+"""Devices that XLA compiles for and that need not be present: an H100, TPUs.
 
 Nothing runs on them. The compiler is the real one, and so is the program.
 """
@@ -16,12 +16,12 @@ from jax.experimental import topologies
 
 import memoptax
 
-# What a GPU is to XLA. JAX has no list of them, so that this one is kept here.
+# XLA's description of the GPU. JAX has no list of them, so it is kept here.
 H100 = Path(__file__).parent / "data/h100_sxm.txtpb"
 
 
 class Target(NamedTuple):
-    """A kind of device: its platform, and the smallest topology of so many devices."""
+    """A kind of device: its platform, and the smallest topology of ``n`` devices."""
 
     platform: str
     topologies: dict
@@ -29,17 +29,17 @@ class Target(NamedTuple):
     memory: float = float("inf")  # bytes on a device
 
 
-# Of leaves smaller than 8192 x 8192 a TPU keeps some in on-chip memory, and a count of
-# bytes moved would be flattered by it.
+# A TPU keeps some leaves smaller than 8192 x 8192 in on-chip memory, and a count of
+# bytes moved would then be too low.
 TARGETS = {
     "h100": Target("cuda", {1: "1x1x1", 8: "1x1x8"}, 2048),
     "v5e": Target("tpu", {1: "v5e:2x2", 8: "v5e:2x4"}, 8192, 15.75 * 2**30),
     "v6e": Target("tpu", {1: "v6e:2x2", 8: "v6e:2x4"}, 8192, 31.25 * 2**30),
     "v5e-256": Target("tpu", {256: "v5e:16x16"}, 8192, 15.75 * 2**30),
-    # What runs this, to try the commands out.
+    # The machine that runs this, to try the commands out.
     "cpu": Target("cpu", {}, 2048),
 }
-# Of each platform: modules of which one is needed, and how to install it.
+# For each platform: modules of which one is needed, and how to install it.
 COMPILERS = {
     "cuda": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "jax[cuda12]"),
     "tpu": (("libtpu",), "jax[tpu]"),
@@ -48,7 +48,7 @@ COMPILERS = {
 
 
 def compiler(platform):
-    """The module that compiles for a platform; says what to install if it is absent."""
+    """The module that compiles for a platform; an error says what to install."""
     modules, extra = COMPILERS[platform]
     found = [name for name in modules if importlib.util.find_spec(name)]
     if not found:
@@ -67,8 +67,8 @@ def devices(name, count=1):
         return jax.devices("cpu")[:count]
     topology = target.topologies[count]
     if target.platform == "tpu":
-        # libtpu is a compiler here. These spare it a search for TPUs and its warnings,
-        # and let several processes compile at once.
+        # libtpu is only a compiler here. These variables spare it a search for TPUs and
+        # its warnings, and let several processes compile at once.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -82,7 +82,7 @@ def devices(name, count=1):
 
 
 def describe(name):
-    """What is compiled for, by which compiler, and when."""
+    """The device that is compiled for, the compiler, and the date."""
     target = TARGETS[name]
     module = compiler(target.platform)
     count = min(target.topologies, default=1)

@@ -1,23 +1,24 @@
-"""What steps cost on devices that are not there: programs compiled for an H100, TPUs.
+"""What steps cost on devices that are not present: programs for an H100 and TPUs.
 
     python benchmarks/ahead_of_time.py --device h100|v5e|v6e|v5e-256
         [--tables float32 ...] [--only TEXT ...] [--dump FOLDER]
     python benchmarks/ahead_of_time.py --device v5e --check
     python benchmarks/ahead_of_time.py --table
 
-Needs the compiler and not the device: pip install "jax[tpu]" or "jax[cuda12]". Of each
-step are printed: bytes moved per parameter (``hlo.py`` says how they are counted), the
-same of one pass through its loops, temporaries in copies of the parameters, bytes of
-state per parameter, whole copies of leaves and slots, stacks of slots made anew, bytes
-of results that share no argument's memory, instructions that send, the most numbers
-that one sends, loops, and seconds to compile. On a mesh all are those of one device.
-What is over the limits of ``cases.py`` is listed at the end.
+It needs the compiler and not the device: pip install "jax[tpu]" or "jax[cuda12]". It
+prints for each step: bytes moved per parameter (``hlo.py`` says how they are counted),
+the same for one pass through its loops, temporaries in copies of the parameters, bytes
+of state per parameter, whole copies of leaves and slots, stacks of slots that are not
+updated in place, bytes of results that share no argument's memory, instructions that
+send, the most numbers that one sends, loops, and seconds to compile. On a mesh these
+are figures of one device. Figures over the limits of ``cases.py`` are listed at the
+end.
 
-The tables are kept in results/ahead-of-time-DEVICE.json; ``--table`` prints what is
-kept as Markdown and compiles nothing. ``--check`` compiles six steps alone and fails
-if one is over its limits. v5e-256 is the update of a model of Llama-7B's shapes on 256
-chips, with parameters that all of them share, or with data-parallel parameters and a
-state that is divided (ZeRO-1).
+The tables are kept in results/ahead-of-time-DEVICE.json. ``--table`` prints these as
+Markdown and compiles nothing. ``--check`` compiles only six steps, and fails if one is
+over its limits. v5e-256 is the update of a model of Llama-7B's shapes on 256 chips,
+with parameters that all of them share, or with data-parallel parameters and a state
+that is divided (ZeRO-1).
 """
 
 import argparse
@@ -44,14 +45,14 @@ RESULTS = Path(__file__).parent / "results"
 
 FEW = ("optax.adam", "sgd_c, C = 1", "sgd_c, C = 5", "adam_c, C = 5, int8")
 FEW += ("adam_cm, C = 5", "sm3")
-# What --check compiles: one of each way to hold slots, of each paper, of each dtype.
+# What --check compiles: each way to hold slots, each paper and each dtype once.
 CHECKED = ("sgd_c, C = 1", "adam_c, C = 5", "adam_c, C = 20")
 CHECKED += ("adam_cm, C = 5, int8 slots and m", "sm3")
 CHECKED += ("sm3_cm, C = 5, int8 slots and m",)
 
 
 class Table(NamedTuple):
-    """Rows that are compiled: optimizers on some parameters, in some contexts."""
+    """The rows of a table: optimizers on some parameters, in some contexts."""
 
     names: tuple
     parameters: str = "matrices"
@@ -97,7 +98,7 @@ TABLES = {
 
 
 def compile_step(context, tx, params, over=()):
-    """The compiled step, and its arguments as they are placed."""
+    """The compiled step, and its arguments with their shardings."""
     function, arguments, donate = CONTEXTS[context](tx, params)
     sharding = jax.tree.leaves(params)[0].sharding
     if isinstance(sharding, NamedSharding):
@@ -127,7 +128,7 @@ def examine(compiled, params, state):
     size = sum(share(p) for p in jax.tree.leaves(params))
     held = sum(share(s) * s.dtype.itemsize for s in jax.tree.leaves(state))
     own = sum(share(p) * p.dtype.itemsize for p in jax.tree.leaves(params))
-    # Norms and biases, which are small beside the rest, are no matter.
+    # Norms and biases do not matter: they are small beside the rest.
     large = {s for s in sizes if 16 * s >= max(sizes)}
     sent = program.collectives()
     return {
@@ -147,7 +148,7 @@ def examine(compiled, params, state):
 
 
 def measure(table, name, context, args):
-    """One row; an error of the compiler is one too."""
+    """One row. If the compiler fails, the row has its error."""
     tx, make = OPTIMIZERS[name](), PARAMETERS[TABLES[table].parameters]
     row = {"optimizer": name, "context": context}
     begin = time.perf_counter()
@@ -212,13 +213,13 @@ def print_exceeded(over):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-# What is kept, in Markdown
+# The kept results, in Markdown
 
 DEVICES = {"h100": "H100", "v5e": "v5e", "v6e": "v6e", "v5e-256": "256 × v5e"}
 
 
 def markdown(folder=RESULTS):
-    """All that is kept, as tables with three columns for each device."""
+    """All kept results, as tables with three columns for each device."""
     kept = {}
     for device in DEVICES:
         path = folder / f"ahead-of-time-{device}.json"
@@ -233,7 +234,7 @@ def markdown(folder=RESULTS):
 
 
 def _markdown_table(title, found):
-    """Bytes moved, temporaries and copies of these rows, by device."""
+    """The bytes moved, temporaries and copies of these rows, by device."""
     head = [title]
     for device in found:
         head += [f"{DEVICES[device]}: bytes moved", "temporaries", "copies"]
@@ -244,7 +245,7 @@ def _markdown_table(title, found):
         for rows in columns:
             row = rows.get(name, {})
             if "moved" in row:
-                # A scan has its steps in a loop.
+                # A scan runs its steps in a loop.
                 moved = row["in loops" if row["context"] == "scan" else "moved"]
                 copies = row["copies"] + row["stacks"]
                 cells += [f"{moved:.1f}", f"{row['temporaries']:.2f}", f"{copies}"]
@@ -258,7 +259,7 @@ def _markdown_table(title, found):
 
 
 def compile_table(table, names, args):
-    """The rows of a table, printed, and what of them is over its limit."""
+    """Print the rows of a table. Returns them, and those that are over a limit."""
     rows, over = [], []
     print_head(table)
     for name in names:
@@ -273,7 +274,7 @@ def compile_table(table, names, args):
 
 
 def check(args):
-    """Compile a few steps; what is over its limit."""
+    """Compile a few steps, and return those that are over a limit."""
     _, over = compile_table("float32", CHECKED, args)
     on_mesh = [name for name in CHECKED if name in LIMITS["a mesh of 8"]]
     return over + compile_table("a mesh of 8", on_mesh, args)[1]
@@ -297,8 +298,8 @@ def main(argv=None):
     if args.table:
         print(markdown())
         return {}
-    # No GPU or TPU is to be opened, if there is one; and JAX's plugin for CUDA refuses
-    # to be loaded without a driver unless the platform is the CPU.
+    # Open no GPU or TPU, if there is one. And JAX's plugin for CUDA does not load
+    # without a driver unless the platform is the CPU.
     jax.config.update("jax_platforms", "cpu")
     machine = describe(args.device)
     print(f"{machine['device']}, {machine['compiler']}, jax {machine['jax']}")

@@ -1,6 +1,7 @@
 """The optimizers that are compiled for accelerators and run on them, by name.
 
-A new row is a line in ``OPTIMIZERS``; what its step may cost is a line in ``LIMITS``.
+A new row is a line in ``OPTIMIZERS``. The most that its step may cost is a line in
+``LIMITS``.
 """
 
 from typing import NamedTuple
@@ -54,8 +55,8 @@ OPTIMIZERS = {
 class Limit(NamedTuple):
     """The most that a compiled step may cost; None is no limit.
 
-    It may copy no slot or leaf, write no stack of slots anew, and must return the state
-    in the memory of its arguments.
+    It may copy no slot or leaf, must update stacks of slots in place, and must return
+    the state in the memory of its arguments.
     """
 
     h100: float | None = None  # bytes moved per parameter
@@ -64,7 +65,7 @@ class Limit(NamedTuple):
     sent: int | None = 0  # instructions, each of a few numbers
 
     def exceeded(self, row, device):
-        """What a row of measurements has too much of: what, how much, at most."""
+        """The figures of a row that are over their limits: name, value, limit."""
         if "error" in row:
             return [("error", row["error"], "none")]
         most = {
@@ -101,14 +102,14 @@ LIMITS = {
         "rmsprop_c, C = 5": Limit(52, 52),
         "adam_cm, C = 5": Limit(68, 64),
         "adam_cm, C = 5, int8 slots and m": Limit(38, 38),
-        # Maxima of parts of four leaves at once.
+        # The temporaries are maxima of parts of four leaves at once.
         "sm3_cm, C = 1, int8 slots and m": Limit(25, 23, 0.07),
         "sm3_cm, C = 5, int8 slots and m": Limit(34, 36, 0.07),
         "sm3": Limit(16.5, 12),
         "sm3, momentum": Limit(28.5, 24),
     },
     "bfloat16": {"sgd_c, C = 1": Limit(14, 14), "sm3": Limit(8.5, 8.5)},
-    # A gradient's norms are added up in one go.
+    # One instruction adds up all norms of a gradient.
     "a mesh of 8": {
         name: Limit(temporaries=None, sent=1)
         for name in (

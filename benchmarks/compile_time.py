@@ -3,9 +3,9 @@
     python benchmarks/compile_time.py [--quick] [--leaves 10 50 200] [--topc 1 5 20 80]
         [--dtype float32 int8]
 
-Seconds of processor time of tracing, lowering and compiling the donated update with
-apply_updates. Leaves are matrices and vectors of four shapes, as in a transformer of
-many equal layers: XLA compiles what is equal once.
+It measures the processor time of tracing, lowering and compiling the donated update
+with apply_updates. Leaves are matrices and vectors of four shapes, as in a transformer
+of many equal layers. XLA compiles equal code only once.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main(argv=None):
         for c in args.topc
         for slots in args.dtype
     ]
-    seconds(optax.adam(0.1), 4)  # what only the first compilation pays for
+    seconds(optax.adam(0.1), 4)  # the first compilation also starts the compiler
     rows = []
     with tqdm(total=len(args.leaves) * len(cases), unit="case") as bar:
         for leaves in args.leaves:

@@ -1,6 +1,6 @@
-"""The ways in which a step is run: each a function, its arguments, what is donated.
+"""The ways to run a step: each is a function, its arguments, and what is donated.
 
-A context maps an optimizer and its parameters, which may be shapes, to those three. All
+A context maps an optimizer and its parameters (arrays or shapes) to those three. All
 functions return parameters and state.
 """
 
@@ -23,7 +23,7 @@ def step_of(tx):
 
 
 def donated(tx, params):
-    """As users should: parameters and state are overwritten."""
+    """The recommended way: parameters and state are overwritten."""
     return step_of(tx), (params, jax.eval_shape(tx.init, params), params), (0, 1)
 
 
@@ -32,7 +32,7 @@ def undonated(tx, params):
 
 
 def scan(tx, params):
-    """The gradient of half the squared norm: the parameters, which are no new array."""
+    """The gradient is the parameters (of half their squared norm), so no new array."""
 
     def scanned(params, state):
         def body(carry, _):
@@ -48,7 +48,7 @@ def apply_if_finite(tx, params):
 
 
 def where(tx, params):
-    """A step that is thrown away if a gradient is not finite."""
+    """A step that is dropped if a gradient is not finite."""
 
     def guarded(params, state, gradients):
         finite = jnp.isfinite(optax.tree.norm(gradients))
@@ -60,7 +60,7 @@ def where(tx, params):
 
 
 def multi_steps(tx, params):
-    """Gradients of two calls make one step."""
+    """The gradients of two calls make one step."""
     return donated(optax.MultiSteps(tx, 2).gradient_transformation(), params)
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/eager.py [--quick] [--leaves 4] [--steps 50]
 
-Nothing is jitted by the caller: this is what a user waits for who tries an optimizer in
-a prompt or a debugger. Leaves are small, so that the time is that of dispatching the
-operations. Each optimizer takes turns with adam.
+The caller jits nothing, as when a user tries an optimizer in a prompt or a debugger.
+Leaves are small, so that the time is that of dispatching the operations. Each optimizer
+takes turns with adam.
 """
 
 import argparse

@@ -3,10 +3,10 @@
 ``Program(compiled.as_text())`` reads the optimized HLO of a GPU, a TPU or a CPU.
 
 Bytes moved are those between the chip and its main memory in one run. An instruction
-reads its operands and writes its results once. Of an array that is sliced or updated in
-place, only the slice counts. Of a conditional the dearest branch counts. The bodies of
-loops do not count, because the text does not say how often they run; what one pass
-moves is counted apart. What a TPU keeps in its on-chip memory is free.
+reads its operands and writes its results once. If an array is sliced or updated in
+place, only the slice counts. The most expensive branch of a conditional counts. The
+bodies of loops do not count, because the text does not say how often they run. The
+bytes of one pass are counted apart. Arrays in a TPU's on-chip memory are free.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import NamedTuple
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)$")
-# No type holds a small word before a parenthesis: the first one is the opcode.
+# A type has no lower-case word before a parenthesis, so the first one is the opcode.
 _OPCODE = re.compile(r" ([a-z][a-z0-9-]*)\(")
 _ALIAS = re.compile(r"\{(\d*)\}: \(\d+, \{[\d, ]*\}(?:, [a-z]+-alias)?\)")
 
@@ -24,7 +24,8 @@ _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "afte
 _FREE |= {"partition-id", "replica-id"}
 _CONTROL = {"conditional", "while", "call", "async-start"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
-# What overwrites a part of its first operand: where the new part is among operands.
+# Opcodes that overwrite a part of their first operand, and the place of the new part
+# among the operands.
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
 _COPIES = {"copy", "transpose", "reshape"}
 _COLLECTIVES = ("all-", "reduce-scatter", "collective-", "ragged-all-")
@@ -43,7 +44,7 @@ class Array(NamedTuple):
 
     @property
     def itemsize(self):
-        """Bytes of an element; half of one for s4, none for a token."""
+        """Bytes of an element: a half for s4, 0 for a token."""
         bits = re.search(r"\d+", self.dtype)
         return 1 if self.dtype == "pred" else int(bits[0]) / 8 if bits else 0
 
@@ -78,9 +79,9 @@ class Instruction(NamedTuple):
 
     @property
     def free(self):
-        """Does it only give a name to what is there?"""
+        """Does it only name data that exist already?"""
         named = self.opcode in _FREE or self.opcode.endswith("-done")
-        # A TPU's views of slices that lie side by side.
+        # A TPU's views of adjacent slices.
         return named or 'custom_call_target="ConcatBitcast"' in self.attributes
 
     def branches(self):
@@ -92,13 +93,13 @@ class Instruction(NamedTuple):
 
 
 class Computation:
-    """Instructions by name, the root among them, parameters and users."""
+    """Instructions by name (with the root), parameters and users."""
 
     def __init__(self):
         self.instructions = {}
         self.root = None
         self.parameters = {}
-        self.users = {}  # of a name: instructions, and which operand of theirs it is
+        self.users = {}  # name -> instructions, and which of their operands it is
 
     def add(self, instruction):
         self.instructions[instruction.name] = instruction
@@ -141,7 +142,7 @@ class Program:
                 yield from self.running(self.computations[name])
 
     def _runs(self, i):
-        """Names of the computations that an instruction hands over to."""
+        """Names of the computations that an instruction runs."""
         if i.opcode == "conditional":
             return i.branches()
         if i.opcode == "while":
@@ -160,8 +161,8 @@ class Program:
     def copies(self, smallest):
         """Names and arrays of whole copies of at least ``smallest`` elements.
 
-        Changes of layout are among them, alone or in a fusion; transfers to a TPU's
-        on-chip memory are not.
+        Changes of layout count, by themselves or in a fusion. Transfers to a TPU's
+        on-chip memory do not.
         """
         found = []
         for i in self.running():
@@ -176,10 +177,10 @@ class Program:
         return found
 
     def stacks(self, leaves):
-        """Names and arrays of stacks that are made anew, not updated in place.
+        """Names and arrays of stacks that are written in full, not updated in place.
 
-        A stack has more elements than the smallest of ``leaves``, the sizes of leaves,
-        and as many as none of them.
+        ``leaves`` are the sizes of leaves. A stack has more elements than the smallest
+        of them, and its size is none of theirs.
         """
         found = []
         for i in self.running():
@@ -204,7 +205,7 @@ class Program:
     def _maker(self, within, i):
         """The opcode that makes a result of a fusion.
 
-        It is a copy if that is all that happens to a parameter. What is computed may be
+        It is a copy if nothing else happens to a parameter. A computed value can be
         written in another layout at no cost.
         """
         copied = False
@@ -231,7 +232,7 @@ class Program:
     # What it sends
 
     def collectives(self):
-        """The instructions that send, those inside fusions too."""
+        """The instructions that send, also those inside fusions."""
         found = []
         for i in self.running():
             inside = [i]
@@ -258,7 +259,7 @@ class Program:
         return total
 
     def moved_in_loops(self):
-        """The same of one pass through the body of every loop."""
+        """The same for one pass through the body of every loop."""
         bodies = [i.called("body") for i in self.running() if i.opcode == "while"]
         return sum(self.moved(self.computations[name]) for name in bodies)
 
@@ -292,7 +293,7 @@ class Program:
         return self._used(within, within.parameters[place], array)
 
     def _used(self, within, i, array):
-        """Bytes of ``array`` that the users of ``i`` read, which is a view of it."""
+        """Bytes of ``array`` that are read by the users of ``i``, a view of it."""
         total = 0
         for user, place in within.users.get(i.name, []):
             if user.opcode in _SLICES and place == 0:
@@ -302,7 +303,7 @@ class Program:
             elif user.opcode in ("bitcast", "copy", "convert") and not user.root:
                 total += self._used(within, user, array)
             elif user.opcode == "fusion" and "copy_fusion" in user.attributes:
-                # A TPU changes tiles on the way, window by window.
+                # A TPU changes the tiling during the read, window by window.
                 total += self._used(within, user, array)
             elif user.opcode == "fusion":
                 total += self._read_by_fusion(user, place, array)
@@ -368,5 +369,5 @@ def _closing(text, begin):
 
 
 def _transfer(nbytes, *ends):
-    """Bytes through main memory when so many go from one array to another."""
+    """Bytes through main memory for ``nbytes`` that go from one array to another."""
     return nbytes * sum(not array.on_chip for array in ends)

@@ -2,11 +2,11 @@
 
     python benchmarks/kernels.py [--quick] [--topc 5] [optimizer ...]
 
-Every kernel stands beside the arrays of a leaf's size that it touches, and its time in
-copies: over that of moving one copy of all leaves, as a plain x + y does (two reads,
-one write). Where a kernel's copies are about what it touches the memory limits it; more
-means that it computes or waits. Kernels run side by side where they can, so that their
-times add up to more than the step's.
+For every kernel it prints how many arrays of a leaf's size it touches, and its time in
+copies. One copy is the time to move all leaves once, taken from a plain x + y (two
+reads, one write). If a kernel's time in copies is about what it touches, memory limits
+it. If it is more, the kernel computes or waits. Kernels run side by side where they
+can, so their times add up to more than the step's.
 """
 
 import argparse
@@ -32,10 +32,10 @@ INSTRUCTION = re.compile(
 
 
 def kernels(compiled, leaf):
-    """By instruction of a program: its kind, and how many leaves it reads and writes.
+    """For each instruction: its kind, and how many leaves it reads and writes.
 
-    Counted are operands and results of at least ``leaf`` elements. Of a stack of slots
-    a kernel reads one, or writes one in place.
+    Only operands and results of at least ``leaf`` elements count. A kernel reads one
+    slot of a stack, or writes one in place.
     """
     found = INSTRUCTION.findall(compiled.as_text())
     elements = {
@@ -48,13 +48,13 @@ def kernels(compiled, leaf):
         touched = sum(elements.get(x, 0) >= leaf for x in operands)
         in_place = "dynamic-update-slice" in name
         if opcode not in ("get-tuple-element", "bitcast", "parameter") and touched:
-            # Kernels that differ in their number alone are one kind, on several leaves.
+            # Kernels that differ only in their number are one kind, on several leaves.
             kinds[name] = re.sub(r"[.\d]+$", "", name), touched - in_place
     return kinds
 
 
 def profile(runner, arguments, rounds):
-    """Kinds of kernels: milliseconds of a step, by a trace of some, and how many."""
+    """For each kind of kernel: its milliseconds in a step (by a trace), its count."""
     leaf = min(x.size for x in jax.tree.leaves(arguments[0][0]))
     kinds = kernels(runner.step, leaf)
     with tempfile.TemporaryDirectory() as folder:

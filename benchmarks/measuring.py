@@ -1,7 +1,7 @@
-"""What the benchmarks share: compiled steps that take turns, and the files of results.
+"""Shared by the benchmarks: compiled steps that take turns, and files of results.
 
-Optimizers take turns in one process on the same parameters and gradients, so that
-whatever else the machine does falls on all of them; only ratios of medians are claimed.
+Optimizers take turns in one process on the same parameters and gradients, so that other
+work of the machine slows all of them. Only ratios of medians are claimed.
 """
 
 import datetime
@@ -23,10 +23,10 @@ import memoptax
 
 
 class Runner:
-    """A compiled step, what it carries, and the seconds that its runs took."""
+    """A compiled step, its carry, and the seconds that its runs took."""
 
     def __init__(self, step, carry, *arguments):
-        """``step`` maps the carry, which is donated, and arguments to the carry."""
+        """``step`` maps the carry (donated) and the arguments to the next carry."""
         begin, worked = time.perf_counter(), time.process_time()
         lowered = jax.jit(step, donate_argnums=0).lower(carry, *arguments)
         self.step = lowered.compile()
@@ -43,12 +43,12 @@ class Runner:
 
     @property
     def milliseconds(self):
-        """Median of the runs."""
+        """The median of the runs."""
         return 1e3 * statistics.median(self.seconds)
 
 
 def optimizer_runner(make, like, *hyperparameters):
-    """A runner of update and apply; its arguments are gradients, hyperparameters.
+    """A runner of update and apply. Its arguments are gradients and hyperparameters.
 
     ``make`` is a function of the hyperparameters, which are traced.
     """
@@ -64,12 +64,12 @@ def optimizer_runner(make, like, *hyperparameters):
 
 
 def nbytes(tree):
-    """Bytes of arrays, or of what has their shapes."""
+    """Bytes of arrays, or of their shapes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def make_gradients(size, leaves, count=3):
-    """Trees of square matrices of normal numbers, about equally long."""
+    """Trees of square matrices of normal numbers, with about equal norms."""
     rows = math.isqrt(size // leaves)
     shape = (leaves, rows, size // leaves // rows)
     keys = jax.random.split(jax.random.key(0), count)
@@ -78,7 +78,7 @@ def make_gradients(size, leaves, count=3):
 
 
 def describe_machine():
-    """What ran this, and when."""
+    """The machine and the versions that ran this, and the date."""
     device = jax.devices()[0]
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -109,7 +109,7 @@ def results_file(machine):
 
 
 def save(path, section, machine, rows):
-    """Write ``rows`` as one section of the file, and leave the others alone."""
+    """Write ``rows`` as one section of the file, and keep the other sections."""
     path.parent.mkdir(parents=True, exist_ok=True)
     contents = json.loads(path.read_text()) if path.exists() else {}
     contents[section] = {"machine": machine, "rows": rows}
@@ -125,7 +125,7 @@ def add_arguments(parser):
 
 
 def report(args, section, machine, rows, columns):
-    """Print ``columns`` of the rows as a table, and keep all of them in a file."""
+    """Print some ``columns`` of the rows as a table, and keep all in a file."""
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells)]
     for line in (columns, *cells):

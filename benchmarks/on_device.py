@@ -4,17 +4,17 @@
         [--only TEXT ...] [--size 67108864] [--rounds 7]
 
 numbers     The same steps on the device and on the CPU. The parameters may differ by
-            50 millionths of the distance travelled, by 1,000 where slots or moments
-            have fewer bits than float32; what the state counts must be equal.
-memory      Bytes per parameter at the peak, where the device tells, beside those of
-            parameters, gradients and state and of XLA's temporaries.
+            50 millionths of the distance travelled, or by 1,000 where slots or moments
+            have fewer bits than float32. All counters must be equal.
+memory      Bytes per parameter at the peak, if the device reports it, beside those of
+            parameters, gradients and state, and of XLA's temporaries.
 times       Milliseconds of a donated step as ratios to optax.adam, which takes turns
-            with every optimizer. Several steps are sent off at once, so that what the
-            host does for a step counts only where it is slower than the device.
-notebooks   They are executed from top to bottom, if nbclient and ipykernel are there.
+            with every optimizer. Several steps are dispatched at once, so the host's
+            work counts only where it is slower than the device.
+notebooks   Each is run from top to bottom, if nbclient and ipykernel are installed.
 
-The command fails if numbers differ or a notebook does. On a CPU it compares the CPU
-with itself, which tries out the command.
+The command fails if the numbers differ or a notebook fails. On a CPU it compares the
+CPU with itself, as a trial of the command.
 """
 
 import argparse
@@ -46,7 +46,7 @@ SHAPES = {"matrix": (256, 384), "vector": (1000,), "kernel": (3, 3, 16, 32)}
 # 1 - .999 ** t has few digits.
 TOLERANCE, FEW_BITS = 50.0, 1000.0
 LEAVES = 4
-QUEUED = 20  # steps sent off before the host waits
+QUEUED = 20  # steps dispatched before the host waits
 
 NUMBERS = ("optimizer", "steps", "millionths", "at most", "counts", "verdict")
 MEMORY = ("optimizer", "held B/param", "temporaries B/param", "peak B/param", "verdict")
@@ -56,7 +56,7 @@ DIFFERS, FAILED = "DIFFERS", "FAILED: "
 
 
 def attempt(name, measure):
-    """A row of what ``measure`` finds, or of the error that the device raises."""
+    """A row with the result of ``measure``, or with the error of the device."""
     try:
         return {"optimizer": name, "verdict": "ran"} | measure()
     except jax.errors.JaxRuntimeError as error:
@@ -68,10 +68,10 @@ def attempt(name, measure):
 
 
 def stream(steps):
-    """Parameters and gradients of very different norms, the same on every device.
+    """Parameters, and gradients of very different norms, the same on every device.
 
-    The parameters are small beside the steps: else their own rounding would be what is
-    compared.
+    The parameters are small beside the steps. Otherwise their own rounding would decide
+    the comparison.
     """
     rng = np.random.default_rng(0)
     params = {
@@ -104,20 +104,20 @@ def run_on(device, tx, params, gradients):
 
 
 def difference(start, one, other):
-    """How far two ends are apart, in millionths of the distance from the start."""
+    """The distance of two ends, in millionths of the distance from the start."""
     apart = [np.linalg.norm(np.subtract(one[k], other[k], dtype=float)) for k in start]
     moved = [np.linalg.norm(np.subtract(one[k], start[k], dtype=float)) for k in start]
     return 1e6 * max(a / m for a, m in zip(apart, moved))
 
 
 def counts(state):
-    """Whole numbers of 32 bits: steps, ages, places. Slots of few bits are narrower."""
+    """The 32-bit integers: steps, ages, places. (int8 slots are narrower.)"""
     leaves = jax.tree.leaves(state)
     return [x for x in leaves if x.dtype in (np.int32, np.uint32)]
 
 
 def compare(name, device, params, gradients):
-    """The device beside the CPU."""
+    """Compare the device with the CPU."""
     cpu = jax.devices("cpu")[0]
     there, here = (
         run_on(d, OPTIMIZERS[name](), params, gradients) for d in (device, cpu)
@@ -156,8 +156,8 @@ def comparisons(names, device, steps):
 def peaks(names, device, size):
     """A row of bytes for each optimizer.
 
-    The peak of a process never falls. So optimizers run from the least to the most, and
-    one that does not raise it has no figure.
+    The peak of a process never falls. So optimizers run in order of memory, the
+    smallest first. One that does not raise the peak has no figure.
     """
     side = math.isqrt(size // LEAVES)
     gradients = {f"leaf{i}": jnp.ones((side, side)) for i in range(LEAVES)}
@@ -189,7 +189,7 @@ def peaks(names, device, size):
 
 
 def seconds(runner, gradient, steps):
-    """Of one step, when so many are sent off together."""
+    """Seconds of one step, when ``steps`` of them are dispatched together."""
     begin = time.perf_counter()
     for _ in range(steps):
         runner.carry = runner.step(runner.carry, gradient)
@@ -198,7 +198,7 @@ def seconds(runner, gradient, steps):
 
 
 def ratios(names, size, rounds, steps):
-    """A row of times for each optimizer, which takes turns with adam."""
+    """A row of times for each optimizer. Each takes turns with adam."""
     gradients = make_gradients(size, LEAVES)
     adam = optimizer_runner(OPTIMIZERS["optax.adam"], gradients[0])
 
@@ -225,7 +225,7 @@ def ratios(names, size, rounds, steps):
 
 
 def execute(paths, timeout):
-    """A row for each notebook, which runs in a process of its own."""
+    """A row for each notebook. Each runs in its own process."""
     try:
         import nbclient
         import nbformat
@@ -242,7 +242,7 @@ def execute(paths, timeout):
         )
         try:
             client.execute()
-        except Exception as error:  # a failing cell, a kernel that is not there or died
+        except Exception as error:  # a cell fails, or the kernel is missing or has died
             lines = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()
             verdict = f"{FAILED}{type(error).__name__}: {' '.join(lines[-1:])}"
         taken = time.perf_counter() - begin
@@ -276,7 +276,7 @@ def main(argv=None):
         for name in OPTIMIZERS
         if not args.only or any(text in name for text in args.only)
     ]
-    # First, for a notebook's process needs the device, and a TPU serves one at a time.
+    # Notebooks run first: their process needs the device, and a TPU serves one process.
     executed = (
         execute(args.notebooks, args.timeout) if "notebooks" in args.parts else []
     )
@@ -290,7 +290,7 @@ def main(argv=None):
     size, rounds, queued = (4096, 2, 2) if args.quick else (size, args.rounds, QUEUED)
     measures = {
         "notebooks": (NOTEBOOKS, lambda: executed),
-        # Before the rest, which would leave its own peak.
+        # Memory comes before the rest, which would leave its own peak.
         "memory": (MEMORY, lambda: peaks(names, device, size)),
         "numbers": (NUMBERS, lambda: comparisons(names, device, args.steps)),
         "times": (TIMES, lambda: ratios(names, size, rounds, queued)),

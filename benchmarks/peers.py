@@ -3,8 +3,8 @@
     pip install torch pytorch-optimizer torch-SM3
     python benchmarks/peers.py [--quick] [--rounds 15]
 
-The peers are installed for this alone; one that is not there is reported as missing.
-All take turns in one process on four square matrices, with as many threads as there are
+The peers are needed only here. One that is not installed is reported as missing. All
+take turns in one process on four square matrices, with as many threads as there are
 cores. PyTorch updates in place, as a donated step does.
 """
 
@@ -72,7 +72,7 @@ class Peer:
 
 
 class Own:
-    """An optimizer of JAX, run by the number of its turn."""
+    """An optimizer of JAX. Its arguments come from the number of the turn."""
 
     def __init__(self, make, gradients):
         self.gradients = gradients

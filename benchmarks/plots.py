@@ -2,9 +2,9 @@
 
     python benchmarks/plots.py [results.json ...]
 
-The times are those that steps.py kept; the bytes are counted by ``memory_report``, and
-beside them stand those of the authors' code: C copies, for the classes with a running
-sum (``_eff``) one more, and the two moments of Adam.
+The times are those that steps.py kept. The bytes are counted by ``memory_report``.
+Beside them are those of the authors' code: C copies, one more for the classes with a
+running sum (``_eff``), and the two moments of Adam.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import memoptax
 
 CAPACITIES = (1, 5, 10, 20, 40, 60, 80, 100)
-# Bytes per float32 parameter in the authors' code, which has float32 slots alone.
+# Bytes per float32 parameter in the authors' code, which has only float32 slots.
 PUBLISHED = {
     "authors' Adam_C (heap)": lambda c: 4 * (c + 2),
     "authors' Adam_C_eff, Adam_CM": lambda c: 4 * (c + 3),
@@ -28,12 +28,12 @@ OURS = {
     "the same, bfloat16 slots": "bfloat16",
     "the same, int8 slots": "int8",
 }
-# Of Okabe and Ito, which the colour-blind can tell apart.
+# Colours of Okabe and Ito, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 
 
 def draw_times(axes, sections):
-    """Median time of an accepted step over adam's, by C; returns the lines."""
+    """Plot the median time of an accepted step over adam's, by C. Returns the lines."""
     rows = [row for row in sections["steps"]["rows"] if row["topc"]]
     largest = max((row["size"], row["leaves"]) for row in rows)
     rows = [row for row in rows if (row["size"], row["leaves"]) == largest]
@@ -62,7 +62,7 @@ def draw_times(axes, sections):
 
 
 def draw_bytes(axes):
-    """Bytes of state per parameter of a 1024 x 1024 matrix, by C."""
+    """Plot the bytes of state per parameter of a 1024 x 1024 matrix, by C."""
     params = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
     for (name, formula), style in zip(PUBLISHED.items(), ("--", ":")):
         points = [formula(c) for c in CAPACITIES]
@@ -85,7 +85,7 @@ def draw_bytes(axes):
 
 
 def draw(path):
-    """The figure of one file of results, next to it; the picture's path."""
+    """Save the figure of one file of results beside it. Returns its path."""
     sections = json.loads(path.read_text())
     machine = sections["steps"]["machine"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")

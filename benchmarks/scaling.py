@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py [--quick] [--rounds 21]
 
-Each of the three is varied around 4 M float32 parameters in 4 leaves at C = 5; the
+Each of the three is varied around 4 M float32 parameters in 4 leaves at C = 5. The
 donated update with apply_updates takes turns with optax.adam. Every gradient enters the
 buffer. The growth is the slope of the logarithm of time from the first to the last.
 """
@@ -30,7 +30,7 @@ VARIED = {
     "leaves": [(SIZE, leaves, TOPC) for leaves in (1, 4, 16, 64, 300)],
 }
 QUICK = {"C": [(4096, 2, 1), (4096, 2, 5)]}
-# Keys that halve are beaten by any gradient about as large.
+# With keys that halve at every step, any gradient of about the same norm enters.
 OPTIMIZERS = {
     "sgd_c": lambda c: memoptax.sgd_c(1e-4, topc=c, decay=0.5),
     "adam_c": lambda c: memoptax.adam_c(1e-4, topc=c, decay=0.5),
@@ -74,7 +74,7 @@ def measure(size, leaves, topc, rounds):
 
 
 def growth(rows, varied):
-    """Exponent of the time in what was varied."""
+    """The exponent of the time, as a power of ``varied``."""
     first, last = rows[0], rows[-1]
     return math.log(last["ms"] / first["ms"]) / math.log(last[varied] / first[varied])
 

@@ -1,7 +1,7 @@
-"""Shapes of parameters, placed on devices that need not be there.
+"""Shapes of parameters, placed on devices that need not be present.
 
-``PARAMETERS`` maps names to functions of the optimizer, the target, the dtype, and of
-whether small ones will do.
+``PARAMETERS`` maps names to functions of the optimizer, the target, the dtype, and a
+flag for small shapes.
 """
 
 import jax
@@ -43,7 +43,7 @@ def _one(target):
 
 
 def matrices(tx, target, dtype, quick):
-    """Four, or one where a device does not hold the state of four."""
+    """Four matrices, or one if a device cannot hold the state of four."""
     side = _side(target, quick)
     four = _equal((side, side), 4, dtype, _one(target))
     held = nbytes(jax.eval_shape(tx.init, four)) + 2 * nbytes(four)
@@ -62,7 +62,7 @@ def vectors(tx, target, dtype, quick):
 
 
 def shared_matrices(tx, target, dtype, quick):
-    """Eight devices hold an eighth of the rows each."""
+    """Each of eight devices holds an eighth of the rows."""
     mesh = Mesh(np.array(devices(target, 8)), ("data",))
     side = _side(target, quick)
     return _equal((side, side), 4, dtype, NamedSharding(mesh, P("data")))
@@ -82,7 +82,7 @@ def llama(tx, target, dtype, quick, without=()):
 
 
 def data_parallel_llama(tx, target, dtype, quick):
-    """Every 64 devices hold the same parameters."""
+    """Each group of 64 devices holds the same parameters."""
     return llama(tx, target, dtype, quick, without=("data",))
 
 

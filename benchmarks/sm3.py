@@ -3,9 +3,9 @@
     python benchmarks/sm3.py [--quick] [--rounds 31] [--dtype bfloat16] [shape ...]
 
 The optimizers take turns in one process, step by step, so that a busy machine slows all
-of them down, and each time in another order, so that none always finds the caches as
-the same one left them; the table shows ratios of medians. A step is `tx.update` and
-`optax.apply_updates` on given gradients, with parameters and state donated.
+of them down. The order changes every time, so that none always runs after the same one.
+The table shows ratios of medians. A step is `tx.update` and `optax.apply_updates` on
+given gradients, with parameters and state donated.
 """
 
 import argparse

@@ -3,13 +3,13 @@
     python benchmarks/steps.py [--quick] [--flat] [--size 1048576 16777216]
         [--leaves 1 64] [--topc 1 5 20 80] [--dtype float32 bfloat16 int8] [--steps 10]
 
-One process; each optimizer takes turns with adam on the same parameters and gradients,
-so that whatever else the machine does falls on both. Timed is the donated, jitted
-update with ``apply_updates``, in two streams once the buffer is full: one in which
-every gradient enters it, one in which none does.
+In one process, each optimizer takes turns with adam on the same parameters and
+gradients, so that other work of the machine slows both. The donated, jitted update with
+``apply_updates`` is timed once the buffer is full, in two streams of gradients. In one
+every gradient enters the buffer, in the other none does.
 
-``--flat`` asks instead whether the step is flat in C: the mean over 500 accepted steps
-of ``sgd_c``, the rebuilds of its sums included.
+``--flat`` shows instead whether the time of a step depends on C. It takes the mean over
+500 accepted steps of ``sgd_c``, with the rebuilds of its sums.
 """
 
 import argparse
@@ -67,13 +67,13 @@ FLAT_COLUMNS = (
     *("optimizer", "topc", "size", "leaves", "accepted", "rebuilds"),
     *("mean ms", "/ adam", "median ms", "slowest ms", "adam: slowest"),
 )
-# Keys that halve at every step are always beaten by a gradient about as large as all
-# others; keys that never decay are never beaten by a smaller one.
+# If keys halve at every step, a gradient of about the same norm always enters. If keys
+# never decay, a smaller one never does.
 ACCEPTING, REJECTING = 0.5, 1.0
 
 
 def make_runner(name, gradients, topc=None, dtype=None, **chosen):
-    """A runner whose arguments are gradients and the decay of keys, which is traced."""
+    """A runner. Its arguments are gradients and the decay of keys, which is traced."""
 
     def make(decay):
         if name in PLAIN:
@@ -87,14 +87,14 @@ def make_runner(name, gradients, topc=None, dtype=None, **chosen):
 
 
 def counts(runner):
-    """Gradients accepted, and sums rebuilt, so far; without sums 0."""
+    """The gradients accepted and the sums rebuilt so far (0 without sums)."""
     buffer = optax.tree.get(runner.carry[1], "buffer")
     rebuilds = 0 if buffer.rebuilds is None else int(buffer.rebuilds)
     return int(buffer.accepted.sum()), rebuilds
 
 
 def alternate(adam, other, gradients, steps, turn=5, decay=ACCEPTING, bar=None):
-    """Let the two take turns of a few steps; return the seconds of each."""
+    """Let the two take turns of a few steps. Returns the seconds of each."""
     decay = jnp.float32(decay)
     adam.seconds, other.seconds = [], []
     for start in range(0, steps, turn):
@@ -129,7 +129,7 @@ def measure(name, topc, dtype, adam, gradients, steps):
         ("accepted", ACCEPTING, gradients),
         ("rejected", REJECTING, smaller),
     ):
-        # Fills the buffer, and leaves no key that the rejected could beat.
+        # Fill the buffer with keys that the rejected stream cannot beat.
         for k in range((topc or 0) + 2):
             runner.run(gradients[k % len(gradients)], jnp.float32(decay))
         before = counts(runner)[0] if topc else 0
@@ -145,7 +145,7 @@ def measure(name, topc, dtype, adam, gradients, steps):
 
 
 def measure_steps(sizes, leaves, topc, dtypes, steps):
-    """Rows of all optimizers at all sizes, only one beside adam held at a time."""
+    """Rows of all optimizers at all sizes. Only adam and one other are held at once."""
     cases = [(name, None, None) for name in PLAIN]
     cases += list(itertools.product(BUFFERED, topc, dtypes))
     rows = []
@@ -161,7 +161,7 @@ def measure_steps(sizes, leaves, topc, dtypes, steps):
 
 
 def measure_flat(size, topc, steps):
-    """Rows of sgd_c with running sums over many accepted steps, rebuilds included."""
+    """Rows of sgd_c with running sums over many accepted steps, with the rebuilds."""
     rows = []
     with tqdm(total=steps * len(topc) * len(FLAT_LEAVES), unit="step") as bar:
         for leaves, c in itertools.product(FLAT_LEAVES, topc):
@@ -200,7 +200,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--flat", action="store_true", help="is the step flat in C?")
+    parser.add_argument("--flat", action="store_true", help="does time depend on C?")
     parser.add_argument("--steps", type=int, help="timed steps of each stream")
     for name, default in (("size", SIZES), ("leaves", LEAVES), ("topc", TOPC)):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
@@ -221,7 +221,7 @@ def main(argv=None):
         grid = ((4096,), (4,), (5,), ("float32",)) if args.quick else chosen
         rows = measure_steps(*grid, args.steps or (5 if args.quick else 10))
         report(args, "steps", machine, rows, COLUMNS)
-        print("The row of adam shows by how much such ratios err.")
+        print("The row of adam shows the error of such ratios.")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md from the results that are kept.
+"""Write the tables of docs/benchmarks.md from the kept results.
 
     python benchmarks/tables.py
 
@@ -23,7 +23,7 @@ RESULTS = [
 
 
 def sections():
-    """What the files of results have measured, by section."""
+    """The rows of the result files, by section."""
     return {
         name: section
         for path in RESULTS
@@ -32,7 +32,7 @@ def sections():
 
 
 def table(*rows):
-    """Rows of cells, of which the first is the head, in Markdown."""
+    """Rows of cells as a Markdown table. The first row is the head."""
     head, *body = [f"| {' | '.join(map(str, row))} |" for row in rows]
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
@@ -49,7 +49,7 @@ def code(name):
 
 
 def flat(rows):
-    """Is a step as long whatever C is?"""
+    """The time of a step against C."""
     capacities = sorted({row["topc"] for row in rows})
     lines = [("parameters", "C", *capacities)]
     for leaves, name in ((4, "four 2048²"), (1, "one 4096²")):
@@ -64,7 +64,7 @@ def flat(rows):
 
 
 def steps(rows):
-    """Every optimizer by C and the dtype of its slots; accepted, and rejected."""
+    """Every optimizer by C and the dtype of its slots: accepted, and rejected."""
     rows = [r for r in rows if (r["size"], r["leaves"]) == (1 << 24, 64) and r["topc"]]
     columns = [(c, slots) for c in (1, 5, 20) for slots in ("float32", "int8")]
     columns.append((5, "bfloat16"))
@@ -101,7 +101,7 @@ def sm3(rows):
 
 
 def kernels(rows):
-    """What a step touches, and how long that takes."""
+    """The copies that a step touches, and its time."""
     lines = [("16 M parameters", "copies touched", "time in copies", "its kernels")]
     for step in (row for row in rows if row["kernel"] == "the step"):
         parts = [r for r in rows if r["optimizer"] == step["optimizer"]]
@@ -156,7 +156,7 @@ def eager(rows):
 
 
 def device(times, memory):
-    """Every optimizer on an accelerator: its time, and what it holds."""
+    """Every optimizer on an accelerator: its time, and the bytes that it holds."""
     lines = [("", "time / adam", "held", "temporaries")]
     for row in times:
         held = find(memory, optimizer=row["optimizer"])
@@ -168,7 +168,7 @@ def device(times, memory):
     return table(*lines)
 
 
-# A table's sections of the results, and the function that writes it from their rows.
+# Each table's sections of the results, and the function that writes it from their rows.
 TABLES = {
     "device": ("times", "memory", device),
     "ahead": (ahead_of_time.markdown,),
@@ -184,7 +184,7 @@ TABLES = {
 
 
 def fill(text, sections):
-    """The text with its tables as these results have them."""
+    """The text, with its tables written from these results."""
 
     def written(match):
         *names, write = TABLES[match["name"]]

@@ -2,8 +2,9 @@
 
     python benchmarks/training_step.py [--quick] [--rounds 9] [--batch 8]
 
-About 11 M float32 parameters, character-level text of 128 tokens; forward, backward and
-update in one jitted, donated step. The optimizers take turns in one process.
+The model has about 11 M float32 parameters and reads texts of 128 characters. A jitted,
+donated step runs forward, backward and update. The optimizers take turns in one
+process.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def main(argv=None):
     params = jax.jit(model.init)(jax.random.key(1), tokens[:, :-1])
     size = nbytes(params) // 4
 
-    # All states at once are small beside the activations of a real batch.
+    # All states together are small beside the activations of a real batch.
     runners = {}
     for name in tqdm(QUICK if args.quick else OPTIMIZERS, desc="compiling"):
         tx = OPTIMIZERS[name]
@@ -93,7 +94,7 @@ def main(argv=None):
     for turn in tqdm(range(rounds + 1), desc="rounds"):
         for runner in runners.values():
             runner.run(tokens)
-            if turn == 0:  # the first touches new memory
+            if turn == 0:  # the first turn touches new memory
                 runner.seconds.clear()
     adam = runners["optax.adam"].milliseconds
     rows = [

@@ -1,13 +1,13 @@
-"""Does it help? Train with many optimizers and controls, and say so with intervals.
+"""Does it help? Train with many optimizers and controls, and report intervals.
 
     python -m benchmarks.learning e8             # make the runs that are missing
     python -m benchmarks.learning e8 --quick     # a few runs of 20 steps, kept nowhere
     python -m benchmarks.learning e8 --table     # print its tables from the results
     python -m benchmarks.learning --docs         # all tables and pictures of docs/
 
-Runs are appended to ``benchmarks/learning/results``, and a run that is there already is
-not repeated: an experiment that was stopped resumes. ``--cost`` measures the time of a
-step, which the tables show beside every score, as they do the bytes of the state.
+Runs are appended to ``benchmarks/learning/results``. A run that is there already is not
+repeated, so a stopped experiment resumes. ``--cost`` measures the time of a step. The
+tables show it beside every score, like the bytes of the state.
 """
 
 import argparse

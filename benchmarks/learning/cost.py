@@ -1,8 +1,8 @@
 """What a step costs: the bytes of the state, and the time of one run's whole step.
 
-Optimizers take turns, so that a busy moment of the machine meets all of them, and the
-median of the turns is kept. Rows that share a program share a time: a buffer's decay or
-rule changes nothing in it but how often a value is taken.
+Optimizers take turns, so that a busy machine slows all of them, and the median of the
+turns is kept. Rows that share a program share a time: a buffer's decay or rule only
+changes how often it stores a value.
 """
 
 import csv
@@ -23,7 +23,7 @@ COLUMNS = ("task", "optimizer", "ms", "ratio")
 
 
 def bytes_per_parameter(task, row) -> float:
-    """Of the optimizer's state."""
+    """The bytes of the optimizer's state per parameter."""
     params = jax.eval_shape(task.init, jax.random.key(0))
     tx = row.make(row.start, task.steps, **row.numbers)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -47,7 +47,7 @@ def measure(experiment: Experiment, path: Path, quick=False) -> None:
 
 
 def read(path: Path) -> dict[tuple[str, str], dict[str, float]]:
-    """Times in a file by task and optimizer; none where there is no file."""
+    """The times in a file by task and optimizer, or none if there is no file."""
     if not path.exists():
         return {}
     with path.open(newline="") as file:

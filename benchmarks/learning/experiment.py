@@ -1,4 +1,4 @@
-"""What an experiment is: a question, tasks with rows, and what its core leaves out."""
+"""An experiment: a question, tasks with rows, and what was not run."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,15 +12,15 @@ from benchmarks.learning.task import Task
 class Experiment(NamedTuple):
     name: str
     question: str
-    bounds: str  # how the core is bounded
+    bounds: str  # the size of what was run
     plan: Callable[[], list[tuple[Task, list[Row]]]]
     size: Size = Size()
     not_run: tuple[str, ...] = ()
-    quick: tuple[str, ...] = ("adam", "adam_c C=5 FIFO")  # rows of the quick form
+    quick: tuple[str, ...] = ("adam", "adam_c C=5 FIFO")  # rows of --quick
     against: dict[str, str] = {}  # task -> the task whose bases it is compared with
 
     def quick_plan(self) -> list[tuple[Task, list[Row]]]:
-        """The first task at twenty steps, with a few rows."""
+        """The first task with twenty steps and a few rows."""
         task, rows = self.plan()[0]
         task = task._replace(steps=20, points=min(task.points, 2))
         return [(task, [row for row in rows if row.name in self.quick])]
@@ -29,7 +29,7 @@ class Experiment(NamedTuple):
 def run(
     experiment: Experiment, results: Results, quick=False, lanes: int | None = None
 ) -> None:
-    """Make the runs that ``results`` lack, so many ``lanes`` at once."""
+    """Make the runs that ``results`` lack, ``lanes`` at once."""
     plan = experiment.quick_plan() if quick else experiment.plan()
     for task, rows in plan:
         task = task._replace(lanes=lanes or task.lanes)

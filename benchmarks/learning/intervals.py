@@ -8,7 +8,7 @@ import scipy.stats
 
 class Interval(NamedTuple):
     mean: float
-    half: float  # of the width of the 95 % interval
+    half: float  # half the width of the 95 % interval
 
     @property
     def excludes_zero(self) -> bool:

@@ -1,4 +1,4 @@
-"""Small models as pairs of pure functions: parameters from a key, outputs from both."""
+"""Small models as pairs of pure functions: init and apply."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ class Model(NamedTuple):
 
 @functools.cache
 def mlp(*sizes: int) -> Model:
-    """A perceptron with ReLUs; with two sizes a linear map."""
+    """A perceptron with ReLUs, or a linear map if there are two sizes."""
 
     def init(key):
         keys = jax.random.split(key, len(sizes))

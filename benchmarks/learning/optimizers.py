@@ -1,8 +1,8 @@
 """Optimizers as rows: a name, a function that makes one, its numbers, and its base.
 
-Rows that share the function share a compiled program. So the numbers (decay, κ,
-whether the oldest leaves, whether keys are random) are traced, and a control costs no
-compiling.
+Rows that share the function share a compiled program. So the numbers (decay, κ, whether
+the oldest leaves, whether keys are random) are traced, and a control needs no
+compilation.
 """
 
 import functools
@@ -23,13 +23,13 @@ class Row(NamedTuple):
     make: Callable  # schedule, steps, **numbers -> transformation
     start: float  # the middle of its first grid of rates
     base: str = ""  # the row that it is compared with; empty for a base
-    fifo: str = ""  # the row of the same memory that forgets the oldest
+    fifo: str = ""  # the row with the same buffer that forgets the oldest
     numbers: dict[str, float] = {}
     schedule: Callable | None = None  # instead of the task's
 
 
 def _alone(optimizer, **static):
-    """One that has nothing of ours to vary."""
+    """``make`` of an optimizer without a buffer."""
 
     def make(rate, steps):
         return optimizer(rate, **static)
@@ -38,7 +38,7 @@ def _alone(optimizer, **static):
 
 
 def ademamix(rate, steps):
-    """With the slow average's half-life at a tenth of the run, and both warm-ups."""
+    """AdEMAMix with both warm-ups. The slow half-life is a tenth of the run."""
     first, last = jnp.log(0.5) / jnp.log(0.9), steps / 10
 
     def b3(count):
@@ -51,7 +51,7 @@ def ademamix(rate, steps):
 
 
 def averaged_adam(rate, steps):
-    """Scored at an average of the weights over the last tenth or so."""
+    """Adam, scored at an average of the weights over about the last tenth."""
     return with_average(optax.adam(rate), 1 - 20 / steps)
 
 
@@ -83,16 +83,16 @@ def buffered(optimizer, topc, **static):
 
 
 def _hash(norm):
-    """A number in [0, 1) that knows nothing of how large ``norm`` is."""
+    """A number in [0, 1) that does not depend on the size of ``norm``."""
     bits = jax.lax.bitcast_convert_type(norm.astype(jnp.float32), jnp.uint32)
     return jax.random.uniform(jax.random.key(bits))
 
 
 def buffered_rows(name, base, start, optimizer, settings, **static) -> list[Row]:
-    """Rows of one optimizer with a buffer, and for each of its capacities FIFO.
+    """Rows of one optimizer with a buffer.
 
-    ``settings`` are pairs of C and decay; the second may also be ``"FIFO"``,
-    ``"random"`` (keys from a hash, decay .99) or ``"κ=1e-6"`` (decay .7).
+    ``settings`` are pairs of C and decay. Instead of a decay, the second may be
+    ``"FIFO"``, ``"random"`` (keys from a hash, decay .99) or ``"κ=1e-6"`` (decay .7).
     """
     known = {
         "FIFO": {"decay": 0.7, "fifo": 1.0},
@@ -205,8 +205,8 @@ def adam_cm(settings=SHORT) -> list[Row]:
 
 
 def _relative(rate, **options):
-    """``adam_c`` of gradients over the running mean of their norms: the buffer keeps
-    those that are large for their time. To Adam alone a scale makes no difference.
+    """``adam_c`` of gradients divided by the running mean of their norms. The buffer
+    keeps those that are large for their time. Adam by itself ignores the scale.
     """
 
     def init_fn(params):
@@ -237,7 +237,7 @@ def _warming(rate, steps, decay, kappa, fifo, random):
 
 
 def variants() -> list[Row]:
-    """What might make the buffer better: other priorities, κ from 0 up."""
+    """Variants that might be better: other priorities, κ that rises from 0."""
     start, of_one = ADAM / 2, ((5, 0.99),)
     apart = buffered_rows(
         "adam_c by leaf", "adam", start, memoptax.adam_c, of_one, synced=False
@@ -250,7 +250,7 @@ def variants() -> list[Row]:
 
 
 def int8_adam_cm() -> list[Row]:
-    """CM with one momentum of one byte."""
+    """CM with one momentum in int8."""
     return buffered_rows(
         "int8 adam_cm",
         "adam",

@@ -1,4 +1,4 @@
-"""Tables in markdown, and the page docs/evidence.md, from the results alone."""
+"""Tables in Markdown, and the page docs/evidence.md, from the results only."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from benchmarks.learning.experiment import Experiment
 from benchmarks.learning.intervals import Interval
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
-# Of what a run reports beside its score, and of a digit after the point or more.
+# The columns of a run beside its score, with their titles.
 EXTRAS = {
     "test_loss": "test loss",
     "rare": "five rarest, %",
@@ -22,7 +22,7 @@ EXTRAS = {
 
 
 def tables(experiment: Experiment, folder: Path, quick=False) -> str:
-    """All tables of an experiment, and what stands below them."""
+    """All tables of an experiment, and the notes below them."""
     made = [
         table(task, lines)
         for task, lines in summary.lines(experiment, folder, quick)
@@ -102,12 +102,12 @@ def difference(value: Interval | None) -> str:
 
 
 def number(value: float, digits: int) -> str:
-    # First to nine digits: Python 3.12 and 3.11 differ in the last one of a sum.
+    # Round to nine digits first: Python 3.12 and 3.11 differ in the last one of a sum.
     return f"{round(value, 9):.{digits}f}" if math.isfinite(value) else ""
 
 
 def _digits(half):
-    """So many that the half-width has two digits that count, up to four."""
+    """The decimals that give the half-width two significant digits, four at most."""
     if half <= 0:
         return 2
     return min(4, max(0, 1 - math.floor(math.log10(half))))

@@ -10,7 +10,7 @@ from benchmarks.learning import summary
 from benchmarks.learning.experiment import Experiment
 from benchmarks.learning.results import Results
 
-# Okabe and Ito's, which the colour-blind can tell apart; the mark differs as well.
+# Okabe and Ito's colours, which the colour-blind can tell apart. Marks differ too.
 KINDS = {
     "keeps the critical": ("#D55E00", "o"),
     "FIFO": ("#0072B2", "s"),
@@ -20,7 +20,7 @@ KINDS = {
 }
 
 
-# Columns that have a panel of differences of their own, each with its label.
+# Columns that have their own panel of differences, each with its label.
 PANELS = {
     "rare": "accuracy on the five rarest, %: difference, better to the right",
     "top": "log10 of the top eigenvalue: difference, flatter to the left",
@@ -36,7 +36,7 @@ def kind(name: str) -> str:
 
 
 def draw(experiment: Experiment, folder: Path, path: Path) -> None:
-    """Save the picture of an experiment as far as it was run."""
+    """Save the picture of an experiment, as far as it was run."""
     made = [(task, lines) for task, lines in summary.lines(experiment, folder) if lines]
     curved = made[0][0].curve is not None
     panels = [
@@ -77,7 +77,7 @@ def draw(experiment: Experiment, folder: Path, path: Path) -> None:
 
 
 def _shown(lines, column):
-    """The lines that have a difference, from the last to the first."""
+    """The lines that have a difference, the last one first."""
     return [line for line in reversed(lines) if _difference(line, column)]
 
 
@@ -130,9 +130,9 @@ def _outside(axis, mean, place, limits, colour):
 
 
 def _limits(tried, found):
-    """Room for all optimizers, and for what is not far from them.
+    """Limits with room for all optimizers, and for controls that are not far away.
 
-    A base at a hopeless rate is a number at the edge.
+    A base at a far too large rate is a number at the edge.
     """
     low, high = _range(tried)
     room = (high - low) / 3

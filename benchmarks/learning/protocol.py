@@ -2,9 +2,9 @@
 
 Every optimizer starts with the same number of rates, a factor of 2 apart. Where the
 best of them is at an edge of the grid, the grid grows there. A rate is chosen by the
-mean validation score of three seeds, and then meets seeds that no choice has seen. They
-are the same for all optimizers: same parameters to begin with, same batches. Bases are
-also trained at ½, 2 and 4 times their rate. Scores are those of the end of a run.
+mean validation score of three seeds, and then runs on fresh seeds. These are the same
+for all optimizers, and so are the initial parameters and the batches. Bases are also
+trained at ½, 2 and 4 times their rate. Scores are those of the end of a run.
 """
 
 import math
@@ -18,8 +18,8 @@ from benchmarks.learning.results import Results
 from benchmarks.learning.task import Task
 from benchmarks.learning.training import train
 
-FRESH = 100  # the first of the seeds of reports
-MULTIPLES = (0.5, 2, 4)  # of the rate of a base
+FRESH = 100  # the first fresh seed
+MULTIPLES = (0.5, 2, 4)  # of a base's rate
 
 
 class Size(NamedTuple):
@@ -34,7 +34,7 @@ QUICK = Size(rates=3, tuning_seeds=2, seeds=2, growth=0)
 
 class Choice(NamedTuple):
     rate: float
-    rates: tuple[float, ...]  # that were tried
+    rates: tuple[float, ...]  # all that were tried
     at_edge: bool
 
 
@@ -69,7 +69,7 @@ def grid(row: Row, size: Size) -> list[float]:
 
 
 def choose(task: Task, row: Row, results: Results) -> Choice | None:
-    """The best rate on validation so far; None before there is any run."""
+    """The best rate on validation so far, or None before any run."""
     scores: dict[float, list[float]] = {}
     for run in results.select(task=task.name, optimizer=row.name, steps=task.steps):
         if run["seed"] < FRESH:
@@ -101,7 +101,7 @@ def beyond(choice: Choice) -> float:
 
 
 def _make(task, wanted, results, title):
-    """Make the runs that are missing; return how many they were."""
+    """Make the runs that are missing, and return their number."""
     missing = [
         (row, rate, seed)
         for row, rate, seed in wanted

@@ -1,7 +1,7 @@
 """Results as data: one tidy file per experiment, one line per run, only appended to.
 
-A run is known by its task, its optimizer, its rate, its seed and its steps. A run that
-is in the file already is not repeated, so an experiment that was stopped resumes.
+A run is identified by its task, optimizer, rate, seed and steps. A run that is in the
+file already is not repeated, so a stopped experiment resumes.
 """
 
 import csv
@@ -13,7 +13,7 @@ TEXT = ("task", "optimizer", "curve")
 
 
 class Results:
-    """The runs in a file, by key; each a dict of numbers and text."""
+    """The runs in a file, by key. Each is a dict of numbers and text."""
 
     def __init__(self, path: Path):
         self.path = path

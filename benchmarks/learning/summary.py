@@ -1,4 +1,4 @@
-"""From runs to lines: what one optimizer reached on one task, beside its controls."""
+"""From runs to lines: the results of one optimizer on one task, and its controls."""
 
 import math
 from pathlib import Path
@@ -11,16 +11,16 @@ from benchmarks.learning.experiment import Experiment
 from benchmarks.learning.intervals import Interval
 from benchmarks.learning.results import Results
 
-# Beside the score, what an experiment asks about: differences to the base are told.
+# Columns beside the score whose differences to the base are reported.
 DIFFERENCES = ("rare", "top", "trace")
 
 
 class Line(NamedTuple):
-    """Means over fresh seeds; a difference is None where there is nothing to pair."""
+    """Means over fresh seeds. A difference is None if there is nothing to pair."""
 
     name: str
     rate: float
-    tried: int  # rates; 0 for a base at a multiple of its rate
+    tried: int  # number of rates, 0 for a base at a multiple of its rate
     at_edge: bool
     lost: int  # fresh seeds whose score is not finite
     seeds: int
@@ -30,8 +30,8 @@ class Line(NamedTuple):
     base: str
     means: dict[str, float]  # of the other columns
     differences: dict[str, Interval]  # to the base, of those in DIFFERENCES
-    bytes: float  # of state per parameter; NaN where another line says it
-    time: dict[str, float]  # of a step, ms and ratio; empty where it was not measured
+    bytes: float  # of state per parameter, NaN if another line has it
+    time: dict[str, float]  # of a step, ms and ratio; empty if not measured
 
 
 def lines(experiment: Experiment, folder: Path, quick=False):
@@ -89,15 +89,15 @@ def lines(experiment: Experiment, folder: Path, quick=False):
 
 
 class Pending(NamedTuple):
-    """A row whose rate is chosen and which has met no fresh seed."""
+    """A row whose rate is chosen, but whose fresh seeds were not run."""
 
     name: str
     choice: protocol.Choice
-    validation: float  # the mean by which the rate was chosen: the best of several
+    validation: float  # the mean of the chosen rate, the best of several
 
 
 def pending(experiment: Experiment, folder: Path):
-    """The tasks of an experiment, each with what waits for its fresh seeds."""
+    """The tasks of an experiment, each with the rows that wait for fresh seeds."""
     results = Results(folder / f"{experiment.name}.csv")
     for task, rows in experiment.plan():
         waiting = []
@@ -171,6 +171,6 @@ def _over(ours, task, row, results, column="test"):
 
 
 def curves(task, name, rate, results) -> np.ndarray:
-    """What was kept along the way, (seeds, points)."""
+    """The curves of the runs, (seeds, points)."""
     runs = _fresh(task, name, rate, results)
     return np.array([[float(x) for x in run["curve"].split()] for run in runs])

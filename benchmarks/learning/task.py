@@ -1,4 +1,4 @@
-"""What is trained: a task says how a run begins, what it sees and how it is scored."""
+"""A task says how a run begins, what it trains on and how it is scored."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,19 +16,19 @@ class Task(NamedTuple):
     name: str
     data: Any  # handed to the functions below
     init: Callable  # key -> params
-    draw: Callable  # data, key of the run, step -> what is random about its batch
-    batch: Callable  # data, what was drawn -> batch
-    loss: Callable  # params, batch -> what is trained on
+    draw: Callable  # data, key of the run, step -> the random part of its batch
+    batch: Callable  # data, the random part -> batch
+    loss: Callable  # params, batch -> the loss
     score: Callable  # data, params, losses, key of the run -> dict of scalars
     steps: int
     schedule: Callable  # steps -> (count -> factor of the rate)
     largest: bool = False  # whether a larger score is better
     unit: str = ""
-    curve: Callable | None = None  # data, params -> what is kept at each of `points`
+    curve: Callable | None = None  # data, params -> a number, at each of `points`
     points: int = 1
-    until: float | None = None  # the run stands still once its loss is so small
-    watch: Callable | None = None  # optimizer's state -> dict of scalars, averaged
-    lanes: int = 8  # runs that are trained at once
+    until: float | None = None  # the run stops at this running loss
+    watch: Callable | None = None  # optimizer's state -> dict of scalars (averaged)
+    lanes: int = 8  # runs trained at once
 
 
 def constant(steps):

@@ -12,7 +12,7 @@ import optax
 import memoptax
 from benchmarks.learning import task as tasks
 
-SMOOTH = 0.98  # of the running loss by which a run is stopped
+SMOOTH = 0.98  # decay of the running loss that stops a run
 
 
 class AverageState(NamedTuple):
@@ -24,7 +24,7 @@ class AverageState(NamedTuple):
 
 
 def with_average(tx, decay) -> optax.GradientTransformation:
-    """``tx``, with an average of the weights that the run is scored at."""
+    """``tx`` with an average of the weights, at which the run is scored."""
 
     def init_fn(params):
         return AverageState(jnp.zeros((), jnp.int32), tx.init(params), params)
@@ -46,7 +46,7 @@ def with_average(tx, decay) -> optax.GradientTransformation:
 def train(task: tasks.Task, make: Callable, runs: list[dict], schedule=None):
     """Train ``runs``, each a dict of ``rate``, ``seed`` and the numbers of ``make``.
 
-    Yields, for each ``task.lanes`` of them, the list of their records.
+    Yields a list of records for each ``task.lanes`` of them.
     """
     task = task._replace(name="", schedule=schedule or task.schedule)
     data, task = task.data, task._replace(data=None)
@@ -76,15 +76,15 @@ def _plain(value):
 
 
 def _common(task):
-    """What all optimizers of a task share, and so compile once."""
+    """The functions that all optimizers of a task share, and that compile once."""
     return task._replace(schedule=None, watch=None, curve=None, until=None)
 
 
 def _compiled(function):
     """A function of data and lanes, jitted.
 
-    Runs are short and programs many: LLVM's least effort compiles in a quarter of the
-    time, and the code is as fast.
+    Runs are short and programs are many. LLVM's lowest level compiles in a quarter of
+    the time, and the code is as fast.
     """
     options = {"xla_backend_optimization_level": "1"}
     lanes = function.__code__.co_argcount - 1
@@ -119,7 +119,7 @@ def _score(task):
 
 @functools.cache
 def _run(task, make):
-    """The steps of every lane, and nothing else: this compiles for each optimizer."""
+    """Only the steps of every lane, because this compiles for each optimizer."""
 
     def run(data, params, draws, numbers):
         numbers = dict(numbers)
@@ -155,7 +155,7 @@ def _run(task, make):
             params = state.average
         record = {}
         for name, value in watched.items():
-            last = name == "acceptance"  # already a share of all offers
+            last = name == "acceptance"  # which is already a share of all offers
             record[name] = value[-1] if last else jnp.mean(value[task.steps // 10 :])
         if task.curve is not None:
             record["curve"] = curve
@@ -165,12 +165,12 @@ def _run(task, make):
 
 
 def _watched(task, state):
-    """Acceptance and mean age of the buffer, NaN without one; and what a task asks."""
+    """The buffer's acceptance and mean age (or NaN), and what the task watches."""
     try:
         stats = memoptax.buffer_stats(state)
     except ValueError:
         stats = {"acceptance": jnp.nan, "age_mean": jnp.nan}
-    # What was stored in this step is one step old when it is next read.
+    # A value stored in this step is one step old when it is next read.
     watched = {"acceptance": stats["acceptance"], "age": stats["age_mean"] + 1}
     if task.watch is not None:
         watched |= task.watch(state)

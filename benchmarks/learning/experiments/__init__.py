@@ -1,4 +1,4 @@
-"""One experiment a file, each with its question, its bounds and what was not run."""
+"""One experiment per file, with its question, its bounds and what was not run."""
 
 import importlib
 

@@ -9,7 +9,7 @@ from benchmarks.learning import data
 from benchmarks.learning import task as tasks
 from benchmarks.learning.models import cross_entropy, transformer
 
-CONTEXT, SCORED = 32, 256  # windows of text in a score
+CONTEXT, SCORED = 32, 256  # SCORED is the number of windows in a score
 
 
 @functools.cache
@@ -18,7 +18,7 @@ def arrays():
 
 
 def windows(text, starts):
-    """Inputs and the characters that follow them, (len(starts), CONTEXT)."""
+    """Inputs and the characters that follow them, each (len(starts), CONTEXT)."""
     rows = text[starts[:, None] + jnp.arange(CONTEXT + 1)].astype(jnp.int32)
     return rows[:, :-1], rows[:, 1:]
 
@@ -40,7 +40,7 @@ def batch(text, starts):
 
 @functools.cache
 def functions(vocabulary, width, layers, heads):
-    """A transformer's start, its loss and its score."""
+    """The initial parameters, the loss and the score of a transformer."""
     model = transformer(vocabulary, width, layers, heads, CONTEXT)
 
     def loss(params, batch):

@@ -1,4 +1,4 @@
-"""E10: online, each batch is a test before it is trained on. Does memory help there?"""
+"""E10: online, each batch is tested before it is trained on. Does memory help?"""
 
 import functools
 
@@ -40,7 +40,10 @@ def batch(batches, count):
 
 @functools.cache
 def model(sizes):
-    """A perceptron over one-hot categories and the distance: its start and its loss."""
+    """The initial parameters and the loss of a perceptron.
+
+    Its inputs are one-hot categories and the distance.
+    """
     net = mlp(sum(sizes) + 1, HIDDEN, 2)
     offsets = jnp.asarray(np.cumsum([0, *sizes[:-1]]))
 
@@ -54,7 +57,7 @@ def model(sizes):
 
 
 def score(batches, params, losses, key):
-    """The mean loss of the first third chooses the rate; that of the rest is told."""
+    """The mean loss: that of the first third chooses the rate, the rest is the score."""
     del batches, params, key
     third = len(losses) // 3
     return {"validation": jnp.mean(losses[:third]), "test": jnp.mean(losses[third:])}

@@ -1,8 +1,8 @@
-"""E11: does CM find flatter minima, where training has come equally far?
+"""E11: does CM find flatter minima at equal training loss?
 
-Every run stops moving once its running loss is down to the same value. Then the largest
-eigenvalue of the Hessian is found by power iteration, and its trace by Hutchinson's
-probes, both on the same thousand training examples.
+Every run stops once its running loss is down to the same value. Power iteration then
+finds the largest eigenvalue of the Hessian, and Hutchinson's probes its trace. Both use
+the same thousand training examples.
 """
 
 import jax
@@ -20,7 +20,7 @@ ITERATIONS, PROBES = 40, 20
 
 
 def sharpness(loss, params, key) -> dict:
-    """The largest eigenvalue of a loss's Hessian, and the mean of its trace."""
+    """The largest eigenvalue of a loss's Hessian, and an estimate of its trace."""
     flat, unravel = jax.flatten_util.ravel_pytree(params)
 
     def times(vector):

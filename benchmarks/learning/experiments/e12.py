@@ -1,4 +1,4 @@
-"""E12: text, small batches and longer runs. Does the gain of memory grow there?"""
+"""E12: does memory help on text, and more so at small batches and in longer runs?"""
 
 from benchmarks.learning import optimizers as o
 from benchmarks.learning.experiment import Experiment
@@ -22,7 +22,7 @@ def plan():
 
 EXPERIMENT = Experiment(
     name="e12",
-    question="Does memory help on text, the more the smaller the batches?",
+    question="Does memory help on text, and more so at small batches?",
     bounds=(
         "the next character of Python's help, a transformer of width 32 with one layer "
         "and a context of 32, warm-up and cosine; batch 8 for 600 steps and batch 1 "

@@ -1,4 +1,4 @@
-"""E13: SM3 at equal bytes: what it saves buys a model of twice the parameters."""
+"""E13: SM3 at equal bytes, where it has a model with twice the parameters."""
 
 from benchmarks.learning import optimizers as o
 from benchmarks.learning.experiment import Experiment

@@ -1,7 +1,7 @@
-"""E7: does CG converge faster, with true labels and with labels that mean nothing?
+"""E7: does CG converge faster, with true labels and with random labels?
 
 The authors' script for covtype and rcv1 drew features and labels by two independent
-random index sets, so that its labels knew nothing of its features. Both are tried.
+random index sets, so that its labels did not depend on its features. Both are tried.
 """
 
 import functools
@@ -41,7 +41,7 @@ def batch(parts, rows):
 
 
 def gap(parts, params):
-    """log10(F − F*), not below what float32 can tell."""
+    """log10(F − F*), not below the precision of float32."""
     x, y, optimum = parts
     return jnp.log10(jnp.maximum(loss(params, (x, y)) - optimum, 1e-7))
 

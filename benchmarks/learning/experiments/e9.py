@@ -1,9 +1,9 @@
 """E9: what does a buffer remember where labels are wrong or classes are rare?
 
-One more parameter, ``tag``, shows what the slots hold. The loss is linear in it, and
-its gradient is the share of such examples in the batch, too small to count as part of a
-norm. So the norm of the mean of the slots at ``tag`` is their share among what is
-remembered.
+An extra parameter, ``tag``, shows what the slots hold. The loss is linear in it. Its
+gradient is the share of such examples in the batch, scaled down so that it hardly
+changes the norm. So the norm of the mean of the slots at ``tag`` is the share of such
+examples in the slots.
 """
 
 import functools
@@ -33,7 +33,7 @@ def loss(params, batch):
 
 
 def flipped(split, key, count):
-    """A fifth of the examples have a label of another class, the same all along."""
+    """A fifth of the examples have the label of another class, which stays the same."""
     rows = mnist.draw(BATCH)(split, key, count)
 
     def of_example(row):
@@ -68,7 +68,7 @@ def _weights(labels):
 
 
 def remembered(state):
-    """The share of tagged examples among what the slots hold; NaN without a buffer."""
+    """The share of tagged examples in the slots, or NaN without a buffer."""
 
     def is_buffer(node):
         return isinstance(node, mo.Buffer)
@@ -84,7 +84,7 @@ def score_flips(split, params, losses, key):
 
 
 def score_rare(split, params, losses, key):
-    """Classes count alike; ``rare`` is the accuracy on the five rarest."""
+    """Every class counts the same. ``rare`` is the accuracy on the five rarest."""
     del losses, key
 
     def correct(part, wanted):
