@@ -115,7 +115,7 @@ def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> Sta
 
 
 def reset_buffer(state: State) -> State:
-    """The state with empty buffers, for example at a change of task. Moments stay.
+    """The state with its buffers emptied, as when the task changes. Moments are kept.
 
     Args:
       state: the state of an optimizer with critical gradients or momenta.
@@ -139,9 +139,9 @@ def reset_buffer(state: State) -> State:
 def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> None:
     """Refuse a state that does not belong to ``tx`` and ``params``.
 
-    While it is traced, an ``update`` checks shapes and dtypes. This function checks the
-    numbers too. Call it outside of ``jax.jit`` after every restore from a checkpoint,
-    and whenever a state was changed by other means.
+    ``update`` checks only shapes and dtypes, while it is traced. This function checks
+    the values too. Call it outside of ``jax.jit`` after every restore from a
+    checkpoint, and whenever a state was changed by other means.
 
     Args:
       tx: the optimizer.
@@ -154,9 +154,9 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
     Raises:
       ValueError: if the state has another structure, shape or dtype than
         ``tx.init(params)``, or has a leaf that is not an array; if a floating-point
-        array has a number that is not finite (a scalar: NaN); if the entries of a
-        buffer are not a permutation, its counters contradict each other, or its keys or
-        norms are negative. The error names the array.
+        array has a number that is not finite (a scalar may be infinite); if the entries
+        of a buffer are not a permutation, its counters contradict each other, or its
+        keys or norms are negative. The error names the array.
 
     Examples:
       >>> import memoptax, jax.numpy as jnp
@@ -169,8 +169,8 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
     if jax.tree.structure(bare) != jax.tree.structure(asked):
         raise ValueError(
             f"state has the structure {jax.tree.structure(bare)}, but tx.init(params) "
-            f"has {jax.tree.structure(asked)}: it is of another optimizer, of other "
-            "options or of other parameters."
+            f"has {jax.tree.structure(asked)}: it belongs to another optimizer, other "
+            "options or other parameters."
         )
     for (path, leaf), (_, like) in zip(found, wanted):
         name = f"state{jax.tree_util.keystr(path)}"
@@ -272,8 +272,8 @@ def _leaves_like(buffer, updates):
         if path not in by_path:
             raise ValueError(
                 "updates have no leaf at "
-                f"{jax.tree_util.keystr(path) or 'the root'}, of which the state holds "
-                "a buffer."
+                f"{jax.tree_util.keystr(path) or 'the root'}, but the state holds a "
+                "buffer for it."
             )
     return [by_path[path] for path in paths]
 

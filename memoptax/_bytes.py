@@ -40,7 +40,7 @@ class MemoryReport:
 
     fields: dict[str, int]  # name of the state's field -> bytes, the largest first
     total: int
-    parameters: int  # the number of numbers in the parameters
+    parameters: int  # how many numbers the parameters have
     per_device: dict[str, int] | None = None  # as fields, if shardings were given
     whole: dict[str, int] | None = None  # likewise, of arrays that no mesh axis divides
 

@@ -20,7 +20,7 @@ from memoptax._tensors import layout
 class CriticalGradientsState(NamedTuple):
     """State of :func:`critical_gradients`."""
 
-    buffer: algorithm.Buffer  # of gradients; Buffer says what shapes and dtypes it has
+    buffer: algorithm.Buffer  # of gradients; see Buffer for shapes and dtypes
 
 
 def critical_gradients(
@@ -46,9 +46,10 @@ def critical_gradients(
 
     The key of a gradient starts as :math:`\lVert g \rVert` and is multiplied by
     ``decay`` at every step. The first update is the gradient itself. A full buffer
-    refuses a gradient whose norm is not above its least key. Among equal keys, the
-    lowest entry leaves. If the gradient or its priority is not finite, the buffer does
-    not change. The update is still made, so that ``optax.apply_if_finite`` can see it.
+    refuses a gradient whose norm is not above the least key in the buffer. Among equal
+    keys, the entry with the lowest index is replaced. If the gradient or its priority
+    is not finite, the buffer does not change. The update is still returned, so that
+    ``optax.apply_if_finite`` can see it.
 
     Memory: C + 1 copies of the parameters, or one copy for C = 1. A running sum
     (``holding='sum'``) takes one more. Donate the state
@@ -60,8 +61,9 @@ def critical_gradients(
     larger ``decay`` or a smaller C the buffer selects more.
 
     Under ``optax.partition`` each group has its own buffer and priority.
-    ``optax.MultiSteps`` selects over its whole inner state, buffer included, so
-    accumulate micro-batches in the training step instead.
+    ``optax.MultiSteps`` chooses between the old and the new inner state, buffer
+    included, on every micro-batch. That passes over the whole buffer, so accumulate
+    micro-batches in the training step instead.
     ``optax.inject_hyperparams`` casts numbers to the dtype of the parameters. In
     bfloat16 a decay of .999 becomes 1.
 
@@ -69,30 +71,30 @@ def critical_gradients(
       topc: the capacity C of the buffer, a static integer. None means 5. The papers'
         grid is 5, 10, 20. A concrete 0 keeps no buffer and gives the base optimizer,
         bit for bit.
-      decay: the factor of the buffer's keys at every step, in [0, 1]. It is not the
-        decay of a moment. With a larger one, a value may stay longer. The papers' grid
-        is 0.7, 0.9, 0.99. The product is computed in float32 at least.
+      decay: the factor in [0, 1] that multiplies the buffer's keys at every step. It is
+        not the decay of a moment. With a larger ``decay``, values may stay longer. The
+        papers' grid is 0.7, 0.9, 0.99. The product is computed in float32 or better.
       kappa: κ, the weight of the buffer's mean. A concrete 0 keeps no buffer.
-      aggr: how an update u and the n values held become one. ``'sum'`` is
+      aggr: how an update u and the n values held are combined. ``'sum'`` is
         u + κ·mean(B), ``'mid'`` is half of that, and ``'mean'`` is
         (u + κ·ΣB)/(n + 1). A function ``(update, buffer_mean, fill) -> update`` is
-        called for each leaf, with κ·mean(B) and n. ``'sum'`` roughly doubles the step:
-        compare it with its base at twice the learning rate, and tune from a tenth of
-        the base's rate up.
+        called for each leaf, with κ·mean(B) and n. ``'sum'`` roughly doubles the step,
+        so compare it with the base at twice the learning rate. Tune the rate upwards
+        from a tenth of the base's.
       synced: whether all leaves are kept or dropped together, by one priority. If
-        False, each leaf has its own.
-      priority_fn: how critical a gradient is, a function from the gradients (from one
-        leaf if not ``synced``) to a scalar of at least 0. None means the sum of the
-        leaves' L2 norms, which is the authors' rule. ``optax.tree.norm`` is the global
-        norm. Inside ``jax.shard_map`` a function sees only the shards of one device.
-        Use :func:`memoptax.sharded_norm` there, which also takes a rule of your own, so
-        that all devices agree.
+        False, each leaf has its own priority.
+      priority_fn: a function that says how critical a gradient is. It maps the
+        gradients (one leaf if not ``synced``) to a scalar of at least 0. None
+        means the sum of the leaves' L2 norms, which is the authors' rule.
+        ``optax.tree.norm`` is the global norm. Inside ``jax.shard_map`` a function sees
+        only the shards of one device. Use :func:`memoptax.sharded_norm` there, so that
+        all devices agree. It also takes a rule of your own.
       buffer_dtype: dtype of the slots: None (that of the parameters), float64, float32,
         bfloat16, float16 or int8. Sums and keys stay in float32 or better. A leaf is
         refused if its norm exceeds the range of the dtype (65504 in float16). int8 has
         one float32 scale per row of the last axis, or one for a tensor of rank 0 or 1.
-        An entry is then off by at most 1/254 of the largest in its row, rows below
-        1.5e-36 become 0, and no derivative flows through the slots.
+        The error of an element is then at most 1/254 of the largest magnitude in its
+        row. Rows below 1.5e-36 become 0. No derivative flows through the slots.
         ``docs/low_precision.md`` has the measured effect on accuracy.
       fifo_probability: the probability that a step replaces the oldest entry of a full
         buffer without comparing keys, drawn once per step. None means never.
@@ -100,10 +102,10 @@ def critical_gradients(
       holding: how the C values are held. ``'select'`` is for C = 1: one slot with the
         shape of its parameter. ``'read'`` has C + 1 slots and reads C of them on every
         step. ``'sum'`` has C + 1 slots and their sum, and reads two slots for any C.
-        Its sum is exact to 1e-5 of the summed norms of the leaf's values (2e-14 in
-        float64). None takes the first for C = 1, the second for up to 20 bytes of slots
-        per parameter, and the third beyond that. On a CPU ``'sum'`` is faster from
-        about C = 5 in float32 and C = 20 in int8.
+        The error of that sum is at most 1e-5 of the summed norms of the leaf's values
+        (2e-14 in float64). None means ``'select'`` for C = 1, ``'read'`` for up to 20
+        bytes of slots per parameter, and ``'sum'`` beyond that. On a CPU
+        ``'sum'`` is faster from about C = 5 in float32 and C = 20 in int8.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. It ignores extra arguments, and its
@@ -137,8 +139,8 @@ def critical_gradients(
       <https://arxiv.org/abs/2106.10708>`_, ICLR 2022
 
     Differs from the authors' code (CGOptimizer) in:
-      1. The gate is the true minimum of the keys. Theirs may be another entry.
-      2. ``kappa`` and ``aggr`` work in every variant, and a κ of 0 is the base.
+      1. A new key is compared with the true minimum. Theirs may use another entry.
+      2. ``kappa`` and ``aggr`` work in every variant, and a κ of 0 gives the base.
       3. The running sum has a bounded error. Theirs keeps the rounding errors of large
          values after they have left.
       4. Sums and keys are float32 or better for every ``buffer_dtype``.
@@ -227,7 +229,7 @@ def sgd_c(
     Differs from the authors' SGD_C in:
       1. What :func:`critical_gradients` lists.
       2. Weight decay comes after aggregation. Theirs is stored with the gradient.
-      3. A κ of 0 keeps the momentum.
+      3. With a κ of 0, momentum still applies. Theirs drops it.
     """
     learning_rate = _check.learning_rate(learning_rate)
     base = optax.chain(
@@ -269,7 +271,7 @@ def rmsprop_c(
     Args:
       learning_rate: η, a number or an optax schedule.
       alpha: the decay of the second moment, in [0, 1]. ``optax.rmsprop`` calls it
-        ``decay``, which is the buffer's here.
+        ``decay``. Here ``decay`` is that of the buffer's keys.
       eps: ε ≥ 0, outside the root.
       momentum: the momentum of the scaled steps, in [0, 1], or None for none.
       nesterov: whether that momentum is Nesterov's.
@@ -295,10 +297,10 @@ def rmsprop_c(
 
     Differs from the authors' RMSprop_C in:
       1. What :func:`critical_gradients` lists.
-      2. The centered variance is clamped at 0. Theirs may be negative, with a root of
-         NaN.
-      3. Momentum is taken of η times the step, as in ``optax.rmsprop``. This is the
-         same for a constant rate, but not under a schedule.
+      2. The centered variance is clamped at 0. Theirs may be negative, and its root is
+         then NaN.
+      3. Momentum accumulates η times the step, as in ``optax.rmsprop``. For a constant
+         rate the result is the same, but under a schedule it is not.
     """
     learning_rate = _check.learning_rate(learning_rate)
     base = optax.chain(
@@ -340,8 +342,8 @@ def adam_c(
     less with ``buffer_dtype``.
 
     Args:
-      learning_rate: η, a number or an optax schedule. The authors tune it again, from
-        the base's rate to a tenth of it.
+      learning_rate: η, a number or an optax schedule. The authors retune it, between
+        a tenth of the base's rate and that rate.
       b1: β₁ in [0, 1).
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
@@ -441,8 +443,8 @@ def adamw_c(
 
     Differs from the authors' AdamW_C in:
       1. What :func:`critical_gradients` lists.
-      2. Parameters are decayed in one product with the step, as in ``optax.adamw``.
-         Theirs first multiplies them by 1 − η·λ, rounded.
+      2. λ·θ is added to the step before η multiplies both, as in ``optax.adamw``.
+         Theirs first multiplies the parameters by 1 − η·λ, which is rounded.
     """
     learning_rate = _check.learning_rate(learning_rate)
     base = optax.chain(
@@ -456,8 +458,8 @@ def adamw_c(
 def _in_front_of(base, buffer) -> optax.GradientTransformationExtraArgs:
     """The buffer in front of ``base``, which computes in float32.
 
-    A mesh may divide the updates further than the gradients. They stay so between the
-    two, and are gathered once, at the end.
+    The updates may be sharded over more mesh axes than the gradients. They stay so from
+    the buffer to the end of ``base``, and are gathered once there.
     """
     tx = optax.chain(buffer, precision.in_float32(base))
 

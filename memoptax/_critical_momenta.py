@@ -24,7 +24,7 @@ class CriticalMomentaState(NamedTuple):
 
     mu: Any  # like the params, in mu_dtype: the momentum m
     mu_scales: Any  # int8: per leaf (*shape[:-1], 1), float32; else None
-    buffer: algorithm.Buffer  # of momenta; Buffer says what shapes and dtypes it has
+    buffer: algorithm.Buffer  # of momenta; see Buffer for shapes and dtypes
 
 
 class ScaleByAdamCmState(NamedTuple):
@@ -35,7 +35,7 @@ class ScaleByAdamCmState(NamedTuple):
     mu_scales: Any  # int8: per leaf (*shape[:-1], 1), float32; else None
     nu: Any  # like the params, float32 or better: second moment of the aggregate M
     nu_max: Any  # like nu: its maximum so far; None without AMSGrad
-    buffer: algorithm.Buffer  # of momenta; Buffer says what shapes and dtypes it has
+    buffer: algorithm.Buffer  # of momenta; see Buffer for shapes and dtypes
 
 
 def critical_momenta(
@@ -75,12 +75,12 @@ def critical_momenta(
       mu_dtype: dtype in which m is stored between steps: None (float32 or better),
         float64, float32, bfloat16, float16 or int8 (with scales as for
         ``buffer_dtype``). The arithmetic stays in float32 or better. m is rounded to
-        nearest and clipped to the range of the dtype. The rounded m is what the buffer
-        joins and stores. Rounding stalls m: with b1 = .9, m approaches a constant
-        gradient only to 2.6 % in bfloat16 and .3 % in float16, and in int8 an entry
-        stays 0 while its gradients are below 4 % of the largest m in its row. Without
-        a buffer (a concrete κ or C of 0) the update is made of m before it is rounded,
-        and int8 takes a temporary copy of the parameters. No derivative flows through
+        nearest and clipped to the range of the dtype. The buffer joins and stores the
+        rounded m. Rounding stalls m. With b1 = .9, m approaches a constant gradient
+        only to within 2.6 % in bfloat16 and .3 % in float16. In int8 an element stays 0
+        while its gradients are below 4 % of the largest m in its row. Without a buffer
+        (a concrete κ or C of 0) the update uses m before rounding, and int8 takes a
+        temporary copy of the parameters. No derivative flows through
         int8. ``docs/low_precision.md`` has the measured effect on accuracy.
       synced, priority_fn, buffer_dtype, fifo_probability, seed, holding: as in
         :func:`critical_gradients`.
@@ -176,8 +176,8 @@ def scale_by_adam_cm(
       v_t = \beta_2 v_{t-1} + (1 - \beta_2) M_t^2 \\
       u_t &= \frac{M_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
-    with m and B of :func:`critical_momenta`. A κ or C of 0 is Adam, whose v is that of
-    the gradients. If a gradient is not finite, the whole update is NaN and the whole
+    with m and B of :func:`critical_momenta`. A κ or C of 0 gives Adam, whose v is that
+    of the gradients. If a gradient is not finite, the whole update is NaN and the whole
     state does not change.
 
     Memory: C + 3 copies of the parameters (3 for C = 1), for the slots, m and v; one
@@ -190,9 +190,9 @@ def scale_by_adam_cm(
       eps: ε ≥ 0, outside the root.
       eps_root: added inside the root.
       amsgrad: whether to divide by the maximum of the uncorrected v so far.
-      skip_first: whether to repeat the first step of the authors' code. It stores the
-        bare gradient, and the moments stay 0 and the parameters stay where they are.
-        It costs one temporary copy of the parameters.
+      skip_first: whether to reproduce the first step of the authors' code. That step
+        stores the bare gradient, and leaves the moments at 0 and the parameters as they
+        are. The option costs one temporary copy of the parameters.
       mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
       aggr: as in :func:`critical_gradients`.
       **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
@@ -227,9 +227,9 @@ def scale_by_adam_cm(
       Momenta <https://arxiv.org/abs/2307.09638>`_, TMLR 2024
 
     Differs from the authors' Adam_CM in:
-      1. What :func:`critical_momenta` lists. ``skip_first=True`` is their first step.
+      1. What :func:`critical_momenta` lists. ``skip_first=True`` restores theirs.
       2. A κ of 0 is Adam. Theirs raises a KeyError.
-      3. Weight decay is not part of it. :func:`adamw_cm` decouples it, as theirs does.
+      3. It has no weight decay. :func:`adamw_cm` adds it, decoupled as in theirs.
     """
     b1, b2, eps, eps_root = pytorch.check_adam(b1, b2, eps, eps_root)
     _check.flag("amsgrad", amsgrad)
@@ -295,9 +295,9 @@ def sgd_cm(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD with critical momenta: :math:`\theta_{t+1} = \theta_t - \eta\,M_t`.
 
-    This is :func:`critical_momenta` with a learning rate. m is (1 − β₁)-weighted and
-    has no bias correction, so its first steps are short. The authors provide no SGD
-    variant of critical momenta.
+    This is :func:`critical_momenta` with a learning rate. Gradients enter m with the
+    weight 1 − β₁, and there is no bias correction, so the first steps are short. The
+    authors provide no SGD variant of critical momenta.
 
     Memory: C + 2 copies of the parameters (2 for C = 1).
 
@@ -342,12 +342,13 @@ def adam_cm(
     aggr: Aggregate = "sum",
     **buffer: Unpack[BufferArguments],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam with critical momenta, which on surfaces leaves sharp basins for flat ones.
+    r"""Adam with critical momenta, which escapes the sharp basins of toy surfaces.
 
     :math:`\theta_{t+1} = \theta_t - \eta\,u_t` with the u of :func:`scale_by_adam_cm`,
-    which has the equations and the reference. The effect needs a large learning rate.
-    With a ``decay`` of .99 it escapes and settles. On networks it was level with Adam
-    or worse after full training (``docs/evidence.md``).
+    which has the equations and the reference. The escape needs a large learning rate.
+    With a ``decay`` of .99 the optimizer leaves the sharp basin and settles in a flat
+    one. On networks it was level with Adam, or worse, after full training
+    (``docs/evidence.md``).
 
     Memory: C + 3 copies of the parameters (3 for C = 1), one more with AMSGrad.
 
@@ -429,7 +430,8 @@ def adamw_cm(
       mask: a tree of booleans that says which parameters decay, or a function from the
         parameters to such a tree. None decays all.
       amsgrad: as in :func:`scale_by_adam_cm`.
-      skip_first: as in :func:`scale_by_adam_cm`. The first step then decays only.
+      skip_first: as in :func:`scale_by_adam_cm`. The first step then
+        only applies weight decay.
       aggr: as in :func:`critical_gradients`.
       **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
         ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
@@ -448,8 +450,8 @@ def adamw_cm(
 
     Differs from the authors' Adam_CM with weight decay in:
       1. What :func:`scale_by_adam_cm` lists.
-      2. Parameters are decayed in one product with the step. Theirs first multiplies
-         them by 1 − η·λ, rounded.
+      2. λ·θ is added to the step before η multiplies both. Theirs first multiplies the
+         parameters by 1 − η·λ, which is rounded.
     """
     learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(

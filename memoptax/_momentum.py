@@ -1,4 +1,4 @@
-"""The momentum m whose past values a buffer holds: made, averaged, guarded."""
+"""The momentum m, whose past values a buffer holds: its zeros, average and checks."""
 
 import functools
 
@@ -59,10 +59,10 @@ def is_sound(options, gradients, dtype, *hyperparameters, squares=False):
 
 
 def as_released(options, gradients, state, b1, sound):
-    """M, the two fields of m, and the buffer, by the rule of the authors' code.
+    """M, the two fields of m, and the buffer, as the authors' released code has them.
 
-    On the first step it offers the bare gradient to the buffer, and m and M are 0. With
-    a κ of 0 it skips nothing.
+    The first step offers the bare gradient to the buffer, and m and M are 0. With a κ
+    of 0 the first step is like any other.
     """
     first = (state.count == 0) & jnp.not_equal(options.kappa, 0)
     m, _, mu = average(gradients, state, b1, sound & ~first)
@@ -76,9 +76,9 @@ def as_released(options, gradients, state, b1, sound):
 def average(gradients, state, b1, taken):
     """m = b1·m + (1 − b1)·g, or the old m where the step is not ``taken``.
 
-    Three forms of it: numbers, the leaves in storage, and the two fields of the state.
-    The numbers are decoded from storage. So nothing reads the old m after the new one
-    is known, and XLA can overwrite it.
+    It is returned in three forms: as numbers, as stored leaves, and as the two fields
+    of the state. The numbers are decoded from the stored leaves. So nothing reads the
+    old m after the new one is known, and XLA can overwrite the old one.
     """
     leaves, treedef = jax.tree.flatten(gradients)
     before = storage.unpack(treedef, state.mu, state.mu_scales)
@@ -107,7 +107,8 @@ def _blended(gradient, old, b1, rest, taken):
 def or_nan(sound, updates, gradients):
     """``updates``, or NaN where the step is not sound, sharded like the gradients.
 
-    Such a step leaves the state as it was. NaN tells those who guard the loop.
+    A step that is not sound does not change the state. The NaN makes it visible to
+    wrappers such as ``optax.apply_if_finite``.
     """
     return jax.tree.map(
         lambda u, g: layout.like(jnp.where(sound, u, jnp.nan).astype(g.dtype), g),

@@ -60,7 +60,7 @@ def _check_real(kind, path, leaf):
         dtype = getattr(leaf, "dtype", None)
     if dtype is None:
         raise ValueError(
-            f"{name} is no array but {leaf!r}: take the arrays out of the tree, with "
+            f"{name} must be an array, but is {leaf!r}: keep only the arrays, with "
             "equinox.filter(model, equinox.is_inexact_array) or with optax.masked."
         )
     try:

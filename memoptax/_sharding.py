@@ -42,13 +42,14 @@ def state_partition_specs(
     This holds in any chain, under ``optax.masked``, ``optax.partition``,
     ``optax.MultiSteps`` and ``optax.inject_hyperparams``, and for optax's own states.
 
-    ``over`` divides the state further than the parameters (ZeRO-1). It takes each
-    parameter to be divided over these mesh axes too, along the first axis that its spec
-    leaves free and that they divide evenly. The parts are contiguous, and rows of int8
-    stay whole if another axis than the last can be divided. A parameter without such an
-    axis has its whole state on every device. The axis of slots is never divided,
-    because a step reads and writes single slots. Such specs are for ``jax.jit`` and not
-    for ``jax.shard_map``, where gradients and state would differ in shape.
+    ``over`` divides the state further than the parameters (ZeRO-1). Specs are made as
+    if each parameter were also divided over these mesh axes, along the first axis that
+    its spec leaves free and that they divide evenly. The parts are contiguous, and rows
+    of int8 stay whole if an axis other than the last can be divided. A parameter
+    without such an axis has its whole state on every device. The axis of slots is never
+    divided, because a step reads and writes single slots. Such specs are for
+    ``jax.jit`` and not for ``jax.shard_map``, where gradients and state would differ in
+    shape.
 
     Args:
       tx: any optax transformation.

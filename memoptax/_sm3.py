@@ -57,8 +57,8 @@ def scale_by_sm3(
 
     The update is :math:`q_t`, or :math:`m_t` with momentum. An entry of :math:`q_t` is
     at most 1 in magnitude. With ``beta``, each sum x + y becomes an average
-    :math:`\beta x + (1 - \beta) y`. It starts at 0 and has no bias correction, so the
-    first steps are up to :math:`1 / \sqrt{1 - \beta}` long.
+    :math:`\beta x + (1 - \beta) y`. The average starts at 0 without bias correction, so
+    the first steps are up to :math:`1 / \sqrt{1 - \beta}` long.
 
     Memory: for a tensor :math:`n_1 \times \dots \times n_k` the accumulators hold
     :math:`\sum_i n_i` numbers in float32 (float64 for float64 parameters). Rank 0 and 1
@@ -66,14 +66,14 @@ def scale_by_sm3(
     in bfloat16 and a quarter in int8 (with one scale per row of the last axis).
 
     If a squared gradient of a leaf is not finite, the accumulators and the momentum of
-    the leaf do not change. If every entry has an accumulator of its own (Adagrad:
-    vectors, scalars), this holds for single entries, and for single rows of an int8
-    momentum. The update is not finite where the gradient is not, so that
+    the leaf do not change. Where every entry has its own accumulator (vectors and
+    scalars, by default), this applies to each entry alone, or to each row alone of an
+    int8 momentum. The update is not finite where the gradient is not, so that
     ``optax.apply_if_finite`` can see it.
 
     A gradient leaf may be row-sparse (``jax.experimental.sparse.BCOO`` with one sparse
     dimension, see :func:`memoptax.sparse.row_value_and_grad`). Its parameter needs the
-    cover :func:`memoptax.covers.rows`. The work is that of the rows touched. Duplicate
+    cover :func:`memoptax.covers.rows`. Only the rows touched cost work. Duplicate
     rows are summed first, and momentum is neither applied nor changed.
 
     Args:
@@ -84,8 +84,8 @@ def scale_by_sm3(
         steps are never smaller.
       cover: a function ``(path, leaf) -> list of box shapes``, or such a list for all
         parameters. None is :func:`memoptax.covers.axes`, and :mod:`memoptax.covers` has
-        others. Every update calls it again, while it is traced, so it may use only the
-        names in the path and the shape.
+        others. The function is called again whenever an update is traced, so it may
+        depend only on the names in the path and on the shape.
       accumulator_dtype: float32 or float64. None is float64 for float64 parameters and
         float32 for all others.
       momentum_dtype: dtype in which the momentum is stored: None (that of the
@@ -185,7 +185,7 @@ def scale_by_sm3(
 def _check_momentum(momentum, dtype, state):
     """Refuse a state whose momentum was made with other arguments.
 
-    A traced momentum may be 0, and decides nothing.
+    A traced momentum may be 0, so it is not compared with the state.
     """
     if momentum is None or _check.static(momentum):
         if (momentum is None) != (state.momentum is None):
@@ -195,7 +195,7 @@ def _check_momentum(momentum, dtype, state):
                 "momentum that it was made with, or make a new state with init."
             )
     for leaf in jax.tree.leaves(state.momentum):
-        # Without a name it is as wide as the accumulators, and never int8.
+        # With a momentum_dtype of None it is as wide as the accumulators, never int8.
         if leaf.dtype == jnp.int8 if dtype is None else leaf.dtype != dtype:
             raise ValueError(
                 f"momentum_dtype is {dtype and jnp.dtype(dtype).name!r}, but the state "
@@ -235,9 +235,9 @@ def sm3(
     r"""SM3, the memory-efficient adaptive optimizer.
 
     :math:`\theta_{t+1} = \theta_t - \eta\,(u_t + \lambda\,\theta_t)` with the update u
-    of :func:`scale_by_sm3`, which has the equations and the reference. Row-sparse
-    gradients are not decayed, because that would touch every row.
-    :func:`memoptax.sparse.apply_updates` applies them.
+    of :func:`scale_by_sm3`, which has the equations and the reference. Weight
+    decay skips parameters with row-sparse gradients, because it would touch every row.
+    Apply row-sparse updates with :func:`memoptax.sparse.apply_updates`.
 
     Memory: that of :func:`scale_by_sm3`.
 
@@ -245,7 +245,7 @@ def sm3(
       learning_rate: η, a number or an optax schedule such as
         :func:`memoptax.sm3_schedule`. Without ``beta`` and weight decay it is the
         largest change of an entry per step.
-      momentum: as in :func:`scale_by_sm3`, and so for all arguments not named here.
+      momentum: as in :func:`scale_by_sm3`. So are all arguments not listed here.
       weight_decay: λ ≥ 0, a number or a schedule, per unit of learning rate. With a
         plain 0, ``update`` needs no parameters.
       mask: a tree of booleans that says which parameters decay, or a function from the

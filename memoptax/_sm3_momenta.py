@@ -1,4 +1,4 @@
-"""Critical momenta over the covers of SM3: a second moment that costs nothing."""
+"""Critical momenta over the covers of SM3: a second moment in almost no memory."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Unpack
@@ -72,7 +72,7 @@ def scale_by_sm3_cm(
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.
       cover: the boxes, as in :func:`scale_by_sm3`.
-      skip_first: whether to repeat the first step of the authors' code, as in
+      skip_first: whether to reproduce the authors' first step, as in
         :func:`scale_by_adam_cm`.
       mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
       aggr: as in :func:`critical_gradients`.
@@ -104,7 +104,7 @@ def scale_by_sm3_cm(
       <https://arxiv.org/abs/1901.11150>`_, NeurIPS 2019
 
     Differs from the authors' code in:
-      1. The authors have no such optimizer. The equations join those of two papers.
+      1. Neither paper has this optimizer. It combines the equations of both.
       2. What :func:`critical_momenta` lists of m and the buffer.
       3. The second moment is an average with bias correction, as in Adam. That of SM3
          is a sum.
@@ -228,7 +228,7 @@ def sm3_cm(
     aggr: Aggregate = "sum",
     **buffer: Unpack[BufferArguments],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Critical momenta over SM3's covers, at two bytes a parameter.
+    r"""Critical momenta over SM3's covers, in as little as two bytes per parameter.
 
     :math:`\theta_{t+1} = \theta_t - \eta\,(u_t + \lambda\,\theta_t)` with the u of
     :func:`scale_by_sm3_cm`, which has the equations and the references.
@@ -246,7 +246,8 @@ def sm3_cm(
       mask: a tree of booleans that says which parameters decay, or a function from the
         parameters to such a tree. None decays all.
       cover: the boxes, as in :func:`scale_by_sm3`.
-      skip_first: as in :func:`scale_by_sm3_cm`. The first step then decays only.
+      skip_first: as in :func:`scale_by_sm3_cm`. The first step then
+        only applies weight decay.
       mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
       aggr: as in :func:`critical_gradients`.
       **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,

@@ -1,6 +1,6 @@
 """One step of SM3 on one tensor: accumulators, direction and momentum.
 
-:func:`sm3_i` and :func:`sm3_ii` are the boxes of the paper.
+:func:`sm3_i` and :func:`sm3_ii` are the paper's algorithms SM3-I and SM3-II.
 """
 
 import functools
@@ -92,16 +92,16 @@ def _check_rows(gradient, boxes, name: str) -> None:
     """Refuse covers whose boxes would also hold rows that are not touched."""
     if tuple(boxes) != ((1, *gradient.shape[1:]),):
         raise ValueError(
-            f"{name} has a row-sparse gradient and the cover {list(boxes)!r}. Only "
-            "memoptax.covers.rows can follow it: the numbers of other boxes would go "
-            "stale. Pass cover=memoptax.covers.rows, or a function that gives rows to "
-            "this parameter."
+            f"{name} has a row-sparse gradient and the cover {list(boxes)!r}. It "
+            "needs memoptax.covers.rows, because the accumulators of other boxes would "
+            "go stale. Pass cover=memoptax.covers.rows, or a function that gives rows "
+            "to this parameter."
         )
 
 
-# The two variants, and Adagrad, which both of them are with a box per entry. nu is a
-# function of the gradient and the floors (the least numbers of the boxes, family by
-# family). So each consumer can compute it again.
+# The two variants, and Adagrad, to which both reduce with one box per entry. nu is a
+# function of the gradient and the floors (the least accumulators, from
+# Families.floors), so that each consumer can recompute it.
 
 
 def sm3_ii(g, numbers, families, beta, parts=None):
@@ -178,8 +178,8 @@ def zero_accumulators(params, cover, dtype=None):
         return _flax_metadata.fit(box, numbers)
 
     leaves = _flax_metadata.leaves_with_path(params)
-    # optax.tree.map_params looks for parameters with a tree without leaves. Every other
-    # field of the state must then have a leaf.
+    # optax.tree.map_params finds the parameters by passing init a tree without leaves.
+    # Even then, every other field of the state must have a leaf.
     return tuple(of(*leaf) for leaf in leaves) or jnp.zeros(())
 
 

@@ -18,19 +18,20 @@ __all__ = ["apply_updates", "on_values", "row_value_and_grad"]
 def row_value_and_grad(
     loss: Callable[..., jax.Array], table: Any, ids: Any, *others: Any
 ) -> tuple[jax.Array, Any]:
-    r"""The value of a loss, and its gradient by the rows of a table that it looks up.
+    r"""The value of a loss, and its gradient with respect to the rows that it looks up.
 
     With ``jax.grad`` the gradient of a lookup is as large as the table. This function
-    differentiates by the gathered rows, and returns their gradient with their indices,
-    in :math:`O(\text{ids.size} \cdot d)` time and memory.
+    differentiates with respect to the gathered rows, and returns their gradient with
+    their indices, in :math:`O(\text{ids.size} \cdot d)` time and memory.
 
     Args:
       loss: a function `(rows, *others) -> scalar`, where `rows` is `table[ids]`.
       table: shape `(n, ...)`, any floating dtype, or a pytree of tables.
       ids: integers of any shape and dtype, or a pytree of them with one array per
         table. A negative id counts from the end. An id outside of [-n, n) gives a row
-        of zeros and no gradient, and so can be padding.
-      *others: pytrees of dense parameters, by which the loss is differentiated too.
+        of zeros and no gradient, so it can serve as padding.
+      *others: pytrees of dense parameters. The loss is differentiated with respect to
+        them too.
 
     Returns:
       The value, and the gradient of the table: a BCOO array of shape `table.shape`
@@ -120,7 +121,7 @@ def on_values(
     the dense gradient. Use it for `optax.clip`, `clip_by_global_norm`, `scale`,
     `zero_nans` and the like, before or after :func:`memoptax.sm3`.
 
-    `optax.apply_if_finite` works around :func:`memoptax.sm3` without it.
+    `optax.apply_if_finite` can wrap :func:`memoptax.sm3` without this wrapper.
 
     Args:
       inner: a transformation whose state has nothing per entry of a parameter.

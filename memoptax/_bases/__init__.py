@@ -1,1 +1,1 @@
-"""Base optimizers where optax's differ: PyTorch's semantics, and float32 inside."""
+"""Base optimizers: PyTorch's semantics where optax's differ, computed in float32."""

@@ -1,1 +1,1 @@
-"""The buffer of critical gradients and critical momenta. It knows no optimizer."""
+"""The buffer of critical gradients and momenta. It does not depend on optimizers."""

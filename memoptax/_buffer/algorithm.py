@@ -5,8 +5,8 @@ values with keys::
 
   read    ΣB_t and |B_t|
   join    u_t = x_t + κ/|B_t| · ΣB_t
-  offer   while |B_t| < C, or if ‖g_t‖ is above the least key:
-              store x_t in that place, with the key ‖g_t‖
+  offer   if |B_t| < C, or if ‖g_t‖ is above the least key:
+              store x_t in an empty entry or that of the least key, with the key ‖g_t‖
   decay   multiply all keys by the decay
 
 :func:`recall_and_offer` does one step of it.
@@ -26,7 +26,7 @@ from memoptax._tensors import norms as _norms
 
 
 class Buffer(NamedTuple):
-    """C values of a tree with L leaves, and the keys that decide which value leaves.
+    """C values of a tree with L leaves, and the keys that decide which one is evicted.
 
     There are R rows of keys. R is 1 if all leaves are kept or dropped together
     (``synced``), and L if not. A buffer of zeros is empty. Values are held in one of
@@ -156,10 +156,10 @@ class Parts(NamedTuple):
 def parts(options: Options, before: Buffer, after: Buffer, values) -> list:
     """Per leaf, the :class:`Parts` of what :func:`recall_and_offer` returned.
 
-    None where the slots were overwritten, and where ``aggr`` is a function, which may
-    look at other entries. None for slots as wide as the result, too: to read those
-    again moves more bytes than to store it (sm3_cm with C = 5 on an H100: 88 bytes per
-    parameter and not 68).
+    None if the slots were overwritten, or if ``aggr`` is a function, which may look at
+    other elements. Also None if the slots are as wide as the result. Reading them again
+    would move more bytes than storing the result (sm3_cm with C = 5 on an H100: 88
+    bytes per parameter instead of 68).
     """
     leaves, stacks = jax.tree.leaves(values), holding.stacks_of(after)[0]
     if options.way(before.slots) != "read" or callable(options.aggr):
@@ -224,7 +224,7 @@ def _step_on_devices(
 
 
 # Compiled once for all optimizers and steps, so that an eager update compiles nothing.
-# The form for several devices is only ever traced.
+# _step_on_devices is called directly only under jax.shard_map, which traces it.
 _step = jax.jit(_step_on_devices, static_argnames=("way", "across"))
 
 

@@ -1,4 +1,4 @@
-"""Who enters the buffer and who leaves it, from keys and ages only.
+"""Decide which value enters a buffer and which is evicted, from keys and ages only.
 
 Entries have an index, and the lowest index wins a tie. An entry is held if its age is
 at least 1, so a buffer of zeros is empty. R is the number of groups that are kept or
@@ -48,7 +48,8 @@ def oldest(buffer) -> jax.Array:
 
 
 # A rule says which entry of a full buffer leaves, and whether a new value must be more
-# critical than that entry. A new rule is a function of the buffer and a line here.
+# critical than that entry. A new rule is a function of the buffer and a line here;
+# `decide` says when a rule applies.
 RULES = {"priority": (least, True), "fifo": (oldest, False)}
 
 

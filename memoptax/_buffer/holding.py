@@ -152,10 +152,10 @@ _by_index_or_choice = jax.custom_batching.custom_vmap(_by_index)
 
 @_by_index_or_choice.def_vmap
 def _batched(axis_size, in_batched, *operands):
-    """Under vmap each member reads other slots, so they are read by choice.
+    """Under vmap each member reads different slots, so all are read and some masked.
 
-    XLA would store everything that is read by an index (sgd_c with C = 5 on a CPU: 5
-    copies of the parameters instead of 1).
+    XLA would store a copy of everything that is read by an index (sgd_c with C = 5 on a
+    CPU: 5 copies of the parameters instead of 1).
     """
     axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
     found = jax.vmap(_by_choice, axes, axis_size=axis_size)(*operands)

@@ -12,8 +12,8 @@ _KEEP = "Pass the arguments that the state was made with, or make a new one with
 def check(options: Options, buffer, updates) -> None:
     """Refuse a buffer that other options made, while tracing.
 
-    Shapes, dtypes and structures are known then. What only the numbers say,
-    :func:`memoptax.check_state` looks at.
+    Shapes, dtypes and structures are known then, but values are not.
+    :func:`memoptax.check_state` checks the values.
     """
     if type(buffer).__name__ != "Buffer":
         raise ValueError(

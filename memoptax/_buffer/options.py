@@ -1,4 +1,4 @@
-"""What a user chooses of a buffer: one record, checked once.
+"""The options of a buffer, in one record that is checked once.
 
 :func:`memoptax.critical_gradients` explains the arguments.
 """
@@ -130,7 +130,7 @@ def options(
 def check_scales(options: Options, gradients, scales) -> None:
     """Refuse ``scales`` of rows that are divided between devices.
 
-    Only the specs of sharded_norm tell.
+    Only the specs that sharded_norm was given show this.
     """
     norm = options.priority_fn
     if isinstance(norm, sharded_norm.ShardedNorm) and scales is not None:

@@ -94,7 +94,7 @@ def problem(buffer) -> str | None:
     offered, accepted = np.ravel(buffer.offered), np.ravel(buffer.accepted)
     found = {
         "keys are not all finite and at least 0": not _are_norms(buffer.keys),
-        "ages are not those of the first entries, each at least 0": (
+        "ages are negative, or positive after an empty entry": (
             np.any(np.asarray(buffer.ages) < 0)
             or np.any(np.diff(held.astype(int), axis=1) > 0)
         ),

@@ -145,9 +145,9 @@ def _term(stack, k, spare, topc, dtype):
 def _block(topc):
     """The number of slots that one turn of a rebuild adds up, a power of two.
 
-    Every turn reads and writes the sum once and rounds once, so many slots ask for
-    large blocks. Every slot of a block is compiled for each leaf, so many leaves ask
-    for small ones.
+    Every turn reads and writes the sum once and rounds once, which favours large blocks
+    for many slots. Every slot of a block is compiled for each leaf, which favours small
+    blocks for many leaves.
     """
     return 1 if topc < 2 else 2 if topc < 32 else 8
 

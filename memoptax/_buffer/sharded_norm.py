@@ -33,8 +33,8 @@ def sharded_norm(
         is for all leaves. A tree has a name, a tuple of names or a ``PartitionSpec``
         for each leaf, such as the ``in_specs`` of the parameters. ``'auto'`` means the
         axes over which JAX knows that a leaf varies. If JAX knows that a leaf does not
-        vary over an axis, it is not summed over it. Gradients must have been averaged
-        over the axes that do not shard the parameters.
+        vary over an axis, the leaf is not summed over that axis. Gradients must have
+        been averaged over the axes that do not shard the parameters.
       rule: a priority of your own instead of the sum of norms. It is a function from
         the shards of one device (of one leaf if not ``synced``) to a scalar, and sums
         over the devices itself (``jax.lax.psum``). The norms in the state, and the
@@ -97,7 +97,7 @@ class ShardedNorm:
             if not known:
                 raise ValueError(
                     "sharded_norm('auto') asks JAX over which axes a gradient varies, "
-                    "which it does not know under check_vma=False: name the axes."
+                    "but JAX does not track this under check_vma=False: name the axes."
                 )
             return [tuple(sorted(names)) for names in varying]
         every = [_flat(entry) for entry in self._entries(len(squares))]

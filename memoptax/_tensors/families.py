@@ -76,7 +76,7 @@ def check_shapes(boxes: Sequence[Box], path: Any, leaf: Any, numbers) -> None:
     if want != have:
         raise ValueError(
             f"The cover of {name(path)} asks for accumulators of the shapes {want}, "
-            f"and the state has {have}: a cover must give init and update the same."
+            f"but the state has {have}: a cover must be the same in init and update."
         )
 
 
@@ -207,5 +207,5 @@ def _itself(g):
 
 
 def _composed(f, compute, count, *numbers):
-    """f of what ``compute`` makes of so many numbers, and of the others."""
+    """``f`` of ``compute(*numbers[:count])`` and of the remaining numbers."""
     return f(compute(*numbers[:count]), *numbers[count:])

@@ -51,8 +51,8 @@ def zero_scales(params, copies: int | None = None, dtype=None):
         rows = _row(jnp.any, jnp.zeros_like(leaf, dtype=bool))
         return _repeat(jnp.zeros_like(rows, dtype=jnp.float32), copies)
 
-    # optax.tree.map_params looks for parameters with a tree without leaves. Every other
-    # field of the state must then have a leaf.
+    # optax.tree.map_params finds the parameters by passing init a tree without leaves.
+    # Even then, every other field of the state must have a leaf.
     leaves = _flax_metadata.leaves_with_path(params)
     scales = tuple(_flax_metadata.fit(box, scale(leaf)) for _, box, leaf in leaves)
     return scales or jnp.zeros(())

@@ -57,7 +57,7 @@ def model(sizes):
 
 
 def score(batches, params, losses, key):
-    """The mean loss: that of the first third chooses the rate, the rest is the score."""
+    """The mean loss. The first third chooses the rate, the rest is the score."""
     del batches, params, key
     third = len(losses) // 3
     return {"validation": jnp.mean(losses[:third]), "test": jnp.mean(losses[third:])}
