@@ -85,11 +85,12 @@ def state_partition_specs(
       >>> print(specs.buffer.slots["w"])
       P(None, 'data', 'model')
     """
+    _check_mesh(mesh)
     over = _checked_over(over, mesh)
     leaves, treedef = jax.tree.flatten_with_path(params)
     every = treedef.flatten_up_to(jax.tree.broadcast(specs, params, is_leaf=_is_spec))
     every = [
-        _divided_further(*leaf, _checked(*leaf, spec), over, mesh)
+        _divided_further(*leaf, _checked(*leaf, spec, mesh), over, mesh)
         for leaf, spec in zip(leaves, every)
     ]
     # Every mesh axis has size one, so that it divides every axis of an array.
@@ -172,6 +173,7 @@ def state_shardings(
       >>> shardings[0].buffer.slots.spec
       P(None, 'data')
     """
+    _check_mesh(mesh)
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
     meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding)}
     if mesh is None and len(meshes) != 1:
@@ -195,8 +197,20 @@ def state_shardings(
     )
 
 
+def _check_mesh(mesh):
+    if not (mesh is None or isinstance(mesh, Mesh | AbstractMesh)):
+        raise ValueError(
+            f"mesh must be None, a Mesh or an AbstractMesh, but is {mesh!r}."
+        )
+
+
 def _check_memory(kind, mesh):
     _check.choice("slots_memory_kind", kind, ("pinned_host", "device"))
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            f"slots_memory_kind is {kind!r}, which needs a mesh of devices, but mesh "
+            f"is {mesh!r}."
+        )
     device = mesh.devices.flat[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     if kind not in kinds:
@@ -227,7 +241,7 @@ def _is_spec(node):
     return node is None or isinstance(node, PartitionSpec)
 
 
-def _checked(path, leaf, spec) -> PartitionSpec:
+def _checked(path, leaf, spec, mesh) -> PartitionSpec:
     if not _is_spec(spec):
         raise ValueError(
             f"specs must hold PartitionSpecs, but has {spec!r} for {_called(path)}."
@@ -237,7 +251,18 @@ def _checked(path, leaf, spec) -> PartitionSpec:
             f"specs has {spec} for {_called(path)}, whose shape {leaf.shape} has only "
             f"{len(leaf.shape)} axes."
         )
-    return PartitionSpec() if spec is None else spec
+    spec = PartitionSpec() if spec is None else spec
+    for name in _names(spec):
+        if not isinstance(name, str):
+            raise ValueError(
+                f"specs must name mesh axes, but has {spec} for {_called(path)}."
+            )
+        if mesh is not None and name not in mesh.shape:
+            raise ValueError(
+                f"specs has {spec} for {_called(path)}, but the mesh has no axis "
+                f"{name!r}: it has {', '.join(map(repr, mesh.shape))}."
+            )
+    return spec
 
 
 def _checked_over(over, mesh) -> tuple[str, ...]:

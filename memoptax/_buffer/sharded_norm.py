@@ -62,6 +62,12 @@ def sharded_norm(
     """
     if not (rule is None or callable(rule)):
         raise ValueError(f"rule must be a function, but is {rule!r}.")
+    for entry in jax.tree.leaves(axes, is_leaf=_is_entry):
+        if not _is_entry(entry):
+            raise ValueError(
+                "axes must be 'auto', names of mesh axes or a tree of such, but has "
+                f"{entry!r}."
+            )
     return ShardedNorm(axes, rule)
 
 
@@ -86,7 +92,7 @@ class ShardedNorm:
             groups.setdefault(names, []).append(leaf)
         for names, members in groups.items():
             if names:
-                sums = jax.lax.psum([squares[leaf] for leaf in members], names)
+                sums = _sums([squares[leaf] for leaf in members], names)
                 for leaf, total in zip(members, sums):
                     squares[leaf] = total
         return squares
@@ -136,6 +142,16 @@ class ShardedNorm:
                 f"gradients have {count}: {self.axes!r}."
             )
         return entries
+
+
+def _sums(squares, names):
+    try:
+        return jax.lax.psum(squares, names)
+    except NameError as error:
+        raise ValueError(
+            f"sharded_norm was given the axes {names}, of which there is none around "
+            f"it by that name: {error}."
+        ) from None
 
 
 def _devices(name) -> int:

@@ -1,5 +1,7 @@
 """The sharding of one array for another one, in JAX's explicit mode."""
 
+import math
+
 import jax
 from jax.sharding import PartitionSpec
 
@@ -14,6 +16,22 @@ def like(x, other, leading: int = 0):
     spec = _whole(want.spec[leading:], x.ndim)
     if have.mesh.empty or want.mesh.empty or _whole(have.spec, x.ndim) == spec:
         return x
+    return jax.sharding.reshard(x, PartitionSpec(*spec))
+
+
+def in_runs(x, axis: int, size: int):
+    """``x`` with an axis that can be split into runs of this size, the last of which
+    may be shorter: gathered where devices divide it otherwise, by JAX's explicit mode.
+    """
+    sharding = jax.typeof(x).sharding
+    spec = list(_whole(sharding.spec, x.ndim))
+    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+    if sharding.mesh.empty or names == (None,):
+        return x
+    parts = math.prod(sharding.mesh.shape[name] for name in names)
+    if x.shape[axis] % (parts * size) == 0:
+        return x
+    spec[axis] = None
     return jax.sharding.reshard(x, PartitionSpec(*spec))
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from memoptax._tensors import layout
+
 Box = tuple[int, ...]
 
 _SMALL = 2**15  # entries; a smaller temporary stays in the cache
@@ -39,6 +41,7 @@ def box_max(x: jax.Array, box: Box) -> jax.Array:
         x = jnp.max(x, axis=spanned, keepdims=True)
     for axis, (b, n) in enumerate(zip(box, x.shape)):
         if 1 < b < n:
+            x = layout.in_runs(x, axis, b)
             pad = [(0, 0)] * axis + [(0, -n % b)] + [(0, 0)] * (x.ndim - axis - 1)
             split = x.shape[:axis] + (-(-n // b), b) + x.shape[axis + 1 :]
             x = jnp.pad(x, pad).reshape(split).max(axis + 1)
@@ -176,6 +179,8 @@ def _larger(x, y):
 
 def smaller(x: jax.Array, y: jax.Array) -> jax.Array:
     """The smaller of two finite numbers. It is faster than jnp.minimum on a CPU."""
+    if jax.typeof(x).sharding.spec != jax.typeof(y).sharding.spec:
+        return jnp.minimum(x, y)  # a choice would need both laid out alike
     return jnp.where(x < y, x, y)
 
 
