@@ -9,7 +9,7 @@ import optax
 from jax.core import Tracer
 
 from memoptax import _check, _flax_metadata
-from memoptax._buffer import algorithm, eviction, resizing
+from memoptax._buffer import algorithm, eviction, matching, resizing
 from memoptax._buffer import holding as _holding
 from memoptax._buffer import options as _options
 from memoptax._tensors import norms
@@ -66,12 +66,13 @@ def buffer_stats(state: Any, updates: Any = None) -> dict[str, jax.Array]:
       '2 of 2, 67% taken'
     """
     buffers, updates = _buffers(state, "buffer_stats"), _flax_metadata.bare(updates)
-    if len(buffers) == 1:
-        return _for_each(_stats, buffers[0], updates)
+    found = [_for_each(_stats, b, _leaves_like(b, updates)) for b in buffers]
+    if len(found) == 1:
+        return found[0]
     return {
         f"{i}/{name}": value
-        for i, buffer in enumerate(buffers)
-        for name, value in _for_each(_stats, buffer, updates).items()
+        for i, stats in enumerate(found)
+        for name, value in stats.items()
     }
 
 
@@ -174,6 +175,11 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
         )
     for (path, leaf), (_, like) in zip(found, wanted):
         name = f"state{jax.tree_util.keystr(path)}"
+        if isinstance(leaf, Tracer):
+            raise ValueError(
+                f"{name} is traced, but check_state looks at numbers: call it outside "
+                "of jax.jit."
+            )
         try:
             leaf = jnp.asarray(leaf)
         except (TypeError, ValueError):
@@ -196,9 +202,10 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
 def _check_numbers(buffer):
     """Refuse a buffer with impossible numbers, unless they are traced."""
     numbers = buffer._replace(slots=None, scales=None, total=None)
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves(numbers)):
+    if any(isinstance(x, Tracer) or _is_abstract(x) for x in jax.tree.leaves(numbers)):
         return
-    flat = jax.tree.map(lambda x: np.reshape(x, (-1, *np.shape(x)[-1:])), numbers)
+    numbers = jax.tree.map(np.asarray, numbers)  # of JAX they would be traced in a jit
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-1:]), numbers)
     if problem := resizing.problem(flat):
         raise ValueError(f"state has a buffer whose {problem}.")
 
@@ -233,7 +240,7 @@ def _stats(buffer, updates):
         "rebuilds": jnp.zeros(()) if buffer.rebuilds is None else buffer.rebuilds,
     }
     if updates is not None:
-        offered = _norm(_leaves_like(buffer, updates), dtype)
+        offered = _norm(updates, dtype)
         stats["share"] = _ratio(mean_norm, mean_norm + offered)
     return {
         name: jnp.where(empty, 0, value).astype(jnp.float32)
@@ -266,16 +273,24 @@ def _ratio(part, whole):
 
 def _leaves_like(buffer, updates):
     """The leaves of ``updates`` that the buffer has. Under a mask it lacks some."""
+    if updates is None:
+        return None
     by_path = dict(jax.tree_util.tree_leaves_with_path(updates))
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(buffer.slots)]
-    for path in paths:
+    batch, found = buffer.keys.ndim - 2, []
+    for path, slots in jax.tree_util.tree_leaves_with_path(buffer.slots):
+        name = jax.tree_util.keystr(path) or "the root"
         if path not in by_path:
             raise ValueError(
-                "updates have no leaf at "
-                f"{jax.tree_util.keystr(path) or 'the root'}, but the state holds a "
-                "buffer for it."
+                f"updates have no leaf at {name}, but the state holds a buffer for it."
             )
-    return [by_path[path] for path in paths]
+        leaf, rest = by_path[path], _holding.shape_of(buffer, slots, batch)
+        if np.shape(leaf) != rest:
+            raise ValueError(
+                f"updates have a leaf of shape {np.shape(leaf)} at {name}, but the "
+                f"state was made for {rest}."
+            )
+        found.append(leaf)
+    return found
 
 
 def _is_buffer(node):
@@ -290,6 +305,7 @@ def _found(state):
 def _buffers(state, caller):
     buffers = _found(_flax_metadata.bare(state))
     for buffer in buffers:
+        matching.check_shapes(buffer)
         _check_numbers(buffer)
     if not buffers:
         raise ValueError(
@@ -328,7 +344,13 @@ def _boxed(buffer, function):
 
 
 def _for_each(function, buffer, *rest):
-    """``function`` of a buffer, or of each buffer of a batch."""
+    """``function`` of a buffer, or of each buffer of a batch. Shapes give shapes."""
     for _ in range(buffer.keys.ndim - 2):
         function = jax.vmap(function)
+    if any(map(_is_abstract, jax.tree.leaves((buffer, rest)))):
+        return jax.eval_shape(function, buffer, *rest)
     return function(buffer, *rest)
+
+
+def _is_abstract(array):
+    return isinstance(array, jax.ShapeDtypeStruct)

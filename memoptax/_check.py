@@ -15,6 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+WIDE = (jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
+
+# Beyond it a number is infinite in float32, and eps=1e39 would divide by infinity.
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+
 
 def static(value) -> bool:
     """Whether ``value`` is a number of Python or NumPy, which Python can compare."""
@@ -78,7 +83,28 @@ def number(
         raise ValueError(
             f"{name} must lie in {left}{low}, {high}{right}, but is {value!r}."
         )
+    if finite and abs(found) > _LARGEST:
+        raise ValueError(
+            f"{name} must be a number of float32, up to {_LARGEST:.2e} in magnitude, "
+            f"but is {value!r}."
+        )
     return _plain(value)
+
+
+def is_inside(
+    value, low=-math.inf, high=math.inf, *, above: bool = False, below: bool = False
+) -> Any:
+    """Whether a traced number is finite and in the range that ``number`` is given.
+
+    True where the number is known, for then it has been checked.
+    """
+    if not isinstance(value, jax.Array):
+        return True
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        value = value.astype(jnp.float32)
+    over = value > low if above else value >= low
+    under = value < high if below else value <= high
+    return jnp.isfinite(value) & over & under
 
 
 def known(name: str, value, *bounds, **options) -> Any:
@@ -196,12 +222,46 @@ def choice(name: str, value, allowed) -> None:
         raise ValueError(f"{name} must be one of {options}, but is {value!r}.")
 
 
-def state(found, kind: type) -> None:
+def state(found, kind: Any) -> None:
     """Refuse the state of another optimizer."""
     if not isinstance(found, kind):
+        buffered = "buffer" in kind._fields
+        rest = ", or was made with a topc or kappa of 0" if buffered else ""
         raise ValueError(
             f"state must be a {kind.__name__}, but is a {type(found).__name__}: it "
-            "belongs to another optimizer."
+            f"belongs to another optimizer{rest}."
+        )
+
+
+def without_buffer(has_one: bool) -> None:
+    """Refuse the buffer of a state where a topc or kappa of 0 keeps none."""
+    if has_one:
+        raise ValueError(
+            "topc or kappa is 0, which keeps no buffer, but the state has one: pass "
+            "the arguments that it was made with, or make a new one with init."
+        )
+
+
+def same_tree(updates, made_for) -> None:
+    """Refuse updates of another structure than the state was made for."""
+    if updates != made_for:
+        raise ValueError(
+            f"updates have the structure {updates}, but the state was made for "
+            f"parameters of the structure {made_for}."
+        )
+
+
+def same_dtype(name: str, asked, found, allowed) -> None:
+    """Refuse arrays of a state that another value of ``name`` made.
+
+    ``asked`` is that value, and ``found`` are dtypes of which all must be ``allowed``.
+    """
+    canonical = {jax.dtypes.canonicalize_dtype(dtype) for dtype in allowed}
+    if wrong := sorted(dtype.name for dtype in set(found) - canonical):
+        asked = None if asked is None else jnp.dtype(asked).name
+        raise ValueError(
+            f"{name} is {asked!r}, but the state has {', '.join(wrong)} there: pass "
+            f"the {name} that it was made with, or make a new state with init."
         )
 
 

@@ -268,3 +268,90 @@ def test_a_resized_sum_is_as_wide_as_a_new_one(dtype, x64):
     state = memoptax.sgd_c(0.1, holding="read", **options).init(params)
     state = memoptax.resize_buffer(state, 3, holding="sum")
     memoptax.check_state(memoptax.sgd_c(0.1, holding="sum", **options), params, state)
+
+
+# Buffers that something has bent, and states of shapes
+
+HELD = [
+    {"topc": 2},
+    {"topc": 2, "holding": "sum", "buffer_dtype": "int8", "synced": False},
+    {"topc": 1, "buffer_dtype": "int8", "fifo_probability": 0.5},
+]
+TREE = {"a": jnp.ones((4, 5)), "b": jnp.ones(())}
+each_holding = pytest.mark.parametrize("options", HELD, ids=str)
+
+
+def bent(buffer):
+    """The buffer with one array of another rank or length, or none, or no array."""
+    for name, field in zip(buffer._fields, buffer):
+        leaves, treedef = jax.tree.flatten(field)
+        for k, leaf in enumerate(leaves):
+            others = ["x", 1j, leaf[None], leaf[None, None]]
+            if leaf.ndim:
+                others.append(leaf[0])
+            if (
+                leaf.ndim
+                and name != "draws"
+                and (name != "slots" or buffer.entries is not None)
+            ):
+                others.append(jnp.concatenate([leaf, leaf]))
+            for other in others:
+                changed = treedef.unflatten([*leaves[:k], other, *leaves[k + 1 :]])
+                yield name, buffer._replace(**{name: changed})
+        if leaves and name not in ("slots", "draws"):
+            yield name, buffer._replace(**{name: None})
+
+
+@each_holding
+def test_a_bent_buffer_is_refused_in_a_sentence(options):
+    tx = memoptax.critical_gradients(**options)
+    _, state = tx.update(TREE, tx.init(TREE))
+    calls = {
+        "buffer_stats": memoptax.buffer_stats,
+        "reset_buffer": memoptax.reset_buffer,
+        "resize_buffer": lambda state: memoptax.resize_buffer(state, 3),
+        "update": lambda state: tx.update(TREE, state),
+        "check_state": lambda state: memoptax.check_state(tx, TREE, state),
+    }
+    for field, buffer in bent(state.buffer):
+        for name, call in calls.items():
+            with pytest.raises(ValueError, match=r"state(\.|\[| has)"):
+                call(state._replace(buffer=buffer))
+                pytest.fail(f"{name} takes bent {field}")
+
+
+@each_holding
+def test_shapes_of_a_state_give_shapes(options):
+    """As of a target for a checkpoint that is to be resized."""
+    tx = memoptax.critical_gradients(**options)
+    state = tx.init(TREE)
+    shapes = jax.eval_shape(tx.init, TREE)
+    for call in (
+        memoptax.buffer_stats,
+        lambda state: memoptax.buffer_stats(state, TREE),
+        memoptax.reset_buffer,
+        lambda state: memoptax.resize_buffer(state, 3),
+    ):
+        found, wanted = call(shapes), jax.eval_shape(lambda call=call: call(state))
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+            assert isinstance(a, jax.ShapeDtypeStruct)
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def test_updates_of_another_shape_are_refused():
+    state = memoptax.sgd_c(0.1).init(TREE)
+    for wrong in ({**TREE, "a": jnp.ones(4)}, {**TREE, "b": np.ones(1)}):
+        with pytest.raises(ValueError, match="updates have a leaf of shape"):
+            memoptax.buffer_stats(state, wrong)
+    members = jax.vmap(lambda key: memoptax.sgd_c(0.1).init(TREE))(jnp.arange(2))
+    with pytest.raises(ValueError, match="updates have a leaf of shape"):
+        memoptax.buffer_stats(members, TREE)
+    batched = jax.tree.map(lambda x: jnp.stack([x, x]), TREE)
+    assert memoptax.buffer_stats(members, batched)["share"].shape == (2,)
+
+
+def test_a_traced_state_has_no_numbers_to_check():
+    tx = memoptax.sgd_c(0.1)
+    with pytest.raises(ValueError, match="call it outside of jax.jit"):
+        jax.jit(lambda state: memoptax.check_state(tx, TREE, state))(tx.init(TREE))

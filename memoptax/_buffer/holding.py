@@ -229,9 +229,13 @@ def value(buffer, leaf: int, entry: int, dtype):
     return jnp.where(eviction.held(buffer)[row, entry], storage.decode(stack, dtype), 0)
 
 
-def shape_of(buffer, leaf) -> tuple[int, ...]:
-    """The shape of the parameter that a leaf of ``buffer.slots`` belongs to."""
-    return leaf.shape if buffer.entries is None else leaf.shape[1:]
+def shape_of(buffer, leaf, batch: int = 0) -> tuple[int, ...]:
+    """The shape of the parameter that a leaf of ``buffer.slots`` belongs to, behind the
+    axes of a ``batch``.
+    """
+    if buffer.entries is None:
+        return leaf.shape
+    return leaf.shape[:batch] + leaf.shape[batch + 1 :]
 
 
 def beside(buffer, values):

@@ -3,25 +3,28 @@
 import jax
 import jax.numpy as jnp
 
+from memoptax import _check
 from memoptax._buffer import holding
 from memoptax._buffer.options import Options
 
 _KEEP = "Pass the arguments that the state was made with, or make a new one with init."
 
 
-def check(options: Options, buffer, updates) -> None:
+def check(options: Options, buffer, updates, params=None) -> None:
     """Refuse a buffer that other options made, while tracing.
 
     Shapes, dtypes and structures are known then, but values are not.
-    :func:`memoptax.check_state` checks the values.
+    :func:`memoptax.check_state` checks the values. The dtype that ``buffer_dtype=None``
+    means is known if ``params`` are given.
     """
     if type(buffer).__name__ != "Buffer":
         raise ValueError(
             f"state holds no buffer where one is needed, but {type(buffer).__name__}: "
-            "it belongs to another optimizer."
+            "it belongs to another optimizer, or was made with a topc or kappa of 0."
         )
+    check_shapes(buffer)
     _check_capacity(options, buffer)
-    _check_dtypes(options, buffer)
+    _check_dtypes(options, buffer, params)
     _check_way(options, buffer)
     _check_leaves(buffer, updates)
     leaves = len(jax.tree.leaves(updates))
@@ -53,16 +56,25 @@ def _check_capacity(options, buffer):
         )
 
 
-def _check_dtypes(options, buffer):
-    asked = options.buffer_dtype
-    found = {leaf.dtype for leaf in jax.tree.leaves(buffer.slots)}
-    int8 = jnp.dtype(jnp.int8)
-    if asked is None and int8 in found or asked is not None and found - {asked}:
-        names = ", ".join(sorted(dtype.name for dtype in found))
-        raise ValueError(
-            f"buffer_dtype is {None if asked is None else asked.name!r}, but the state "
-            f"has slots of {names}. {_KEEP}"
-        )
+def _check_dtypes(options, buffer, params):
+    asked, slots = options.buffer_dtype, jax.tree.leaves(buffer.slots)
+    found, int8 = {leaf.dtype for leaf in slots}, jnp.dtype(jnp.int8)
+    allowed = found - {int8} if asked is None else {asked}
+    _check.same_dtype("buffer_dtype", asked, found, allowed)
+    leaves = jax.tree.leaves(params)
+    if asked is None and len(leaves) == len(slots):
+        # Wider slots lose nothing: parameters may have been cast since init.
+        narrow = {s.dtype for s, p in zip(slots, leaves) if not _holds(s.dtype, p)}
+        _check.same_dtype("buffer_dtype", asked, narrow, ())
+
+
+def _holds(dtype, param) -> bool:
+    """Whether a dtype has all numbers of that of a parameter."""
+    own = jnp.result_type(param)
+    if not jnp.issubdtype(own, jnp.floating):
+        return True
+    slot, own = jnp.finfo(dtype), jnp.finfo(own)
+    return slot.nmant >= own.nmant and slot.maxexp >= own.maxexp
 
 
 def _check_way(options, buffer):
@@ -86,11 +98,7 @@ def way_of(buffer) -> str:
 def _check_leaves(buffer, updates):
     slots, expected = jax.tree.flatten(buffer.slots)
     leaves, treedef = jax.tree.flatten(updates)
-    if treedef != expected:
-        raise ValueError(
-            f"updates have the structure {treedef}, but the state was made for "
-            f"parameters of the structure {expected}."
-        )
+    _check.same_tree(treedef, expected)
     for leaf, stack in zip(leaves, slots):
         shape = holding.shape_of(buffer, stack)
         if leaf.shape != shape:
@@ -98,3 +106,70 @@ def _check_leaves(buffer, updates):
                 f"updates have a leaf of shape {leaf.shape}, but the state was made "
                 f"for a parameter of shape {shape}."
             )
+
+
+def check_shapes(buffer) -> None:
+    """Refuse a buffer whose arrays do not fit each other, batched or not."""
+    for name, field in zip(buffer._fields, buffer):
+        for leaf in jax.tree.leaves(field):
+            if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+                raise ValueError(
+                    f"state has a buffer whose {name} must be arrays, but hold a "
+                    f"{type(leaf).__name__}."
+                )
+    shape = getattr(buffer.keys, "shape", ())
+    if len(shape) < 2 or 0 in shape[-2:]:
+        raise ValueError(
+            f"state has a buffer whose keys have shape {shape}, not (R, C)."
+        )
+    for name in ("keys", "ages", "entries", "offered", "accepted"):
+        kind = jnp.floating if name == "keys" else jnp.integer
+        for array in jax.tree.leaves(getattr(buffer, name)):
+            if not jnp.issubdtype(array.dtype, kind):
+                raise ValueError(f"state has a buffer whose {name} are {array.dtype}.")
+    for name, found, wanted in _shapes(buffer, *shape[-2:], shape[:-2]):
+        if found != wanted:
+            raise ValueError(
+                f"state has a buffer whose {name} have shape {found} where {wanted} is "
+                f"needed beside keys of shape {shape}."
+            )
+
+
+def _shapes(buffer, rows, topc, batch):
+    """The name, the shape and the right shape of whatever a buffer holds."""
+    slots, scales, totals = map(
+        jax.tree.leaves, (buffer.slots, buffer.scales, buffer.total)
+    )
+    leaves, summed = len(slots), buffer.total is not None
+    yield "keys", (rows,), ((leaves,) if rows == leaves else (1,))
+    for name, wanted in {
+        "ages": (rows, topc),
+        "offered": (rows,),
+        "accepted": (rows,),
+        "entries": None if buffer.entries is None else (rows, topc + 1),
+        "norms": (max(leaves, 1), topc) if summed else None,
+        "error": (max(leaves, 1),) if summed else None,
+        "rebuilds": () if summed else None,
+    }.items():
+        wanted = None if wanted is None else (*batch, *wanted)
+        yield name, getattr(getattr(buffer, name), "shape", None), wanted
+    if buffer.draws is not None:
+        yield "draws", buffer.draws.shape, (*batch, *(buffer.draws.shape[-1:] or (2,)))
+    if buffer.entries is None:
+        yield "slots", (topc,), (1,)
+    stack = batch if buffer.entries is None else (*batch, topc + 1)
+    for leaf in slots:
+        yield "slots", leaf.shape[: len(stack)], stack
+    if leaves and (buffer.scales is not None or _has_int8(slots)):
+        yield "scales", (len(scales),), (leaves,)
+        for leaf, scale in zip(slots, scales):
+            rest = leaf.shape[len(stack) :]
+            yield "scales", scale.shape, (*stack, *rest[:-1], *([1] if rest else []))
+    if summed:
+        yield "total", (len(totals),), (leaves,)
+        for leaf, total in zip(slots, totals):
+            yield "total", total.shape, (*batch, *leaf.shape[len(stack) :])
+
+
+def _has_int8(slots) -> bool:
+    return any(leaf.dtype == jnp.int8 for leaf in slots)
