@@ -58,6 +58,8 @@ NO_NUMBERS = [
     jnp.array(1j),
     np.array("x"),
     *alike(math.nan, math.inf, -math.inf),
+    # Infinite in float32, so that eps would divide by infinity.
+    *(kind(x) for x in (1e39, -1e39) for kind in (float, np.float64, np.array)),
 ]
 NO_SCHEDULES = [(x for x in [0.1]), two_arguments, lambda: 0.1]
 
@@ -232,6 +234,41 @@ def test_a_momentum_of_zero_is_none():
     # What is a tracer under jit must give the same state outside of it.
     state = memoptax.scale_by_sm3(jnp.array(0.0)).init({"w": jnp.zeros((2, 2))})
     assert state.momentum is not None
+
+
+SEEDS = [
+    0,
+    1,
+    -1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**32 + 1,
+    2**40,
+    2**40 + 1,
+    2**62,
+    -(2**62),
+]
+
+
+@pytest.mark.parametrize("x64_too", [False, True])
+def test_all_bits_of_a_seed_count(x64_too):
+    """JAX alone takes the last 32 without x64, and other draws with it."""
+    found = []
+    for seed in SEEDS:
+        for enabled in (False, True) if x64_too else (False,):
+            with jax.enable_x64(enabled):
+                tx = memoptax.critical_gradients(fifo_probability=0.5, seed=seed)
+                draws = tx.init(jnp.ones(2, jnp.float32)).buffer.draws
+            found.append(tuple(np.asarray(draws).tolist()))
+    assert len(set(found)) == len(SEEDS)
+
+
+def test_a_small_seed_is_jaxs():
+    for seed in (0, 3, np.int64(3), 2**32 - 1, jnp.array(3)):
+        tx = memoptax.critical_gradients(fifo_probability=0.5, seed=seed)
+        want = jax.random.key_data(jax.random.key(seed))
+        np.testing.assert_array_equal(tx.init(jnp.ones(2)).buffer.draws, want)
 
 
 # What functions of the user return

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memoptax import _flax_metadata
 from memoptax._buffer import aggregation, eviction, holding, matching
@@ -57,7 +58,7 @@ def empty(options: Options, params) -> Buffer:
     copies = holding.copies(way, topc)
     draws = None
     if options.fifo_probability is not None:
-        draws = jax.random.key_data(jax.random.key(options.seed))
+        draws = jax.random.key_data(_key(options.seed))
     summed = way == "sum"
     norms = jnp.zeros((max(len(leaves), 1), topc), dtype)
     return Buffer(
@@ -79,7 +80,13 @@ def empty(options: Options, params) -> Buffer:
 
 
 def recall_and_offer(
-    options: Options, buffer: Buffer, values, gradients, sound: Any = True, stored=None
+    options: Options,
+    buffer: Buffer,
+    values,
+    gradients,
+    sound: Any = True,
+    stored=None,
+    params=None,
 ):
     """``values`` joined with the buffer, and the buffer after ``values`` were offered.
 
@@ -89,7 +96,7 @@ def recall_and_offer(
     the step is ``sound``. ``stored`` are the values in storage, if the caller keeps
     them in storage itself.
     """
-    matching.check(options, buffer, gradients)
+    matching.check(options, buffer, gradients, params)
     check_scales(options, gradients, buffer.scales)
     if values is gradients:  # momenta have the layout of their state
         values = gradients = holding.beside(buffer, gradients)
@@ -254,6 +261,15 @@ def _needs_own_norms(options: Options, buffer: Buffer, offers) -> bool:
     stacks, _ = holding.stacks_of(buffer)
     narrower = any(map(storage.is_narrower, offers, stacks))
     return narrower or options.way(buffer.slots) == "sum"
+
+
+def _key(seed):
+    """The key of a seed, of all of whose bits: JAX alone would take the last 32."""
+    if isinstance(seed, jax.Array):
+        return jax.random.key(seed)
+    high, low = divmod(seed % 2**64, 2**32)
+    key = jax.random.key(np.uint32(low))
+    return jax.random.fold_in(key, np.uint32(high)) if high else key
 
 
 def _slot_dtype(options: Options, param):
