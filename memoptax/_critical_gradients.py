@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from memoptax import _check, _flax_metadata, _parameters
-from memoptax._bases import precision, pytorch
+from memoptax._bases import guards, precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
 from memoptax._buffer.options import Aggregate, BufferArguments, Priority
@@ -159,17 +159,21 @@ def critical_gradients(
         seed,
         holding,
     )
+    return _recalling(options)
+
+
+def _recalling(options, sound=True) -> optax.GradientTransformationExtraArgs:
+    """Critical gradients, whose buffer takes only what is ``sound``."""
     if options.keeps_nothing:
-        return optax.with_extra_args_support(optax.identity())
+        return guards.without_buffer(optax.identity(), CriticalGradientsState)
 
     def init_fn(params):
         return CriticalGradientsState(algorithm.empty(options, params))
 
     def update_fn(updates, state, params=None):
-        del params
         _check.state(state, CriticalGradientsState)
         updates, buffer = algorithm.recall_and_offer(  # u_t, B_{t+1}
-            options, state.buffer, updates, updates
+            options, state.buffer, updates, updates, sound, params=params
         )
         return updates, CriticalGradientsState(buffer)
 
@@ -235,9 +239,11 @@ def sgd_c(
     base = optax.chain(
         pytorch.weight_decay(weight_decay),
         pytorch.trace(momentum, dampening, nesterov, accumulator_dtype),
-        optax.scale_by_learning_rate(learning_rate),
+        pytorch.learning_rate(learning_rate),
     )
-    return _in_front_of(base, critical_gradients(aggr=aggr, **buffer))
+    sound = _check.is_inside(momentum, 0, 1) & _check.is_inside(dampening, 0, 1)
+    sound &= _check.is_inside(weight_decay)
+    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound)
 
 
 @_options.flat
@@ -306,10 +312,13 @@ def rmsprop_c(
     base = optax.chain(
         pytorch.weight_decay(weight_decay),
         pytorch.scale_by_rms(alpha, eps, initial_scale, centered),
-        optax.scale_by_learning_rate(learning_rate),
+        pytorch.learning_rate(learning_rate),
         pytorch.trace(momentum, 0.0, nesterov),
     )
-    return _in_front_of(base, critical_gradients(aggr=aggr, **buffer))
+    sound = _check.is_inside(alpha, 0, 1) & _check.is_inside(eps, 0)
+    sound &= _check.is_inside(momentum, 0, 1) & _check.is_inside(weight_decay)
+    sound &= _check.is_inside(learning_rate)  # its steps enter the momentum
+    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound)
 
 
 @_options.flat
@@ -379,9 +388,11 @@ def adam_c(
     base = optax.chain(
         pytorch.weight_decay(weight_decay),
         pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad),
-        optax.scale_by_learning_rate(learning_rate),
+        pytorch.learning_rate(learning_rate),
     )
-    return _in_front_of(base, critical_gradients(aggr=aggr, **buffer))
+    sound = pytorch.adam_is_sound(b1, b2, eps, eps_root)
+    sound &= _check.is_inside(weight_decay)
+    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound)
 
 
 @_options.flat
@@ -450,18 +461,23 @@ def adamw_c(
     base = optax.chain(
         pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad),
         pytorch.weight_decay(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        pytorch.learning_rate(learning_rate),
     )
-    return _in_front_of(base, critical_gradients(aggr=aggr, **buffer))
+    sound = pytorch.adam_is_sound(b1, b2, eps, eps_root)
+    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound)
 
 
-def _in_front_of(base, buffer) -> optax.GradientTransformationExtraArgs:
-    """The buffer in front of ``base``, which computes in float32.
+def _in_front_of(base, options, sound) -> optax.GradientTransformationExtraArgs:
+    """The buffer in front of ``base``, which computes in float32. The state of both
+    stays while traced numbers are not ``sound``.
 
     The updates may be sharded over more mesh axes than the gradients. They stay so from
     the buffer to the end of ``base``, and are gathered once there.
     """
-    tx = optax.chain(buffer, precision.in_float32(base))
+    sound &= _check.is_inside(options.kappa)
+    sound &= _check.is_inside(options.fifo_probability)
+    base = precision.in_float32(guards.while_sound(base, sound))
+    tx = optax.chain(_recalling(options, sound), base)
 
     def update_fn(updates, state, params=None, **extra_args):
         new_updates, new_state = tx.update(updates, state, params, **extra_args)

@@ -12,7 +12,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from memoptax import _check, _flax_metadata, _momentum, _parameters
-from memoptax._bases import precision, pytorch
+from memoptax._bases import guards, precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
 from memoptax._buffer.options import Aggregate, BufferArguments, Priority
@@ -133,20 +133,22 @@ def critical_momenta(
         seed,
         holding,
     )
+    numbers = _check.is_inside(b1, 0, 1, below=True)
     if options.keeps_nothing:
         average = optax.ema(b1, debias=False)
-        return precision.in_float32(precision.stored_moment(average, "ema", mu_dtype))
+        average = guards.expecting(average, optax.EmaState, mu_dtype=mu_dtype)
+        average = precision.stored_moment(average, "ema", mu_dtype)
+        return _without_buffer(average, numbers, CriticalMomentaState)
 
     def init_fn(params):
         mu, mu_scales = _momentum.zeros(params, mu_dtype)
         return CriticalMomentaState(mu, mu_scales, algorithm.empty(options, params))
 
     def update_fn(updates, state, params=None):
-        del params
         _check.state(state, CriticalMomentaState)
-        _momentum.check(options, updates, state, mu_dtype)
+        _momentum.check(options, updates, state, mu_dtype, params)
         g = _momentum.beside(state, updates)
-        sound = _momentum.is_sound(options, g, state.buffer.keys.dtype, b1)
+        sound = _momentum.is_sound(options, g, state.buffer.keys.dtype, numbers)
         m, stored, mu = _momentum.average(g, state, b1, sound)  # m_t
         M, buffer = algorithm.recall_and_offer(  # M_t, B_{t+1}
             options, state.buffer, m, g, sound, stored
@@ -236,9 +238,10 @@ def scale_by_adam_cm(
     _check.flag("skip_first", skip_first)
     mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
     options = _options.options(aggr=aggr, **buffer)
+    numbers = pytorch.adam_is_sound(b1, b2, eps, eps_root)
     if options.keeps_nothing:
-        adam = pytorch.scale_by_adam(b1, b2, eps, eps_root, amsgrad=amsgrad)
-        return precision.in_float32(precision.stored_moment(adam, "mu", mu_dtype))
+        adam = pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, amsgrad=amsgrad)
+        return _without_buffer(adam, numbers, ScaleByAdamCmState)
 
     def init_fn(params):
         def zeros():
@@ -254,17 +257,16 @@ def scale_by_adam_cm(
             buffer=algorithm.empty(options, params),
         )
 
-    def check(updates, state):
+    def check(updates, state, params):
         _check.state(state, ScaleByAdamCmState)
-        _momentum.check(options, updates, state, mu_dtype)
+        _momentum.check(options, updates, state, mu_dtype, params)
         _check.same("amsgrad", amsgrad, state.nu_max is not None)
 
     def update_fn(updates, state, params=None):
-        del params
-        check(updates, state)
+        check(updates, state, params)
         g = _momentum.beside(state, updates)
         sound = _momentum.is_sound(
-            options, g, state.buffer.keys.dtype, b1, b2, eps, squares=True
+            options, g, state.buffer.keys.dtype, numbers, squares=True
         )
         if skip_first:
             M, mu, buffer = _momentum.as_released(options, g, state, b1, sound)
@@ -279,7 +281,7 @@ def scale_by_adam_cm(
         v, t = nu_max if amsgrad else nu, jnp.maximum(count, 1)
         u = pytorch.normalize(M, v, t, b1, b2, eps, eps_root)  # u_t
         state = ScaleByAdamCmState(count, *mu, nu, nu_max, buffer)
-        return _momentum.or_nan(sound, u, updates), state
+        return _momentum.or_nan(sound, u, updates, M), state
 
     return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
@@ -324,7 +326,7 @@ def sgd_cm(
     learning_rate = _check.learning_rate(learning_rate)
     return optax.chain(
         critical_momenta(b1, mu_dtype=mu_dtype, aggr=aggr, **buffer),
-        precision.in_float32(optax.scale_by_learning_rate(learning_rate)),
+        precision.in_float32(pytorch.learning_rate(learning_rate)),
     )
 
 
@@ -392,7 +394,7 @@ def adam_cm(
             aggr=aggr,
             **buffer,
         ),
-        precision.in_float32(optax.scale_by_learning_rate(learning_rate)),
+        precision.in_float32(pytorch.learning_rate(learning_rate)),
     )
 
 
@@ -469,16 +471,29 @@ def adamw_cm(
         precision.in_float32(
             optax.chain(
                 pytorch.weight_decay(weight_decay, mask),
-                optax.scale_by_learning_rate(learning_rate),
+                pytorch.learning_rate(learning_rate),
             )
         ),
     )
 
 
+def _without_buffer(base, numbers, kind):
+    """``base`` in float32, which keeps no buffer and refuses a state that has one."""
+    base = guards.without_buffer(guards.while_sound(base, numbers), kind)
+    return precision.in_float32(base)
+
+
 def _second_moment(squared, state, b2, taken):
-    """v and its maximum (None if the state has none) after this step."""
+    """v and its maximum (None if the state has none) after this step.
+
+    An entry that overflows stays as it was. An infinite v would never come down.
+    """
     nu = optax.tree.update_moment_per_elem_norm(squared, state.nu, b2, 2)
-    nu = _momentum.where(taken, nu, state.nu)
+    nu = jax.tree.map(
+        lambda new, old: _momentum.where(taken & jnp.isfinite(new), new, old),
+        nu,
+        state.nu,
+    )
     if state.nu_max is None:
         return nu, None
     return nu, jax.tree.map(jnp.maximum, state.nu_max, nu)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from memoptax import _check
 from memoptax._buffer import algorithm, matching
 from memoptax._buffer import options as _options
 from memoptax._tensors import layout, storage
@@ -19,19 +20,16 @@ def zeros(params, dtype):
     return zeros, storage.zero_scales(params, None, dtype)
 
 
-def check(options, updates, state, mu_dtype):
+def check(options, updates, state, mu_dtype, params=None):
     """Refuse a momentum or a buffer that was made with other arguments."""
-    if not options.keeps_nothing:
-        matching.check(options, state.buffer, updates)
+    if options.keeps_nothing:
+        _check.same_tree(jax.tree.structure(updates), jax.tree.structure(state.mu))
+    else:
+        matching.check(options, state.buffer, updates, params)
     _options.check_scales(options, updates, state.mu_scales)
     found = {leaf.dtype for leaf in jax.tree.leaves(state.mu)}
-    wide = {jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)}
-    if found - ({mu_dtype} if mu_dtype else wide):
-        names = ", ".join(sorted(dtype.name for dtype in found))
-        raise ValueError(
-            f"mu_dtype is {mu_dtype.name if mu_dtype else None!r}, but the state has a "
-            f"momentum of {names}. Pass the mu_dtype that the state was made with."
-        )
+    allowed = [mu_dtype] if mu_dtype else _check.WIDE
+    _check.same_dtype("mu_dtype", mu_dtype, found, allowed)
 
 
 def beside(state, gradients):
@@ -42,20 +40,20 @@ def beside(state, gradients):
     return jax.tree.map(layout.like, gradients, state.mu)
 
 
-def is_sound(options, gradients, dtype, *hyperparameters, squares=False):
-    """Whether gradients and hyperparameters are finite, so that the state may move.
+def is_sound(options, gradients, dtype, numbers, squares=False):
+    """Whether gradients are finite, and the traced ``numbers`` in their ranges, so that
+    the state may move.
 
     ``dtype`` is that of the state's arithmetic. With ``squares`` the square of the
     aggregate M must be finite too. M is at most 1 + |κ| times the largest gradient that
-    was let through, so this needs no pass over M.
+    was let through, so this needs no pass over M. With an ``aggr`` of the user, or a κ
+    that changes, M may be larger: :func:`or_nan` shows that.
     """
     limit = None
     if squares:
         limit = jnp.sqrt(jnp.finfo(dtype).max) / (2 * (1 + jnp.abs(options.kappa)))
     sound = algorithm.is_within(options, gradients, dtype, limit)
-    for number in hyperparameters:
-        sound &= jnp.all(jnp.isfinite(jnp.asarray(number)))
-    return sound & options.is_sound()
+    return sound & options.is_sound() & numbers
 
 
 def as_released(options, gradients, state, b1, sound):
@@ -104,17 +102,21 @@ def _blended(gradient, old, b1, rest, taken):
     return storage.decode(new, gradient.dtype), new
 
 
-def or_nan(sound, updates, gradients):
+def or_nan(sound, updates, gradients, squared=None):
     """``updates``, or NaN where the step is not sound, sharded like the gradients.
 
-    A step that is not sound does not change the state. The NaN makes it visible to
-    wrappers such as ``optax.apply_if_finite``.
+    Also NaN where the square of ``squared`` overflows, if given. Such a step, or entry,
+    does not change the state. The NaN makes it visible to wrappers such as
+    ``optax.apply_if_finite``.
     """
-    return jax.tree.map(
-        lambda u, g: layout.like(jnp.where(sound, u, jnp.nan).astype(g.dtype), g),
-        updates,
-        gradients,
-    )
+
+    def leaf(update, gradient, x=None):
+        taken = sound if x is None else sound & jnp.isfinite(x * x)
+        update = jnp.where(taken, update, jnp.nan).astype(gradient.dtype)
+        return layout.like(update, gradient)
+
+    squares = [] if squared is None else [squared]
+    return jax.tree.map(leaf, updates, gradients, *squares)
 
 
 def where(condition, chosen, other):

@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from memoptax import _check, _flax_metadata, _parameters, _sm3_rules, covers
-from memoptax._bases import by_rows
+from memoptax._bases import by_rows, pytorch
 from memoptax._tensors import families, row_sparse, storage
 
 _VARIANTS = {"I": _sm3_rules.sm3_i, "II": _sm3_rules.sm3_ii}
@@ -157,14 +157,14 @@ def scale_by_sm3(
         )
 
     def update_fn(updates, state, params=None):
-        del params
         _check.state(state, ScaleBySM3State)
-        _check_momentum(momentum, momentum_dtype, state)
+        _check_options(momentum, momentum_dtype, accumulator_dtype, state)
         leaves, treedef = jax.tree.flatten_with_path(updates, row_sparse.is_row_sparse)
         count = optax.safe_increment(state.count)
         if not leaves:
             return updates, state._replace(count=count)
         _sm3_rules.check_leaves(leaves, state.accumulators)
+        _check_tree([path for path, _ in leaves], treedef, state, params)
         steps = []
         for (path, g), numbers, memory in zip(
             leaves, state.accumulators, _load(state, treedef)
@@ -182,8 +182,8 @@ def scale_by_sm3(
     return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
 
-def _check_momentum(momentum, dtype, state):
-    """Refuse a state whose momentum was made with other arguments.
+def _check_options(momentum, momentum_dtype, accumulator_dtype, state):
+    """Refuse a state that was made with other arguments.
 
     A traced momentum may be 0, so it is not compared with the state.
     """
@@ -194,13 +194,28 @@ def _check_momentum(momentum, dtype, state):
                 f"momentum is {momentum!r}, but the state has {found}: pass the "
                 "momentum that it was made with, or make a new state with init."
             )
-    for leaf in jax.tree.leaves(state.momentum):
-        # With a momentum_dtype of None it is as wide as the accumulators, never int8.
-        if leaf.dtype == jnp.int8 if dtype is None else leaf.dtype != dtype:
+    wide = {leaf.dtype for leaf in jax.tree.leaves(state.accumulators)}
+    if accumulator_dtype is not None and isinstance(state.accumulators, (tuple, list)):
+        asked = accumulator_dtype
+        _check.same_dtype("accumulator_dtype", asked, wide, [asked])
+    found = {leaf.dtype for leaf in jax.tree.leaves(state.momentum)}
+    # With a momentum_dtype of None it is as wide as the accumulators.
+    allowed = wide if momentum_dtype is None else [momentum_dtype]
+    _check.same_dtype("momentum_dtype", momentum_dtype, found, allowed)
+
+
+def _check_tree(paths, treedef, state, params):
+    """Refuse updates of other parameters.
+
+    Without momentum the state has no names, and those of ``params`` count, if given.
+    """
+    if state.momentum is not None:
+        _check.same_tree(treedef, jax.tree.structure(state.momentum))
+    known = {path for path, _ in jax.tree.leaves_with_path(_flax_metadata.bare(params))}
+    for path in paths if known else ():
+        if path not in known:
             raise ValueError(
-                f"momentum_dtype is {dtype and jnp.dtype(dtype).name!r}, but the state "
-                f"has a momentum of {leaf.dtype}. Pass the momentum_dtype that the "
-                "state was made with."
+                f"updates have a leaf at {families.name(path)}, but params have none."
             )
 
 
@@ -284,5 +299,5 @@ def sm3(
             momentum_dtype=momentum_dtype,
         ),
         by_rows.weight_decay(weight_decay, mask),
-        by_rows.on_values(optax.scale_by_learning_rate(learning_rate)),
+        by_rows.on_values(pytorch.learning_rate(learning_rate)),
     )

@@ -116,6 +116,7 @@ def scale_by_sm3_cm(
     cover = covers.axes if cover is None else cover
     mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
     options = _options.options(aggr=aggr, **buffer)
+    numbers = pytorch.adam_is_sound(b1, b2, eps)
 
     def init_fn(params):
         mu, mu_scales = _momentum.zeros(params, mu_dtype)
@@ -127,22 +128,17 @@ def scale_by_sm3_cm(
             buffer=None if options.keeps_nothing else algorithm.empty(options, params),
         )
 
-    def check(updates, state):
+    def check(updates, state, params):
         _check.state(state, ScaleBySM3CmState)
-        if options.keeps_nothing and state.buffer is not None:
-            raise ValueError(
-                "topc or kappa is 0, which keeps no buffer, but the state has one: "
-                "pass the arguments that it was made with, or make a new one with init."
-            )
-        _momentum.check(options, updates, state, mu_dtype)
+        _check.without_buffer(options.keeps_nothing and state.buffer is not None)
+        _momentum.check(options, updates, state, mu_dtype, params)
 
     def update_fn(updates, state, params=None):
-        del params
-        check(updates, state)
+        check(updates, state, params)
         boxes = _boxes(cover, updates, state.accumulators)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(state.accumulators))
         g = _momentum.beside(state, updates)
-        sound = _momentum.is_sound(options, g, dtype, b1, b2, eps, squares=True)
+        sound = _momentum.is_sound(options, g, dtype, numbers, squares=True)
         parts = [None] * len(boxes)
         if options.keeps_nothing:
             M, _, mu = _momentum.average(g, state, b1, sound)  # M_t is m_t
@@ -159,7 +155,7 @@ def scale_by_sm3_cm(
         count = jnp.where(sound, optax.safe_increment(state.count), state.count)
         u = pytorch.normalize(M, nu, jnp.maximum(count, 1), b1, b2, eps)  # u_t
         state = ScaleBySM3CmState(count, *mu, accumulators, buffer)
-        return _momentum.or_nan(sound, u, updates), state
+        return _momentum.or_nan(sound, u, updates, M), state
 
     return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
 
@@ -198,7 +194,11 @@ def _leaf(boxes, x, parts, numbers, b2, taken):
     found = families.Families(boxes, x.shape)
     parts = None if parts is None else algorithm.joining(parts)
     nu, floors, raised = _sm3_rules.sm3_ii(x, numbers, found, b2, parts)
-    raised = tuple(jnp.where(taken, new, old) for new, old in zip(raised, numbers))
+    # A number that overflows stays as it was. An infinite one would never come down.
+    raised = tuple(
+        jnp.where(taken & jnp.isfinite(new), new, old)
+        for new, old in zip(raised, numbers)
+    )
     if len(raised) == 1 and raised[0].shape == x.shape:
         # With a box per entry, ν is the accumulator. It is read from the new one, so
         # that XLA can overwrite the old one.
@@ -290,7 +290,7 @@ def sm3_cm(
         precision.in_float32(
             optax.chain(
                 pytorch.weight_decay(weight_decay, mask),
-                optax.scale_by_learning_rate(learning_rate),
+                pytorch.learning_rate(learning_rate),
             )
         ),
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memoptax import _flax_metadata, covers
+from memoptax import _check, _flax_metadata, covers
 from memoptax._tensors import families as _families
 from memoptax._tensors import layout, row_sparse, storage, tiles
 
@@ -21,6 +21,14 @@ class Rule(NamedTuple):
     eps: Any
     precondition: Callable  # sm3_i or sm3_ii
 
+    def is_sound(self):
+        """Whether numbers that are traced are in their ranges. True if none is."""
+        return (
+            _check.is_inside(self.momentum, 0, 1, below=True)
+            & _check.is_inside(self.beta, 0, 1, above=True, below=True)
+            & _check.is_inside(self.eps, 0)
+        )
+
 
 def step(rule, path, boxes, gradient, numbers, memory):
     """One leaf: its update, its new accumulators and its new momentum."""
@@ -29,17 +37,20 @@ def step(rule, path, boxes, gradient, numbers, memory):
         return gradient, numbers, memory
     numbers, dtype = tuple(numbers), numbers[0].dtype
     momentum, beta, eps = (hyperparameter(x, dtype) for x in rule[:3])
+    sound = rule.is_sound()
+    if sound is not True:
+        eps = jnp.where(sound, eps, jnp.nan)  # so that no direction is finite
     g = _beside(gradient, numbers, memory).astype(dtype)
     families = _families.Families(boxes, g.shape)
     nu, floors, raised = rule.precondition(g, numbers, families, beta)
     if len(raised) == 1 and raised[0].shape == g.shape:
         # Adagrad rejects non-finite entries one at a time. Testing only the new sum
         # lets XLA reuse the memory of the old sum.
-        finite = _is_finite(g)
-        raised = _select(jnp.isfinite(raised[0]), raised, numbers)
+        finite = _is_finite(g) & sound
+        raised = _select(jnp.isfinite(raised[0]) & sound, raised, numbers)
         nu, floors = functools.partial(_adagrad, beta), raised
     else:
-        finite = _are_finite(raised)
+        finite = _are_finite(raised) & sound
         raised = _select(finite, raised, numbers)
     direction = functools.partial(_direction, nu, eps)
     if memory is None:
@@ -73,7 +84,7 @@ def _average(direction, momentum, families, g, floors, memory, finite):
     new = storage.encode_computed(blend, entries, operands, memory)
     memory = _select(jnp.isfinite(new.scale) if by_row else finite, new, memory)
     # Reading only the stored momentum lets XLA reuse the memory of the old one.
-    return jnp.where(jnp.isfinite(g), storage.decode(memory, g.dtype), g), memory
+    return jnp.where(finite, storage.decode(memory, g.dtype), jnp.nan), memory
 
 
 def row_sparse_step(rule, path, boxes, gradient, numbers, memory):
@@ -140,12 +151,15 @@ def _accumulate(old, new, decay):
 
 
 def _direction(nu, eps, g, *floors):
-    """g / sqrt(nu + eps), with 0 / 0 = 0 and finite derivatives."""
+    """g / sqrt(nu + eps), with 0 / 0 = 0 and finite derivatives.
+
+    NaN where nu overflows. The quotient would be 0, and nobody would see it.
+    """
     square = nu(g, *floors) + eps
     # A static eps > 0 needs no guard. A guard would be recomputed in every fusion.
     if not (isinstance(eps, int | float) and eps >= jnp.finfo(square.dtype).tiny):
         square = jnp.where(square == 0, 1, square)
-    return g / jnp.sqrt(square)
+    return jnp.where(jnp.isfinite(square), g / jnp.sqrt(square), jnp.nan)
 
 
 def _is_finite(g):

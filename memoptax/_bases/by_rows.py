@@ -4,7 +4,7 @@ import jax
 import optax
 
 from memoptax import _check
-from memoptax._bases import pytorch
+from memoptax._bases import guards, pytorch
 from memoptax._tensors import row_sparse
 
 
@@ -26,7 +26,9 @@ def weight_decay(rate, mask=None) -> optax.GradientTransformation:
     """Decoupled weight decay of dense leaves. Row-sparse ones are not decayed."""
     decay = _decay_of_dense(rate)
     _check.mask("mask", mask)
-    return decay if mask is None else optax.masked(decay, mask)
+    if mask is None:
+        return decay
+    return guards.expecting(optax.masked(decay, mask), optax.MaskedState, mask=mask)
 
 
 def _decay_of_dense(rate):

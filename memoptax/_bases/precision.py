@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _flax_metadata, _parameters
+from memoptax import _check, _flax_metadata, _parameters
+from memoptax._bases import guards
 from memoptax._tensors import layout, storage
 
 
@@ -53,7 +54,7 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
     own ``mu_dtype``, this takes int8 too, and never computes in the dtype of storage.
     """
     if dtype is None:
-        return inner
+        return guards.checking(inner, _check_unstored)
 
     def init_fn(params):
         state: Any = inner.init(params)
@@ -64,6 +65,7 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
         )
 
     def update_fn(updates, state, params=None):
+        _check_stored(state, field, dtype)
         leaves, treedef = jax.tree.flatten(updates)
         stored = storage.unpack(treedef, state.moment, state.scales)
         wide = [storage.decode(s, u.dtype) for s, u in zip(stored, leaves)]
@@ -80,6 +82,29 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
         )
 
     return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
+
+
+def _check_stored(state, field, dtype):
+    """Refuse the state of another ``mu_dtype``, or of another base."""
+    if not isinstance(state, StoredMomentState):
+        raise ValueError(
+            f"mu_dtype is {dtype.name!r}, but the state has {type(state).__name__} "
+            "where StoredMomentState is needed: pass the mu_dtype that it was made "
+            "with, or make a new one with init."
+        )
+    if field not in getattr(state.inner, "_fields", ()):
+        raise ValueError(
+            f"state has {type(state.inner).__name__}, which has no {field}: it belongs "
+            "to another optimizer."
+        )
+    found = {leaf.dtype for leaf in jax.tree.leaves(state.moment)}
+    _check.same_dtype("mu_dtype", dtype, found, [dtype])
+
+
+def _check_unstored(state):
+    if isinstance(state, StoredMomentState):
+        found = {leaf.dtype for leaf in jax.tree.leaves(state.moment)}
+        _check.same_dtype("mu_dtype", None, found, ())
 
 
 def _wide(params):

@@ -13,7 +13,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from memoptax import _check
-from memoptax._bases import precision
+from memoptax._bases import guards, precision
 from memoptax._tensors import storage
 
 
@@ -24,8 +24,21 @@ def weight_decay(
     rate = _check.rate("weight_decay", rate)
     _check.mask("mask", mask)
     if _check.is_zero(rate):
-        return optax.identity()
-    return optax.add_decayed_weights(rate, mask)
+        return guards.expecting(optax.identity(), optax.EmptyState, weight_decay=rate)
+    decay = optax.add_decayed_weights(rate)
+    kind = type(jax.eval_shape(decay.init, ()))  # with a count if it is a schedule
+    decay = guards.expecting(decay, kind, weight_decay=rate, mask=mask)
+    if mask is None:
+        return decay
+    decay = optax.masked(decay, mask)
+    return guards.expecting(decay, optax.MaskedState, weight_decay=rate, mask=mask)
+
+
+def learning_rate(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """``optax.scale_by_learning_rate`` of a rate that has been checked."""
+    kind = optax.ScaleByScheduleState if callable(rate) else optax.EmptyState
+    scale = optax.scale_by_learning_rate(rate)
+    return guards.expecting(scale, kind, learning_rate=rate)
 
 
 def scale_by_adam(
@@ -45,9 +58,11 @@ def scale_by_adam(
     if amsgrad and nesterov:
         raise ValueError("amsgrad and nesterov are both True, but exclude each other.")
     if amsgrad:
-        adam = scale_by_amsgrad(b1, b2, eps, eps_root)
+        adam, kind = scale_by_amsgrad(b1, b2, eps, eps_root), AmsgradState
     else:
         adam = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
+        kind = optax.ScaleByAdamState
+    adam = guards.expecting(adam, kind, amsgrad=amsgrad)
     return precision.stored_moment(adam, "mu", mu_dtype)
 
 
@@ -57,6 +72,16 @@ def check_adam(b1, b2, eps, eps_root):
         _check.number("b2", b2, 0, 1, below=True),
         _check.number("eps", eps, 0),
         _check.number("eps_root", eps_root, 0),
+    )
+
+
+def adam_is_sound(b1, b2, eps, eps_root=0.0):
+    """Whether those that are traced are in these ranges. True if none is."""
+    return (
+        _check.is_inside(b1, 0, 1, below=True)
+        & _check.is_inside(b2, 0, 1, below=True)
+        & _check.is_inside(eps, 0)
+        & _check.is_inside(eps_root, 0)
     )
 
 
@@ -72,10 +97,21 @@ def trace(
     _check.flag("nesterov", nesterov)
     _check.dtype("accumulator_dtype", accumulator_dtype)
     if momentum is None:
-        return optax.identity()
+        return guards.expecting(optax.identity(), optax.EmptyState, momentum=None)
     if _check.is_zero(dampening):
-        return optax.trace(momentum, nesterov, accumulator_dtype)
-    return dampened_trace(momentum, dampening, nesterov, accumulator_dtype)
+        inner = optax.trace(momentum, nesterov, accumulator_dtype)
+        kind = optax.TraceState
+    else:
+        inner = dampened_trace(momentum, dampening, nesterov, accumulator_dtype)
+        kind = DampenedTraceState
+
+    def check_dtype(state):
+        found = {leaf.dtype for leaf in jax.tree.leaves(state.trace)}
+        allowed = [accumulator_dtype] if accumulator_dtype else _check.WIDE
+        _check.same_dtype("accumulator_dtype", accumulator_dtype, found, allowed)
+
+    inner = guards.checking(inner, check_dtype)
+    return guards.expecting(inner, kind, momentum=momentum, dampening=dampening)
 
 
 def scale_by_rms(alpha, eps, initial_scale, centered):
@@ -85,8 +121,10 @@ def scale_by_rms(alpha, eps, initial_scale, centered):
     initial_scale = _check.number("initial_scale", initial_scale, 0)
     _check.flag("centered", centered)
     if centered:
-        return scale_by_centered_rms(alpha, eps, initial_scale)
-    return optax.scale_by_rms(alpha, eps, initial_scale, eps_in_sqrt=False)
+        inner = scale_by_centered_rms(alpha, eps, initial_scale)
+        return guards.expecting(inner, CenteredRmsState, centered=centered)
+    inner = optax.scale_by_rms(alpha, eps, initial_scale, eps_in_sqrt=False)
+    return guards.expecting(inner, optax.ScaleByRmsState, centered=centered)
 
 
 class DampenedTraceState(NamedTuple):
@@ -149,13 +187,15 @@ def scale_by_centered_rms(decay, eps, initial_scale=0.0):
         del params
         mu = optax.tree.update_moment(updates, state.mu, decay, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, decay, 2)
-        updates = jax.tree.map(
+        mu = _in_range(updates, mu, state.mu)
+        nu = _in_range(updates, nu, state.nu)
+        scaled = jax.tree.map(
             lambda u, h, v: u / (jnp.sqrt(jnp.maximum(v - h * h, 0)) + eps),
             updates,
             mu,
             nu,
         )
-        return updates, CenteredRmsState(mu, nu)
+        return _shown(updates, scaled), CenteredRmsState(mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -188,10 +228,12 @@ def scale_by_amsgrad(b1, b2, eps, eps_root: ArrayLike = 0.0):
         del params
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        mu = _in_range(updates, mu, state.mu)
+        nu = _in_range(updates, nu, state.nu)
         nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
         count = optax.safe_increment(state.count)
-        updates = normalize(mu, nu_max, count, b1, b2, eps, eps_root)
-        return updates, AmsgradState(count, mu, nu, nu_max)
+        scaled = normalize(mu, nu_max, count, b1, b2, eps, eps_root)
+        return _shown(updates, scaled), AmsgradState(count, mu, nu, nu_max)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -216,3 +258,20 @@ def bias_correction(decay, count):
     else:
         log = jnp.log(jnp.asarray(decay, jnp.promote_types(decay.dtype, jnp.float32)))
     return -jnp.expm1(count.astype(jnp.result_type(log, float)) * log)
+
+
+def _in_range(updates, new, old):
+    """A moment after a step, or before it where the square of an update overflows."""
+    return jax.tree.map(
+        lambda u, a, b: jnp.where(jnp.isfinite(u * u), a, b.astype(a.dtype)),
+        updates,
+        new,
+        old,
+    )
+
+
+def _shown(updates, scaled):
+    """What was made of the updates, or NaN where their square overflows."""
+    return jax.tree.map(
+        lambda u, x: jnp.where(jnp.isfinite(u * u), x, jnp.nan), updates, scaled
+    )

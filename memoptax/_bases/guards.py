@@ -1,0 +1,70 @@
+"""What a base refuses: a state that other arguments made, and numbers out of range."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from memoptax import _check
+from memoptax._tensors import layout
+
+
+def expecting(inner: optax.GradientTransformation, kind: type, **arguments):
+    """``inner``, which refuses a state that is no ``kind`` and names the arguments that
+    decide on it. Some tools restore an ``optax.EmptyState`` as another empty node.
+    """
+
+    def check(state):
+        empty = not (jax.tree.leaves(state) or hasattr(state, "_fields"))
+        if not (isinstance(state, kind) or kind is optax.EmptyState and empty):
+            asked = " and ".join(f"{k} is {v!r}" for k, v in arguments.items())
+            raise ValueError(
+                f"{asked}, but the state has {type(state).__name__} where "
+                f"{kind.__name__} is needed: pass the arguments that it was made with, "
+                "or make a new one with init."
+            )
+
+    return checking(inner, check)
+
+
+def without_buffer(inner: optax.GradientTransformation, kind: type):
+    """``inner`` for a ``topc`` or ``kappa`` of 0, which refuses the ``kind`` of state
+    that has a buffer.
+    """
+    return checking(inner, lambda state: _check.without_buffer(isinstance(state, kind)))
+
+
+def checking(inner: optax.GradientTransformation, check):
+    """``inner``, which lets ``check`` see every state before it."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        check(state)
+        return inner.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def while_sound(inner: optax.GradientTransformation, sound):
+    """``inner``, whose state stays and whose updates are NaN where not ``sound``.
+
+    That says whether traced numbers are in their ranges; True is of known ones.
+    """
+    if sound is True:
+        return inner
+    inner = optax.with_extra_args_support(inner)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        new_updates, new_state = inner.update(updates, state, params, **extra_args)
+        # By leaves: a restored state may have lists where a new one has tuples.
+        old = jax.tree.leaves(state)
+        leaves, treedef = jax.tree.flatten(new_state)
+        leaves = [
+            jnp.where(sound, layout.like(a, b).astype(b.dtype), b)
+            for a, b in zip(leaves, old)
+        ]
+        new_updates = jax.tree.map(
+            lambda u: jnp.where(sound, u, jnp.nan).astype(u.dtype), new_updates
+        )
+        return new_updates, treedef.unflatten(leaves)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)

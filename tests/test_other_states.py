@@ -1,0 +1,145 @@
+"""A state that other arguments, or another optimizer, made: a sentence by name."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from contract import OPTIMIZERS, each_optimizer
+
+import memoptax
+
+PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}
+
+CG = [memoptax.sgd_c, memoptax.rmsprop_c, memoptax.adam_c, memoptax.adamw_c]
+CM = [memoptax.sgd_cm, memoptax.adam_cm, memoptax.adamw_cm, memoptax.sm3_cm]
+BUFFERED = CG + CM
+RATED = [*BUFFERED, memoptax.sm3]
+ADAM = [memoptax.adam_c, memoptax.adamw_c, memoptax.adam_cm, memoptax.adamw_cm]
+AVERAGED = [memoptax.adam_c, memoptax.adamw_c, *CM]
+NOTHING = {"topc": 0}
+
+
+def schedule(count):
+    return 0.1 + 0 * count
+
+
+def matrices(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+# An argument, the optimizers that have it, and pairs of values whose states differ in
+# something that can be checked. Each pair is tried both ways.
+TABLE = [
+    ("momentum", [memoptax.sgd_c, memoptax.rmsprop_c, memoptax.sm3], [(None, 0.9)], {}),
+    ("dampening", [memoptax.sgd_c], [(0.0, 0.1)], {"momentum": 0.9}),
+    (
+        "accumulator_dtype",
+        [memoptax.sgd_c],
+        [(None, "bfloat16"), ("float16", "bfloat16")],
+        {"momentum": 0.9},
+    ),
+    ("centered", [memoptax.rmsprop_c], [(False, True)], {}),
+    ("amsgrad", ADAM, [(False, True)], {}),
+    ("amsgrad", ADAM, [(False, True)], NOTHING),
+    ("amsgrad", ADAM[:2], [(False, True)], {"mu_dtype": "int8"}),
+    ("mu_dtype", AVERAGED, [(None, "int8"), ("bfloat16", "float16")], {}),
+    ("mu_dtype", AVERAGED, [(None, "bfloat16"), ("int8", "float16")], NOTHING),
+    ("mu_dtype", ADAM[:2], [(None, "int8")], {"amsgrad": True}),
+    (
+        "buffer_dtype",
+        BUFFERED,
+        [(None, "bfloat16"), (None, "int8"), ("float16", "bfloat16")],
+        {},
+    ),
+    ("momentum_dtype", [memoptax.sm3], [(None, "bfloat16")], {"momentum": 0.9}),
+    ("topc", BUFFERED, [(0, 5), (2, 3)], {}),
+    ("kappa", BUFFERED, [(0.0, 1.0)], {}),
+    ("synced", BUFFERED, [(True, False)], {}),
+    ("fifo_probability", BUFFERED, [(None, 0.5)], {}),
+    ("holding", BUFFERED, [("read", "sum")], {}),
+    ("learning_rate", RATED, [(0.1, schedule)], {}),
+    ("learning_rate", BUFFERED, [(0.1, schedule)], NOTHING),
+    ("weight_decay", [*CG, memoptax.adamw_cm, memoptax.sm3], [(0.1, schedule)], {}),
+    (
+        "mask",
+        [memoptax.adamw_c, memoptax.adamw_cm, memoptax.sm3],
+        [(None, matrices)],
+        {"weight_decay": 0.1},
+    ),
+]
+CASES = [
+    pytest.param(factory, name, *values, options, id=f"{factory.__name__}-{name}")
+    for name, factories, pairs, options in TABLE
+    for factory in factories
+    for pair in pairs
+    for values in (pair, pair[::-1])
+]
+
+
+def build(factory, **options):
+    return factory(**{"learning_rate": 0.1, **options})
+
+
+def updated(tx, state):
+    return jax.eval_shape(tx.update, PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("factory, name, asked, made, options", CASES)
+def test_a_state_of_another_value_is_refused_by_name(
+    factory, name, asked, made, options
+):
+    tx, other = (build(factory, **{**options, name: x}) for x in (asked, made))
+    state = jax.eval_shape(other.init, PARAMS)
+    updated(other, state)
+    with pytest.raises(ValueError, match="state") as error:
+        updated(tx, state)
+    assert re.search(rf"\b{name}\b", str(error.value)), error.value
+
+
+@functools.cache
+def born(opt):
+    tx = opt.build()
+    return tx, jax.eval_shape(tx.init, PARAMS)
+
+
+@each_optimizer
+@pytest.mark.few(8)
+def test_the_state_of_another_optimizer_is_refused(opt):
+    """But for one of the same arrays, which may be as good as one of its own."""
+    tx, own = born(opt)
+    for other in OPTIMIZERS:
+        state = born(other)[1]
+        if jax.tree.leaves(state) == jax.tree.leaves(own):
+            continue
+        with pytest.raises(ValueError, match="state"):
+            updated(tx, state)
+    for state in (optax.adam(0.1), optax.sgd(0.1, 0.9)):
+        with pytest.raises(ValueError, match="state"):
+            updated(tx, jax.eval_shape(state.init, PARAMS))
+
+
+# Another tree
+
+
+@each_optimizer
+@pytest.mark.few(8)
+def test_updates_of_other_names_are_refused(opt):
+    """Where the state has no names, by those of the parameters."""
+    tx, state = born(opt)
+    renamed = {name + "x": x for name, x in PARAMS.items()}
+    with pytest.raises(ValueError, match="updates have"):
+        jax.eval_shape(tx.update, renamed, state, PARAMS)
+
+
+@pytest.mark.parametrize("options", [{}, NOTHING, {"kappa": 0.0}], ids=str)
+@pytest.mark.parametrize("factory", [memoptax.sm3_cm, memoptax.sm3])
+def test_updates_of_other_names_are_refused_without_parameters(factory, options):
+    options = {"momentum": 0.9} if factory is memoptax.sm3 else options
+    tx = factory(0.1, **options)
+    state = jax.eval_shape(tx.init, PARAMS)
+    renamed = {name + "x": x for name, x in PARAMS.items()}
+    with pytest.raises(ValueError, match="updates have the structure"):
+        jax.eval_shape(tx.update, renamed, state)

@@ -1,0 +1,238 @@
+"""Numbers that leave their range while running: the update shows it, the state rests.
+
+The table of optimizers is in ``contract.py``.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contract import (
+    OPTIMIZERS,
+    SHAPES,
+    at,
+    close,
+    each_optimizer,
+    gradients,
+    params_like,
+)
+
+import memoptax
+
+nan, inf = np.nan, np.inf
+GRADIENTS = [at(gradients(), t) for t in (0, 1, 2, 4, 5)]
+BAD = {
+    "b1": [nan, inf, -0.5, 1.0, 1e30],
+    "b2": [nan, inf, -0.5, 1.0, 1e30],
+    "eps": [nan, inf, -1.0],
+    "eps_root": [nan, inf, -1.0],
+    "alpha": [nan, inf, -0.5, 1e30],
+    "beta": [nan, inf, 0.0, 1.0, 1e30],
+    "dampening": [nan, inf, 1e30],
+    "kappa": [nan, inf],
+    "fifo_probability": [nan, inf],
+    "momentum": [nan, inf, -0.5, 1e30],
+}
+# Where they enter what the state keeps, and not the update alone.
+ENTERING = {
+    "weight_decay": (memoptax.sgd_c, memoptax.rmsprop_c, memoptax.adam_c),
+    "learning_rate": (memoptax.rmsprop_c,),
+}
+
+
+def numbers_of(opt):
+    """The numbers that this optimizer takes, and bad values of each."""
+    for name in inspect.signature(opt.factory).parameters:
+        bad = BAD.get(name, [])
+        if opt.factory in ENTERING.get(name, ()):
+            bad = [nan, inf]
+        if bad:
+            yield name, bad
+
+
+def injected(opt):
+    """With all of its numbers traced; those that may be None are given."""
+    given = {"kappa": 1.0, "momentum": 0.9, "beta": 0.95, "fifo_probability": 0.5}
+    given = {k: x for k, x in given.items() if opt.accepts(k)}
+    options = {**given, **opt.options}
+    static = [k for k, x in options.items() if not isinstance(x, float)]
+    return opt.build(
+        lambda factory: optax.inject_hyperparams(factory, static_args=static), **options
+    )
+
+
+def kept(opt, state):
+    """What of an injected state is memory: not the spare slots, which may hold anything
+    finite, and not SM3's count, which is of all steps.
+    """
+    parts = jax.tree.leaves_with_path(state.inner_state)
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in parts}
+    sm3 = opt.factory in (memoptax.sm3, memoptax.scale_by_sm3)
+    skip = ("count",) if sm3 else (".buffer.slots", ".buffer.scales")
+    return {k: leaf for k, leaf in named.items() if not any(x in k for x in skip)}
+
+
+def shows(updates):
+    return all(np.isnan(u).all() for u in jax.tree.leaves(updates))
+
+
+@each_optimizer
+@pytest.mark.few(6)
+def test_a_traced_number_out_of_range_shows_and_leaves_the_state(opt):
+    tx, params = injected(opt), params_like(SHAPES)
+    update, state = jax.jit(tx.update), tx.init(params)
+    *before, during, after = GRADIENTS
+    for gradient in before:
+        _, state = update(gradient, state, params)
+    names = {name: bad for name, bad in numbers_of(opt) if name in state.hyperparams}
+    for name, bad in names.items():
+        for value in bad:
+            number = jnp.full_like(state.hyperparams[name], value)
+            spoilt = state._replace(hyperparams=state.hyperparams | {name: number})
+            updates, new = update(during, spoilt, params)
+            assert shows(updates), (name, value)
+            close(kept(opt, new), kept(opt, state), rtol=0, atol=0)
+            new = new._replace(hyperparams=state.hyperparams)
+            updates, _ = update(after, new, params)
+            wanted, _ = update(after, state, params)
+            close(updates, wanted)
+
+
+def test_every_number_is_tried():
+    tried = {name for opt in OPTIMIZERS for name, _ in numbers_of(opt)}
+    assert tried == {*BAD, *ENTERING}
+
+
+# An aggregate, or a κ, that makes M larger than its square can be
+
+
+SQUARING = [memoptax.adam_cm, memoptax.adamw_cm, memoptax.sm3_cm]
+each_squaring = pytest.mark.parametrize("factory", SQUARING, ids=lambda f: f.__name__)
+
+
+def assert_it_recovers(make, spoil):
+    """One step of ``spoil`` shows, and the steps after it are finite and not 0."""
+    params = {"w": jnp.full((3, 4), 0.5), "b": jnp.ones(3)}
+    good, bad = make(), spoil()
+    state = good.init(params)
+    for size in (1.0, 2.0):
+        gradient = jax.tree.map(lambda p, s=size: s * p, params)
+        _, state = good.update(gradient, state, params)
+    before = state
+    updates, state = bad.update(params, state, params)
+    assert all(not np.isfinite(u).any() for u in jax.tree.leaves(updates))
+    for name in ("nu", "accumulators"):
+        close(*(optax.tree.get(s, name) for s in (state, before)), rtol=0, atol=0)
+    for _ in range(3):
+        updates, state = good.update(params, state, params)
+        for u in jax.tree.leaves(updates):
+            assert np.isfinite(u).all() and np.all(np.abs(u) > 1e-3)
+    memoptax.check_state(good, params, state)
+
+
+@each_squaring
+@pytest.mark.parametrize("value", [1e25, 1e38, nan, inf])
+def test_an_aggregate_whose_square_overflows_shows(factory, value):
+    def aggr(update, mean, fill):
+        return update + mean
+
+    assert_it_recovers(
+        lambda: factory(0.1, aggr=aggr),
+        lambda: factory(0.1, aggr=lambda u, mean, fill: jnp.full_like(u, value)),
+    )
+
+
+@each_squaring
+def test_a_kappa_that_grows_shows_where_the_square_overflows(factory):
+    """What the buffer holds was within the range of another κ."""
+    params = {"w": jnp.full((3, 4), 1e15), "b": jnp.full(3, 1e15)}
+    small, large = factory(0.1), factory(0.1, kappa=1e6)
+    state = small.init(params)
+    for _ in range(3):
+        _, state = small.update(params, state, params)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    updates, state = large.update(gradient, state, params)
+    assert all(not np.isfinite(u).any() for u in jax.tree.leaves(updates))
+    updates, state = small.update(gradient, state, params)
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves((updates, state)))
+    assert all(np.all(u != 0) for u in jax.tree.leaves(updates))
+
+
+# Large finite gradients
+
+
+LARGE = [1.9e19, 1e25, 3e38]
+SM3 = [
+    {"variant": variant, "cover": cover, **options}
+    for variant in ("I", "II")
+    for cover in (None, memoptax.covers.whole)
+    for options in (
+        {},
+        {"beta": 0.9},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "momentum_dtype": "int8"},
+    )
+]
+
+
+@pytest.mark.parametrize("size", LARGE)
+@pytest.mark.parametrize("options", SM3, ids=str)
+@pytest.mark.few(8)
+def test_large_gradients_show_in_sm3_and_its_state_stays(options, size):
+    tx, params = memoptax.sm3(0.1, **options), params_like({"w": (3, 4), "b": (3,)})
+    _, before = tx.update(params, tx.init(params), params)
+    every = jax.tree.map(lambda p: jnp.full_like(p, size), params)
+    one = jax.tree.map(lambda p: p.at[(1,) * p.ndim].set(size), params)
+    for large in (every, one):
+        updates, after = tx.update(large, before, params)
+        for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(large)):
+            assert not np.isfinite(u[g == jnp.float32(size)]).any()
+            rest = np.abs(u[np.isfinite(u)])
+            assert np.all(rest <= 0.1 * (4 if "beta" in options else 1.001))
+    updates, after = tx.update(every, before, params)
+    close(after[0].accumulators, before[0].accumulators, rtol=0, atol=0)
+    if before[0].momentum is not None:
+        close(after[0].momentum, before[0].momentum, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["I", "II"])
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_large_rows_show_in_sm3(variant, momentum):
+    sparse, cover = pytest.importorskip("jax.experimental.sparse"), memoptax.covers.rows
+    tx = memoptax.sm3(0.1, momentum, variant=variant, cover=cover)
+    params, rows = jnp.ones((6, 3)), jnp.array([[1], [4]])
+    _, state = tx.update(params, tx.init(params))
+    large = sparse.BCOO((jnp.full((2, 3), 1e25), rows), shape=(6, 3))
+    updates, after = tx.update(large, state)
+    assert not np.isfinite(updates.data).any()
+    close(after[0]._replace(count=0), state[0]._replace(count=0), rtol=0, atol=0)
+
+
+CG = (memoptax.adam_c, memoptax.adamw_c, memoptax.rmsprop_c)
+OWN = [
+    (memoptax.adam_c, {"amsgrad": True}),
+    (memoptax.adamw_c, {"amsgrad": True, "mu_dtype": "int8"}),
+    (memoptax.rmsprop_c, {"centered": True}),
+    (memoptax.adam_cm, {}),
+    (memoptax.adam_cm, {"topc": 0, "amsgrad": True}),
+    (memoptax.adamw_cm, {"amsgrad": True}),
+    (memoptax.sm3_cm, {}),
+    (memoptax.sm3_cm, {"topc": 0}),
+]
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("size", [1e20, 1e25, 1e38])
+@pytest.mark.parametrize("factory, options", OWN)
+def test_large_gradients_freeze_no_second_moment_of_ours(factory, options, size):
+    """Those of optax are optax's, and the documentation says so."""
+    tx, params = factory(0.1, decay=0.0, **options), {"w": jnp.ones((3, 4))}
+    _, state = tx.update(params, tx.init(params), params)
+    updates, state = tx.update({"w": jnp.full((3, 4), size)}, state, params)
+    assert not np.isfinite(updates["w"]).any()
+    moments = jax.tree.leaves(state[1] if factory in CG else state)
+    assert all(np.isfinite(np.float64(x)).all() for x in moments)
+    assert all(np.all(np.abs(np.float64(x)) < 1e3) for x in moments[:3])
