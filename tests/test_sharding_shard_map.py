@@ -116,8 +116,7 @@ def test_what_is_not_finite_on_one_device_is_refused_on_all(factory, mesh):
     assert sharded[1][0].buffer.offered == 6
 
 
-@pytest.mark.parametrize("check_vma", [False, True])
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize(("dtype", "check_vma"), [("float16", False), ("int8", True)])
 def test_slots_of_few_bytes_are_bounded_as_one_device_would(dtype, check_vma, mesh):
     """The norms and the error of a sum, and so its rebuilds, are of whole leaves."""
     # Small, so that what float16 loses of every element shows in the norms.

@@ -94,6 +94,14 @@ SHAPES = {
 }
 
 
+OPTIONS = {
+    "plain": {},
+    "first": {"variant": "I", "beta": 0.9},
+    "momentum": {"momentum": 0.9},
+    "int8": {"momentum": 0.9, "momentum_dtype": "int8"},
+}
+
+
 def temporaries(tx, shapes, dtype):
     """Temporaries of a donated step, in copies of the parameters in float32."""
 
@@ -105,19 +113,15 @@ def temporaries(tx, shapes, dtype):
 
 
 @pytest.mark.cpu_only("it reads what XLA makes for a CPU")
-@pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"variant": "I", "beta": 0.9},
-        {"momentum": 0.9},
-        {"momentum": 0.9, "momentum_dtype": "int8"},
-    ],
-    ids=named,
+    ("kind", "options"),
+    [(kind, name) for kind in SHAPES for name in ("plain", "int8")]
+    + [("convolution", "first"), ("tall", "first")]
+    + [("wide", "momentum"), ("small", "momentum")],
 )
 def test_no_temporary_of_the_size_of_the_parameters(kind, options):
     """What a few rows have in common: eight or ten of them where an axis is short."""
+    options = OPTIONS[options]
     tx = memoptax.sm3(1e-3, **options)
     least = 0.1 if kind in ("square", "vector", "small") else 0.25
     more = 0.13 if "momentum_dtype" in options else 0
