@@ -45,6 +45,7 @@ class Optimizer:
     def squares(self):
         """Whether it squares what it is given, and so refuses what overflows then."""
         momenta = (memoptax.scale_by_adam_cm, memoptax.adam_cm, memoptax.adamw_cm)
+        momenta += (memoptax.scale_by_sm3_cm, memoptax.sm3_cm)
         return self.factory in momenta or self.memory == "accumulators"
 
     def build(self, wrap=lambda factory: factory, **options):
