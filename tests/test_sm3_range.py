@@ -109,7 +109,7 @@ each_bad = pytest.mark.parametrize("bad", [np.nan, -np.inf, 1e25])
 @each_storage
 def test_what_is_not_finite_leaves_no_trace(bad, shape, variant, dtype):
     update, before, after, _ = one_bad_step(shape, bad, dtype, variant)
-    assert np.isfinite(np.asarray(update)).all() == np.isfinite(bad)
+    assert not np.isfinite(np.asarray(update)).all()
     for of in (lambda s: s.accumulators[0], momentum_of_a):
         jax.tree.map(np.testing.assert_array_equal, of(before), of(after))
 
@@ -120,7 +120,7 @@ def test_what_is_not_finite_leaves_no_trace(bad, shape, variant, dtype):
 @each_storage
 def test_adagrad_refuses_entry_by_entry(bad, shape, variant, dtype):
     update, *states = one_bad_step(shape, bad, dtype, variant)
-    assert np.isfinite(np.asarray(update)).all() == np.isfinite(bad)
+    assert not np.isfinite(np.asarray(update)).all()
     there = (0,) * len(shape)
     for of in (lambda s: s.accumulators[0][0], lambda s: s.momentum["a"]):
         before, after, healthy = (np.array(of(s)) for s in states)
