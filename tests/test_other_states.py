@@ -88,6 +88,7 @@ def updated(tx, state):
 
 
 @pytest.mark.parametrize("factory, name, asked, made, options", CASES)
+@pytest.mark.few(40)
 def test_a_state_of_another_value_is_refused_by_name(
     factory, name, asked, made, options
 ):

@@ -114,7 +114,7 @@ BAD = (np.nan, -np.inf, 1e25)  # the square of the last is not finite
 def test_what_is_not_finite_leaves_no_trace(shape, variant, dtype):
     for bad in BAD:
         update, before, after, _ = one_bad_step(shape, bad, dtype, variant)
-        assert np.isfinite(np.asarray(update)).all() == np.isfinite(bad)
+        assert not np.isfinite(np.asarray(update)).all()
         for of in (lambda s: s.accumulators[0], momentum_of_a):
             jax.tree.map(np.testing.assert_array_equal, of(before), of(after))
 
@@ -127,7 +127,7 @@ def test_adagrad_refuses_entry_by_entry(shape, variant, dtype):
 
 def refuses_entry_by_entry(bad, shape, variant, dtype):
     update, *states = one_bad_step(shape, bad, dtype, variant)
-    assert np.isfinite(np.asarray(update)).all() == np.isfinite(bad)
+    assert not np.isfinite(np.asarray(update)).all()
     there = (0,) * len(shape)
     for of in (lambda s: s.accumulators[0][0], lambda s: s.momentum["a"]):
         before, after, healthy = (np.array(of(s)) for s in states)
