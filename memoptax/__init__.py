@@ -52,7 +52,7 @@ if _TYPE_CHECKING:
     from memoptax import sparse as sparse
 else:
 
-    def __getattr__(name):
+    def __getattr__(name: str) -> object:
         # Loaded on first use, because it imports jax.experimental.sparse.
         if name == "sparse":
             return _import_module("memoptax.sparse")

@@ -59,7 +59,7 @@ class MemoryReport:
         """Bytes in a step that does not donate the state: the old and the new state."""
         return 2 * self.total
 
-    def __str__(self):
+    def __str__(self) -> str:
         def column(found):
             total = sum(found.values())
             return [*found.values(), total, 2 * total]
