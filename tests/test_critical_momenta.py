@@ -101,6 +101,7 @@ def test_a_traced_kappa_of_0_is_adam(skip_first, x64):
     assert_same_run(traced, optax.adam(0.1), rtol=1e-12)
 
 
+@pytest.mark.long
 def test_optimizers_are_chains():
     scaled = memoptax.scale_by_adam_cm(0.8, 0.99, topc=2, amsgrad=True)
     rate = optax.scale_by_learning_rate(0.1)

@@ -16,7 +16,8 @@ from streams import normal, updates_of
 pytestmark = pytest.mark.few(2)
 
 
-def test_fifty_thousand_bfloat16_steps_do_not_stall():
+def test_three_thousand_bfloat16_steps_do_not_stall():
+    """A sum in bfloat16 would at 256, and in float16 at 2048."""
     tx = memoptax.scale_by_sm3(0.9)
     params = jnp.zeros((4, 8), jnp.bfloat16)
 
@@ -25,12 +26,12 @@ def test_fifty_thousand_bfloat16_steps_do_not_stall():
         return state, updates[0, 0]
 
     state, updates = jax.jit(
-        lambda state: jax.lax.scan(step, state, None, length=50_000)
+        lambda state: jax.lax.scan(step, state, None, length=3000)
     )(tx.init(params))
     for accumulator in state.accumulators[0]:
-        np.testing.assert_array_equal(accumulator, 50_000.0)
+        np.testing.assert_array_equal(accumulator, 3000)
     assert updates.dtype == jnp.bfloat16
-    np.testing.assert_allclose(float(updates[-1]), 50_000**-0.5, rtol=1e-2)
+    np.testing.assert_allclose(float(updates[-1]), 3000**-0.5, rtol=1e-2)
 
 
 def test_small_gradients_keep_the_scale_of_their_step():
@@ -165,7 +166,7 @@ def test_derivatives_are_finite_where_the_gradient_is_zero():
         return jnp.sum(updates**2)
 
     g = jnp.array([[0.0, 1.0], [0.0, 0.0], [2.0, 3.0]])
-    assert np.isfinite(np.asarray(jax.grad(after_two_steps)(g))).all()
+    assert np.isfinite(jax.jit(jax.grad(after_two_steps))(g)).all()
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (1030, 130)], ids=named)
@@ -176,10 +177,11 @@ def test_derivatives_follow_finite_differences(shape):
         weights = jnp.asarray(normal(3, shape))
         first, second = (jnp.asarray(normal(t, shape)) for t in (1, 2))
 
+        @jax.jit
         def f(scale):
             _, state = tx.update(scale * first, tx.init(first))
             return jnp.sum(weights * tx.update(second, state)[0])
 
         h = 1e-6
         slope = (f(1 + h) - f(1 - h)) / (2 * h)
-        np.testing.assert_allclose(jax.grad(f)(1.0), slope, rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(jax.grad(f))(1.0), slope, rtol=1e-6)
