@@ -37,6 +37,8 @@ mathjax_path = "https://cdn.jsdelivr.net/npm/mathjax@3.2.2/es5/tex-mml-chtml.js"
 
 html_theme = "sphinx_book_theme"
 html_title = f"memoptax {release}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_theme_options = {
     "navbar_persistent": [],  # the sidebar has the search
     "show_navbar_depth": 1,

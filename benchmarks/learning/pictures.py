@@ -36,7 +36,10 @@ def kind(name: str) -> str:
 
 
 def draw(experiment: Experiment, folder: Path, path: Path) -> None:
-    """Save the picture of an experiment, as far as it was run."""
+    """Save the picture of an experiment, as far as it was run.
+
+    Its panels are stacked, so that it fits into the column of a page.
+    """
     made = [(task, lines) for task, lines in summary.lines(experiment, folder) if lines]
     curved = made[0][0].curve is not None
     panels = [
@@ -45,26 +48,20 @@ def draw(experiment: Experiment, folder: Path, path: Path) -> None:
         for column in ["", *PANELS]
         if not column or any(column in line.differences for line in lines)
     ]
-    most = max(len(_shown(lines, "")) for _, lines in made)
-    height = 1.2 + 0.24 * most
-    figure = Figure(
-        figsize=(6.4 * len(panels), height + 0.3 + (3 if curved else 0)),
-        layout="constrained",
-    )
-    grid = figure.subplots(
-        2 if curved else 1,
-        len(panels),
-        squeeze=False,
-        height_ratios=[height, 3] if curved else None,
-    )
-    for place, (task, lines, column) in enumerate(panels):
+    heights = []
+    for _, lines, column in panels:
+        heights += [1.2 + 0.24 * len(_shown(lines, column))] + [3] * curved
+    figure = Figure(figsize=(6.4, sum(heights) + 0.3), layout="constrained")
+    grid = figure.subplots(len(heights), squeeze=False, height_ratios=heights)
+    axes = iter(grid[:, 0])
+    for task, lines, column in panels:
         title = task.name
         if task.name in experiment.against:
             title += f",\ncompared with: {experiment.against[task.name]}"
-        _forest(grid[0, place], task, lines, column, title)
+        _forest(next(axes), task, lines, column, title)
         if curved:
             results = Results(folder / f"{experiment.name}.csv")
-            _curves(grid[1, place], task, lines, results)
+            _curves(next(axes), task, lines, results)
     names = {kind(x.name) for _, lines, column in panels for x in _shown(lines, column)}
     handles = [
         Line2D([], [], ls="", marker=mark, color=colour, ms=5, label=name)
