@@ -177,7 +177,7 @@ def _select(condition, yes, no):
     return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
 
 
-def hyperparameter(x, dtype):
+def hyperparameter(x, dtype) -> Any:
     """``x`` in ``dtype``. It may come in bfloat16 from inject_hyperparams."""
     return x if x is None or type(x) in (int, float) else jnp.asarray(x, dtype)
 

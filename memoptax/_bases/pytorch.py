@@ -75,7 +75,7 @@ def check_adam(b1, b2, eps, eps_root):
     )
 
 
-def adam_is_sound(b1, b2, eps, eps_root=0.0):
+def adam_is_sound(b1, b2, eps, eps_root: ArrayLike = 0.0):
     """Whether those that are traced are in these ranges. True if none is."""
     return (
         _check.is_inside(b1, 0, 1, below=True)

@@ -127,7 +127,8 @@ def check_shapes(buffer) -> None:
         for array in jax.tree.leaves(getattr(buffer, name)):
             if not jnp.issubdtype(array.dtype, kind):
                 raise ValueError(f"state has a buffer whose {name} are {array.dtype}.")
-    for name, found, wanted in _shapes(buffer, *shape[-2:], shape[:-2]):
+    *batch, rows, topc = shape
+    for name, found, wanted in _shapes(buffer, rows, topc, tuple(batch)):
         if found != wanted:
             raise ValueError(
                 f"state has a buffer whose {name} have shape {found} where {wanted} is "
@@ -136,7 +137,7 @@ def check_shapes(buffer) -> None:
 
 
 def _shapes(buffer, rows, topc, batch):
-    """The name, the shape and the right shape of whatever a buffer holds."""
+    """The name, the shape and the right shape of each field of a buffer."""
     slots, scales, totals = map(
         jax.tree.leaves, (buffer.slots, buffer.scales, buffer.total)
     )
