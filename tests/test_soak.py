@@ -32,7 +32,15 @@ def test_two_thousand_steps_stay_within_the_bound(case):
     assert_exact(case, 2000)
 
 
-@pytest.mark.parametrize("case", soak.CASES, ids=str)
+# Each fourth has every dtype, every capacity and every way of holding among them.
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.exhaustive] if k % 4 else [])
+        for k, case in enumerate(soak.CASES)
+    ],
+    ids=str,
+)
 @pytest.mark.long
 def test_four_thousand_steps_stay_within_the_bound(case):
     assert_exact(case, 4000)
