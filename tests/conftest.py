@@ -9,7 +9,8 @@ precision there. A TPU serves one process, so leave out ``-n``; on a GPU several
 its memory with ``XLA_PYTHON_CLIENT_PREALLOCATE=false``. All is set before JAX starts.
 
 ``pytest`` runs the fast suite, ``-m long`` the rest, ``-m "long or not long"`` all.
-A test marked ``few(n)`` has n of its cases in the fast suite, spread evenly.
+A test marked ``few(n)`` has n of its cases in the fast suite, spread evenly. CI leaves
+out what is ``exhaustive``: the other cases of tables whose rows take turns elsewhere.
 """
 
 import os

@@ -64,7 +64,7 @@ def test_the_python_of_the_readme_runs():
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON)
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_the_python_of_a_page_runs(page):
     run(DOCS / page)
 

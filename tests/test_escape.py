@@ -57,6 +57,7 @@ def test_after_a_warm_up_it_is_the_buffer_that_leaves():
     assert (without < 0.4).all()
 
 
+@pytest.mark.long
 def test_sgd_leaves_with_a_buffer_at_a_rate_at_which_it_stays_without():
     (plain,) = escaped(escape.sgd, (0.1,))
     (momenta,) = escaped(escape.sgd_cm(5, 0.7), (0.1,))

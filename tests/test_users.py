@@ -213,9 +213,12 @@ def test_gradients_of_a_run_by_its_rate_are_those_of_differences(name, problem, 
 
     def final(rate):
         tx = opt.build(learning_rate=rate)
-        carry = params, tx.init(params)
-        for _ in range(4):
-            carry = step_of(tx)(*carry, jax.grad(least_squares)(carry[0], x, y))
+
+        def step(carry, _):
+            gradient = jax.grad(least_squares)(carry[0], x, y)
+            return step_of(tx)(*carry, gradient), None
+
+        carry, _ = jax.lax.scan(step, (params, tx.init(params)), length=4)
         return least_squares(carry[0], x, y)
 
     final = jax.jit(final)
