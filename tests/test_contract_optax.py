@@ -32,7 +32,7 @@ pytestmark = pytest.mark.few(2)
 
 
 def ending_at(step, rate):
-    """A schedule: the rate, and from this step on 0."""
+    """A schedule: the rate up to this step, then 0."""
     return optax.piecewise_constant_schedule(rate, {step: 0.0})
 
 
@@ -58,7 +58,7 @@ def test_schedules_and_traced_hyperparameters(opt, inject):
 
 
 def test_the_annotation_of_a_rate_is_the_type_of_optax():
-    """Optax's own tests look at it, and skip what has another, or a string."""
+    """Optax's own tests look at it, and skip others, and strings."""
     for factory in {opt.factory for opt in OPTIMIZERS if opt.rated}:
         rate = inspect.signature(factory).parameters["learning_rate"]
         assert rate.annotation is optax.ScalarOrSchedule, factory
@@ -71,7 +71,7 @@ OPTIONAL = ("fifo", "sgd_c nesterov", "rmsprop_c centered", "adam_c L2")
     "opt", [opt for opt in OPTIMIZERS if opt.name in OPTIONAL], ids=repr
 )
 def test_numbers_that_may_be_none_may_be_traced(opt):
-    """Of these the type of the default does not tell that they are numbers."""
+    """The type of their defaults does not say that these are numbers."""
     numbers = {k for k, value in opt.options.items() if isinstance(value, float)}
     static = opt.options.keys() - numbers
     tx = opt.build(lambda f: optax.inject_hyperparams(f, static_args=static))
@@ -82,7 +82,7 @@ def test_numbers_that_may_be_none_may_be_traced(opt):
 
 @each_factory
 def test_hyperparameters_in_half_precision_are_not_kept_in_it(opt):
-    """Injected numbers have the dtype of the parameters; the state has not."""
+    """Injected numbers have the dtype of the parameters, but the state has not."""
     params, tx = params_like(SHAPES, jnp.bfloat16), opt.build(optax.inject_hyperparams)
     state = jax.eval_shape(tx.init, params)
     updates, after = jax.eval_shape(tx.update, params, state, params)
@@ -96,7 +96,7 @@ def test_hyperparameters_in_half_precision_are_not_kept_in_it(opt):
 
 @each_factory
 def test_counters_stop_at_their_end(opt):
-    """And do not turn negative, as if there had been no step yet."""
+    """They do not overflow to negative numbers, as if there had been no step yet."""
     runner, last = donating(opt), np.iinfo(np.int32).max
 
     def counted(path, x):

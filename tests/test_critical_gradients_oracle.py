@@ -1,4 +1,4 @@
-"""Critical gradients on streams of ties, zeros and faults, as NumPy has them."""
+"""Critical gradients on streams of ties, zeros and faults, against NumPy."""
 
 import functools
 

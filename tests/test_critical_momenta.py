@@ -63,7 +63,7 @@ def test_the_released_first_step_by_hand(x64):
     np.testing.assert_allclose(updates_of(tx, [4.0, -2.0]), want, rtol=1e-12)
 
 
-# One road or another
+# Two ways to the same numbers
 
 
 def assert_same_run(one, other, **tolerance):
@@ -170,7 +170,7 @@ def changes_nothing(name, update, steps, bad):
 
 
 def assert_same_state(one, other):
-    """Equal in all but the spare slots, which may hold anything finite."""
+    """Equal except for the spare slots, which may hold anything finite."""
     buffers = [state.buffer for state in (one, other)]
     for leaf in range(len(SHAPES)):
         row = leaf if buffers[0].keys.shape[0] > 1 else 0
