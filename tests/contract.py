@@ -132,7 +132,7 @@ each_optimizer = pytest.mark.parametrize("opt", OPTIMIZERS, ids=repr)
 each_factory = pytest.mark.parametrize(
     "opt", [opt for opt in OPTIMIZERS if opt.name == opt.factory.__name__], ids=repr
 )
-# The buffer's options are tried with the cheapest optimizer.
+# Each factory, and the building blocks with all options of the buffer.
 each_block = pytest.mark.parametrize(
     "opt",
     [opt for opt in OPTIMIZERS if opt.name == opt.factory.__name__ or not opt.rated],

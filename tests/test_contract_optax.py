@@ -58,7 +58,7 @@ def test_schedules_and_traced_hyperparameters(opt, inject):
 
 
 def test_the_annotation_of_a_rate_is_the_type_of_optax():
-    """Optax's own tests look at it, and skip others, and strings."""
+    """optax's own tests look for this annotation, and skip others, and strings."""
     for factory in {opt.factory for opt in OPTIMIZERS if opt.rated}:
         rate = inspect.signature(factory).parameters["learning_rate"]
         assert rate.annotation is optax.ScalarOrSchedule, factory

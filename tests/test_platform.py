@@ -1,4 +1,4 @@
-"""The tests themselves, as they would run on an accelerator."""
+"""How the tests would run on an accelerator."""
 
 import os
 import pathlib

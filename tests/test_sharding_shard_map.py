@@ -1,4 +1,4 @@
-"""Inside shard_map: every device decides as one would, or the call is refused."""
+"""Inside shard_map all devices decide as a single one would, or it is an error."""
 
 import functools
 
@@ -56,7 +56,7 @@ def plain_on_one():
 
 
 def assert_equal_everywhere(single, sharded):
-    """The same numbers, and on all devices that hold a copy of them."""
+    """The same numbers as without it, on all devices that hold a copy."""
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4),
         single,
@@ -76,7 +76,7 @@ def assert_equal_everywhere(single, sharded):
         (SPECS, True),
         (SPECS, False),
         ("auto", True),
-        (BOTH, True),  # over more than some leaves vary, which JAX knows
+        (BOTH, True),  # more axes than some leaves vary over, which JAX knows
         ({"matrix": BOTH, "vector": "model", "scalar": None}, False),
     ],
 )
@@ -118,8 +118,8 @@ def test_what_is_not_finite_on_one_device_is_refused_on_all(factory, mesh):
 
 @pytest.mark.parametrize(("dtype", "check_vma"), [("float16", False), ("int8", True)])
 def test_slots_of_few_bytes_are_bounded_as_one_device_would(dtype, check_vma, mesh):
-    """The norms and the error of a sum, and so its rebuilds, are of whole leaves."""
-    # Small, so that what float16 loses of every element shows in the norms.
+    """The norms and the error of a sum, and so its rebuilds, belong to whole leaves."""
+    # Small, so that the norms show what float16 loses of every element.
     stream = jax.tree.map(lambda x: 1e-7 * x, few(values(8)))
     make = momentum(buffer_dtype=dtype)
     rows = {"matrix": P("data"), "vector": P(), "scalar": P()}
@@ -150,13 +150,13 @@ def test_a_rule_of_ones_own_decides_alike_if_it_asks_all_devices(mesh):
     for check_vma in (True, False):
         sharded = on_eight(PLAIN, SPECS, mesh, stream, check_vma, rule=asks_all)
         assert_equal_everywhere(single, sharded)
-    # One that does not ask lets each device keep what it likes.
+    # Without communication each device makes its own choice.
     sharded = on_eight(PLAIN, SPECS, mesh, stream, False, rule=largest_entry)
     with pytest.raises(AssertionError):
         assert_equal_everywhere(single, sharded)
 
 
-# Rows of int8 that a device sees a part of
+# Rows of int8 of which a device sees only a part
 
 
 SPLIT = {
@@ -183,7 +183,7 @@ def test_the_parts_of_a_row_in_int8_are_not_passed_for_it(
 
 
 def test_parts_of_a_row_in_int8_may_be_kept_as_what_they_are(mesh):
-    """With scales of every device, in a state that says so."""
+    """With scales for every device, in a state that says so."""
     names = {"matrix": BOTH, "vector": "model", "scalar": None}
     make, stream = SPLIT["buffer_dtype"], few(values(8))
 

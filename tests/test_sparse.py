@@ -1,4 +1,4 @@
-"""Row-sparse gradients against the oracle, the dense road and the bill for memory."""
+"""Row-sparse gradients: against the oracle and dense gradients, and their memory."""
 
 import functools
 
@@ -51,7 +51,7 @@ def test_oracle_with_duplicates(beta, shape):
 
 @pytest.mark.parametrize("variant", ["I", "II"])
 def test_equals_the_dense_road_with_rows(variant):
-    """Rows whose gradient is zero do not move and keep their numbers, densely too."""
+    """Rows with a zero gradient do not move and keep their numbers, also densely."""
     tx = memoptax.sm3(0.1, cover=memoptax.covers.rows, variant=variant)
     roads = [(jnp.ones((9, 3)), tx.init(jnp.ones((9, 3))))] * 2
     for ids, values in stream(5, 9):
@@ -174,7 +174,7 @@ def test_only_one_sparse_dimension():
 
 # Ids of any kind
 
-# All that a table of n rows can be asked for, as (id, row); None is padding.
+# All ids of a table of n rows, as (id, row). None is padding.
 
 
 def known_ids(n):
@@ -187,7 +187,7 @@ KINDS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64
 
 
 def of_kind(ids, kind):
-    """Those of the ids that such integers can be, and the ends of their range."""
+    """The ids that this integer dtype can hold, and the ends of its range."""
     info = np.iinfo(kind)
     ends = [(i, None) for i in (info.min, info.max, info.max - 1)]
     return [pair for pair in ids if info.min <= pair[0] <= info.max], ends
@@ -260,7 +260,7 @@ def test_what_is_no_table_is_refused(table):
 @pytest.mark.parametrize("promised", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "int32", "uint8"])
 def test_aliases_of_a_row_merge(kind, promised):
-    """Also where the indices were said to be unique, and each is, as a number."""
+    """Also if the indices are marked as unique, which they are as numbers."""
     n = 100
     ids = [-1, n - 1, n, -n - 1] if kind != "uint8" else [n - 1, n - 1, n, 255]
     indices = jnp.asarray(ids, kind)[:, None]
@@ -273,13 +273,13 @@ def test_aliases_of_a_row_merge(kind, promised):
     np.testing.assert_array_equal(accumulators, [0.0] * (n - 1) + [9.0])
     moved = memoptax.sparse.apply_updates(table, updates)
     np.testing.assert_allclose(moved.ravel(), [1.0] * (n - 1) + [0.9])
-    # A raw update, with aliases in it, is added row by row.
+    # A raw update with aliases is added row by row.
     raw = BCOO((jnp.ones((4, 1)), indices), shape=(n, 1))
     added = memoptax.sparse.apply_updates(table, raw)
     np.testing.assert_array_equal(added.ravel(), [1.0] * (n - 1) + [3.0])
 
 
-# optax's transformations around it
+# optax's transformations around SM3
 
 TABLES = {"table": jnp.ones((6, 2)), "w": jnp.ones(3)}
 

@@ -1,4 +1,4 @@
-"""How one array is stored: what rounding does to it, and what it never does."""
+"""How one array is stored, and the limits of its rounding."""
 
 import functools
 
@@ -15,7 +15,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def like(x, dtype):
-    """An empty array in storage, for ``x``."""
+    """Zeros in the storage of ``x``."""
     (scale,) = storage.zero_scales([x], None, dtype) or (None,)
     return storage.Stored(storage.zeros(x, None, dtype), scale)
 
