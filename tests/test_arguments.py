@@ -408,7 +408,7 @@ def test_the_path_of_what_is_no_parameter_is_named(factory, leaf):
 
 
 @each_factory
-def test_extra_arguments_are_for_others(factory):
+def test_extra_arguments_are_ignored(factory):
     params = {"w": jnp.ones((2, 2))}
     for tx in variants(factory):
         assert isinstance(tx, optax.GradientTransformationExtraArgs)

@@ -100,7 +100,7 @@ def test_decay_zero_keeps_empty_slots_empty():
 @pytest.mark.parametrize(
     ("decay", "used"), [(-1.0, 0.0), (1e10, 1.0), (np.inf, 1.0), (np.nan, 1.0)]
 )
-def test_a_traced_decay_out_of_range_ends_at_its_border(decay, used):
+def test_a_traced_decay_out_of_range_is_clamped(decay, used):
     run = jax.jit(lambda buffer, decay: offer(buffer, 4.0, decay=decay)[1])
     buffer = empty(jnp.float32(0), 3)
     np.testing.assert_array_equal(run(buffer, decay).keys, [[4.0 * used, 0, 0]])
@@ -118,7 +118,7 @@ def test_recalls_the_sum_before_the_push(way, topc):
 
 @each_way
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_was_never_offered(bad, way, topc):
+def test_a_bad_offer_changes_nothing(bad, way, topc):
     buffer = empty({"a": jnp.zeros(2), "b": jnp.zeros(())}, topc, holding=way)
     good = {"a": jnp.array([1.0, 2.0]), "b": jnp.float32(1)}
     _, buffer = offer(buffer, good, decay=0.5)
@@ -148,7 +148,7 @@ def test_a_negative_priority_is_not_offered(way, topc):
 
 
 @pytest.mark.parametrize("way", ["select", "read", "sum"])
-def test_rows_of_their_own_decide_for_themselves(way):
+def test_unsynced_leaves_decide_for_themselves(way):
     like = {"a": jnp.zeros(()), "b": jnp.zeros(())}
     buffer = empty(like, 1, synced=False, holding=way)
     for a, b in ((1.0, 5.0), (2.0, 4.0), (np.nan, 6.0)):

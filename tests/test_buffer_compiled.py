@@ -86,7 +86,9 @@ def test_no_step_of_critical_momenta_copies_the_buffer(make, leaves, name, mesh)
         ("bfloat16", "int8", 2.1),
     ],
 )
-def test_nor_do_slots_of_half_precision(params_dtype, buffer_dtype, limit, topc, mesh):
+def test_no_step_copies_slots_of_half_precision(
+    params_dtype, buffer_dtype, limit, topc, mesh
+):
     """XLA's CPU backend stores 16-bit gradients in float32, for any C.
 
     It converts whole stacks of bfloat16 slots. GPU and TPU do not.

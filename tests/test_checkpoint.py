@@ -116,7 +116,7 @@ def test_a_state_comes_back_bitwise_and_goes_on(tx, tmp_path):
 @pytest.mark.cpu_only("a mesh of eight devices")
 @pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.long
-def test_onto_another_mesh_and_another_capacity(slots, tmp_path):
+def test_a_state_moves_to_another_mesh_and_another_capacity(slots, tmp_path):
     """A state saved on 4 × 2 devices with C = 5 runs on 2 × 4 with C = 2 or 8."""
     tx = optax.chain(memoptax.critical_gradients(5, buffer_dtype=slots), optax.sgd(0.1))
     params, state = trained(tx, (4, 2))

@@ -235,7 +235,7 @@ def test_parameters_are_asked_for_only_where_needed(opt):
 
 
 @each_optimizer
-def test_another_tree_than_at_birth_is_refused(opt):
+def test_a_tree_other_than_that_of_init_is_refused(opt):
     tx, params = opt.build(), params_like(SHAPES)
     state = jax.eval_shape(tx.init, params)
     fewer = {name: p for name, p in params.items() if name != "vector"}
@@ -252,7 +252,7 @@ def test_another_tree_than_at_birth_is_refused(opt):
 @each_memory
 @pytest.mark.parametrize("bad", [np.nan, -np.inf, 1e30], ids=["nan", "inf", "1e30"])
 @pytest.mark.parametrize("step", [0, 1, 7])
-def test_a_bad_gradient_was_never_offered(opt, bad, step):
+def test_a_bad_gradient_never_enters_the_memory(opt, bad, step):
     def memory_is_finite(old, new):
         del old
         memory = optax.tree.get(new[1], opt.memory)

@@ -113,7 +113,7 @@ def test_counters_stop_at_their_end(opt):
 
 
 @each_capacity
-def test_a_traced_capacity_is_refused_with_its_cure(opt):
+def test_a_traced_capacity_is_refused_and_the_error_says_what_to_do(opt):
     static = tuple(opt.options)
     params = params_like(SHAPES)
     traced = opt.build(
@@ -157,7 +157,7 @@ def trained_apart(opt):
 
 @each_factory
 @pytest.mark.parametrize("wrap", [masked, partitioned])
-def test_a_part_of_the_tree_is_as_if_it_were_alone(opt, wrap):
+def test_a_part_of_the_tree_trains_as_it_would_by_itself(opt, wrap):
     params, stream = params_like(SHAPES), gradients()
     trajectory, _ = trained(wrap(opt.build()))
     close(inside(trajectory), trained_apart(opt))

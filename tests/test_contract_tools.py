@@ -119,7 +119,7 @@ def test_a_state_of_zeros_is_a_new_one(opt):
 
 
 @each_capacity
-def test_what_lookahead_resets_remembers_again(opt):
+def test_a_buffer_that_lookahead_resets_fills_again(opt):
     """Every third step it multiplies the state by 0."""
     tx = optax.lookahead(opt.build(), 3, 0.5, reset_state=True)
     params = optax.LookaheadParams.init_synced(params_like(SHAPES))
@@ -162,7 +162,7 @@ def test_a_state_cast_to_half_precision_and_back_goes_on(opt):
 
 
 @each_factory
-def test_lists_serve_for_tuples(opt):
+def test_lists_may_replace_tuples(opt):
     """As some checkpoints restore them."""
 
     def listed(node):

@@ -37,7 +37,7 @@ def shapes(cover, params):
         (memoptax.covers.blocks(2), (), [()]),
     ],
 )
-def test_ready_made(cover, shape, boxes):
+def test_public_covers_have_their_boxes(cover, shape, boxes):
     assert cover((), leaf(*shape)) == boxes
 
 

@@ -27,7 +27,7 @@ def test_leaf_order_does_not_matter():
     close(got, reverse(trajectory(tx)))
 
 
-def test_over_one_leaf_synced_and_unsynced_are_one():
+def test_syncing_changes_nothing_for_one_leaf():
     stream = gradients()["b"]
     apart, _ = emit(critical_gradients(3, synced=False), stream)
     equal(emit(critical_gradients(3, synced=True), stream)[0], apart)
@@ -101,7 +101,7 @@ def test_the_global_norm_decides_differently_from_the_sum_of_norms():
         assert (updates["a"][-1], updates["b"][-1]) == kept
 
 
-def test_a_priority_of_ones_own_sees_one_leaf_where_leaves_are_apart():
+def test_a_custom_priority_sees_one_leaf_without_syncing():
     # The smallest sums are critical. Apart, a keeps -2 and b its 0. Together, 1 < 2.
     stream = {"a": np.float32([1, -2, 0]), "b": np.float32([0, 4, 0])}
     for synced, kept in [(True, (1, 0)), (False, (-2, 0))]:
@@ -151,7 +151,7 @@ def falling(steps):
     return np.float32(1000 - np.arange(steps))
 
 
-def test_surely_first_in_first_out_keeps_the_last_ones():
+def test_fifo_with_probability_one_keeps_the_last_entries():
     stream = falling(12)
     _, state = emit(critical_gradients(3, 1.0, fifo_probability=1.0), stream)
     assert sorted(entries(state.buffer).tolist()) == sorted(stream[9:].tolist())

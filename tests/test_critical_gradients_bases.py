@@ -126,7 +126,7 @@ def test_weight_decay_by_hand():
     close(trajectory(tx, start, stream), [8.9])
 
 
-def test_a_mask_spares_what_it_names_not():
+def test_a_mask_excludes_the_leaves_marked_false():
     params, stream = {"a": PARAMS["a"], "b": PARAMS["b"]}, gradients(5)
     stream = {"a": stream["a"], "b": stream["b"]}
     masked, decayed, plain = (

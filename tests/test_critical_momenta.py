@@ -127,7 +127,7 @@ def test_decay_is_masked():
 
 
 @pytest.mark.parametrize("make", [memoptax.adam_cm, memoptax.sgd_cm])
-def test_over_one_leaf_syncing_is_nothing(make):
+def test_syncing_changes_nothing_for_one_leaf(make):
     grads = lognormal(shapes={"a": (3,)})
     runs = [
         replay(make(0.1, topc=2, synced=synced), zeros(grads), grads)[0]

@@ -83,7 +83,7 @@ def test_without_a_buffer_adams_momentum_is_stored_as_asked(off, dtype):
     assert sizes == {jnp.dtype(dtype).itemsize}
 
 
-def test_a_momentum_beyond_its_dtype_stops_at_its_end():
+def test_a_momentum_is_clipped_to_the_range_of_its_dtype():
     tx = memoptax.critical_momenta(0.0, topc=2, mu_dtype="float16")
     update, state = tx.update(jnp.array([1e6, -3e5, 1.0]), tx.init(jnp.zeros(3)))
     np.testing.assert_array_equal(update, [65504, -65504, 1])

@@ -17,7 +17,7 @@ def escaped(make, *settings):
     return [outcome.escaped for outcome, _ in escape.outcomes(make, settings)]
 
 
-def test_adam_stays_whatever_is_usually_tried():
+def test_adam_stays_with_the_usual_remedies():
     tried = escaped(escape.adam, (0.1, 0.9), (0.2, 0.9), (0.1, 0.99), (0.01, 0.9))
     np.testing.assert_array_equal(tried, 0)
 

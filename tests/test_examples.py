@@ -141,7 +141,7 @@ def logistic_regression(tx, epochs=10):
 
 
 @pytest.mark.long
-def test_label_noise_in_spirit():
+def test_label_noise_gives_the_accuracies_of_the_authors_study():
     """The draws are not the authors', so only differences above their scatter count."""
     sgd, doubled, sgd_c = (
         logistic_regression(tx).mean()

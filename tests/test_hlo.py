@@ -209,7 +209,7 @@ def test_a_slice_of_bytes_is_counted_in_bytes():
     assert program.moved() == LEAF + 4 + 2 * LEAF
 
 
-def test_of_a_scatter_only_what_it_writes_is_counted():
+def test_a_scatter_counts_only_what_it_writes():
     """On a GPU, a vmapped write of one slot counts as one slot."""
     program = entry(
         "%slots = f32[3,4,8,128]{3,2,1,0} parameter(0)",

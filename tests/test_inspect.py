@@ -189,7 +189,7 @@ def test_a_state_without_a_buffer_is_refused(call, tx):
 
 
 @pytest.mark.parametrize("topc", [0, -1, 2.0, True])
-def test_a_size_that_is_none_is_refused(topc):
+def test_a_bad_size_is_refused(topc):
     state = memoptax.sgd_c(0.1).init(jnp.zeros(2))
     with pytest.raises(ValueError, match=f"topc must be .*{topc}"):
         memoptax.resize_buffer(state, topc)
@@ -245,7 +245,7 @@ def test_equal_entries_are_coherent_whatever_their_size(size):
     np.testing.assert_allclose(memoptax.buffer_stats(state)["coherence"], 1, rtol=1e-5)
 
 
-def test_what_optax_begins_at_infinity_is_no_fault():
+def test_an_infinity_in_a_new_state_of_optax_is_no_fault():
     tx = optax.chain(memoptax.sgd_c(0.1), optax.contrib.reduce_on_plateau())
     params = jnp.ones(3)
     memoptax.check_state(tx, params, tx.init(params))

@@ -66,7 +66,7 @@ def reached(module):
     return found
 
 
-def test_every_room_has_a_floor_and_a_sentence():
+def test_every_file_has_a_level_and_a_sentence():
     assert {room(module) for module in FILES} == set(LEVEL)
     page = (ROOT / "docs" / "architecture.md").read_text()
     described = re.findall(r"^\| `(\S+\.py)` \|", page, re.M)
@@ -85,7 +85,7 @@ def test_no_import_points_up():
     ]
 
 
-def test_no_circle():
+def test_imports_have_no_cycle():
     rooms = {}
     for module, others in GRAPH.items():
         others = {room(other) for other in others} - {room(module)}

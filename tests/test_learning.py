@@ -169,7 +169,7 @@ def _steps(tx, gradients):
 
 @pytest.mark.parametrize("setting", [0.7, "FIFO", "random", "κ=1e-6"])
 @pytest.mark.few(1)
-def test_rows_do_what_they_are_called(setting):
+def test_rows_make_the_optimizers_that_they_name(setting):
     """Traced numbers give the same optimizer as static ones."""
     gradients = jax.random.normal(jax.random.key(0), (40, 3))
     (row,) = optimizers.sgd_c([(2, setting)])
@@ -334,7 +334,7 @@ def test_rcv1_from_a_small_file_of_its_format(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["covtype", "rcv1"])
-def test_without_a_network_a_sentence(name, monkeypatch):
+def test_a_download_without_a_network_is_an_error_that_says_so(name, monkeypatch):
     def fetch(**_):
         raise urllib.error.URLError("no route")
 

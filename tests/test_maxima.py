@@ -69,7 +69,7 @@ def test_maxima_are_those_of_the_whole(problem):
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf, 1e38])
 @pytest.mark.parametrize("shape", [(65, 130), (7, 5, 513), (3000, 3)])
-def test_every_place_of_what_is_not_finite_is_seen(shape, bad):
+def test_a_bad_number_is_found_in_every_place(shape, bad):
     """Once in every position of slices, repeats and sections."""
     fold = jax.jit(functools.partial(computed, shape, range(1, len(shape))))
     column = jax.jit(functools.partial(computed, shape, {0}))

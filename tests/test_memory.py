@@ -135,7 +135,7 @@ def test_shardings_unlike_the_state_are_refused(mesh):
 
 @pytest.mark.parametrize("optimizer", [ADAM_C, functools.partial(memoptax.sgd_cm, 0.1)])
 @pytest.mark.parametrize("budget", [2000, 3333, 5000, 8642])
-def test_one_more_would_not_fit(optimizer, budget):
+def test_the_largest_topc_fits_and_one_more_would_not(optimizer, budget):
     fit = memoptax.largest_topc(optimizer, PARAMS, budget, at_most=1000)
 
     def size(topc, dtype):

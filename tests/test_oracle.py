@@ -108,7 +108,7 @@ def test_new_key_decays_at_once_and_zero_decay_forgets():
     assert fill(forgetful, 5.0, 1.0) == [1.0]
 
 
-def test_fifo_replaces_the_oldest_whatever_its_key():
+def test_fifo_replaces_the_oldest_entry_for_any_key():
     buffer = oracle.Buffer(topc=3, decay=1.0)
     fill(buffer, 8.0, 7.0, 6.0, fifo=True)
     assert fill(buffer, 5.0, fifo=True) == [5.0, 7.0, 6.0]

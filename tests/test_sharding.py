@@ -78,7 +78,7 @@ def test_a_device_holds_an_eighth(name, layout, mesh):
     assert small < 600
 
 
-def test_nothing_else_is_on_every_device_with_sm3(mesh):
+def test_accumulators_of_sm3_are_not_on_every_device(mesh):
     tx = memoptax.sm3(0.1)
     x = jax.device_put(jnp.zeros((64, 32)), NamedSharding(mesh, P("data", "model")))
     state = tx.init(x)[0]
@@ -101,7 +101,7 @@ def alone(name):
 
 
 @pytest.mark.parametrize(("name", "layout"), STEPS)
-def test_a_mesh_changes_nothing_and_costs_scalars(name, layout, mesh):
+def test_a_mesh_changes_nothing_and_sends_few_numbers(name, layout, mesh):
     tx, specs = OPTIMIZERS[name](), LAYOUTS[layout]
     params, stream = placed(few(values()), mesh, specs), few(values(4))
     shardings = memoptax.state_shardings(tx, params)

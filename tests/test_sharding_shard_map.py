@@ -85,7 +85,7 @@ def test_every_device_decides_as_one_would(axes, check_vma, mesh):
     assert_equal_everywhere(plain_on_one(), sharded)
 
 
-def test_so_with_rows_of_keys_and_draws(mesh):
+def test_every_device_decides_as_one_would_with_rows_of_keys_and_draws(mesh):
     make, stream = momentum(synced=False, fifo_probability=0.5), few(values(8))
     sharded = on_eight(make, SPECS, mesh, stream)
     assert_equal_everywhere(on_one(make, stream), sharded)
@@ -140,7 +140,7 @@ def largest_entry(gradients):
     return jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in gradients.values()]))
 
 
-def test_a_rule_of_ones_own_decides_alike_if_it_asks_all_devices(mesh):
+def test_a_custom_rule_that_asks_all_devices_decides_alike(mesh):
     stream, make = few(values(8)), momentum(priority_fn=largest_entry)
     single = on_one(make, stream)
 
@@ -175,14 +175,12 @@ SPLIT = {
         ("auto", True, r"scales\[0\] is P.* could not infer replication"),  # by JAX
     ],
 )
-def test_the_parts_of_a_row_in_int8_are_not_passed_for_it(
-    make, axes, check_vma, message, mesh
-):
+def test_int8_rows_across_devices_are_refused(make, axes, check_vma, message, mesh):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         on_eight(make, axes, mesh, few(values(8)), check_vma)
 
 
-def test_parts_of_a_row_in_int8_may_be_kept_as_what_they_are(mesh):
+def test_parts_of_an_int8_row_may_have_their_own_scales(mesh):
     """With scales for every device, in a state that says so."""
     names = {"matrix": BOTH, "vector": "model", "scalar": None}
     make, stream = SPLIT["buffer_dtype"], few(values(8))

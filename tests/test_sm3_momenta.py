@@ -252,7 +252,7 @@ def test_bytes_of_a_1024_matrix_by_field():
     [({"topc": 0}, 0.1), ({"topc": 5}, 0.1), ({"topc": 1}, 1.1)],
     ids=str,
 )
-def test_neither_m_nor_nu_is_stored_on_the_way(options, most):
+def test_a_step_stores_no_temporary_m_or_nu(options, most):
     """XLA's CPU backend copies a lone slot, and nothing else. Its GPU backend stores
     what is joined with five slots: reading them three times would take longer.
     """

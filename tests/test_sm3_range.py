@@ -112,7 +112,7 @@ BAD = (np.nan, -np.inf, 1e25)  # the square of the last is not finite
 
 
 @each_way((4, 3), (400, 128), (1030, 130))
-def test_what_is_not_finite_leaves_no_trace(shape, variant, dtype):
+def test_bad_gradients_leave_no_trace(shape, variant, dtype):
     for bad in BAD:
         update, before, after, _ = one_bad_step(shape, bad, dtype, variant)
         assert not np.isfinite(np.asarray(update)).all()

@@ -54,7 +54,7 @@ LARGE = [(520, 264), (264, 521), (3, 3, 128, 120), (64, 4096), (16, 12289)]
     ("variant", "shape"),
     [*(("II", s) for s in LARGE), ("I", LARGE[1]), ("I", LARGE[2])],
 )
-def test_large_tensors_take_another_road_to_the_same_numbers(shape, variant):
+def test_large_tensors_give_the_same_numbers_in_another_way(shape, variant):
     """Above some size, the maxima are taken over recomputed slices."""
     axes = memoptax.covers.axes((), jax.ShapeDtypeStruct(shape, "float32"))
     tx = memoptax.scale_by_sm3(variant=variant)
@@ -160,7 +160,7 @@ def test_permuting_axes_permutes_the_update(order, variant):
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(problems(max_rank=3))
 @pytest.mark.long
-def test_sandwich(problem):
+def test_second_moments_are_ordered(problem):
     """Adagrad's sum <= nu of SM3-II <= nu of SM3-I, for any boxes."""
     shape, boxes, gradients = problem
     total = np.zeros(shape)
@@ -180,7 +180,7 @@ def test_sandwich(problem):
             assert (np.abs(u_i) <= np.abs(u_ii) * slack).all()
 
 
-def test_sandwich_is_strict_somewhere():
+def test_second_moments_differ_somewhere():
     """The property above would also hold for three equal numbers."""
     gradients = [normal(t, (4, 4)) for t in range(3)]
     roads = [

@@ -50,7 +50,7 @@ def test_oracle_with_duplicates(beta, shape):
 
 
 @pytest.mark.parametrize("variant", ["I", "II"])
-def test_equals_the_dense_road_with_rows(variant):
+def test_equals_the_dense_step_with_rows(variant):
     """Rows with a zero gradient do not move and keep their numbers, also densely."""
     tx = memoptax.sm3(0.1, cover=memoptax.covers.rows, variant=variant)
     roads = [(jnp.ones((9, 3)), tx.init(jnp.ones((9, 3))))] * 2
@@ -80,7 +80,7 @@ def test_rows_not_touched_rest():
     np.testing.assert_array_equal(new[0].momentum["table"], 0.0)
 
 
-def test_what_is_not_finite_leaves_no_trace():
+def test_bad_gradients_leave_no_trace():
     tx = memoptax.scale_by_sm3(cover=memoptax.covers.rows)
     state = tx.init(jnp.ones((5, 2)))
     bad = sparse([0, 1], jnp.array([[1.0, 1.0], [jnp.nan, 1.0]]), 5)
@@ -310,7 +310,7 @@ ELEMENTWISE = {
 
 @pytest.mark.parametrize("name", [n for n in ELEMENTWISE if n != "zero_nans"])
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_what_is_of_the_values_is_as_on_the_dense_gradient(name, before):
+def test_elementwise_transformations_act_as_on_the_dense_gradient(name, before):
     inner, sm3 = ELEMENTWISE[name], memoptax.sm3(0.1, cover=cover_of_tables)
     ours = memoptax.sparse.on_values(inner)
     order = slice(None) if before else slice(None, None, -1)
@@ -330,7 +330,7 @@ def cover_of_tables(path, leaf):
     return (memoptax.covers.rows if table else memoptax.covers.axes)(path, leaf)
 
 
-def test_rows_of_the_parameters_are_handed_on():
+def test_the_wrapper_passes_on_the_rows_of_the_parameters():
     tx = memoptax.sparse.on_values(optax.add_decayed_weights(0.5))
     gradient = duplicated()
     updates, _ = tx.update(gradient, tx.init(TABLES), TABLES)
@@ -372,7 +372,7 @@ def test_what_holds_numbers_for_every_entry_is_refused(inner):
 
 
 @pytest.mark.parametrize("name", ["clip", "scale"])
-def test_optax_without_the_wrapper_is_refused_with_its_cure(name):
+def test_optax_without_the_wrapper_is_refused_and_the_error_names_it(name):
     sm3 = memoptax.sm3(0.1, cover=cover_of_tables)
     tx = optax.chain(ELEMENTWISE[name], sm3)
     cure = r"\['table'\] has indices of dtype float32.*memoptax.sparse.on_values"

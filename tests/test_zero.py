@@ -123,13 +123,13 @@ def specs_of(tx, shapes, specs=None, sizes=EIGHT, over="data"):
         ((16, 40), P("model"), (), P("model")),
     ],
 )
-def test_the_first_free_axis_that_divides(shape, spec, over, expected):
+def test_the_first_free_axis_that_divides_is_divided(shape, spec, over, expected):
     tx = optax.adam(0.1)
     found = specs_of(tx, {"x": shape}, {"x": spec}, TWO_BY_FOUR, over)
     assert found[0].mu["x"] == found[0].nu["x"] == expected
 
 
-def test_never_the_axis_of_slots():
+def test_the_axis_of_slots_is_never_divided():
     tx = memoptax.adam_c(0.1, topc=7, buffer_dtype="int8", holding="sum")
     # There are eight slots, which eight devices would divide evenly.
     buffer = specs_of(tx, SHAPES)[0].buffer
