@@ -16,8 +16,8 @@ class Buffer:
 
     Offering an entry inserts it (appending while there is room, else replacing the
     smallest key, if that is strictly smaller) and then decays every key, including
-    the new one. `fifo=True` replaces the oldest entry of a full buffer, whatever its
-    key. An offer with a non-finite key or value counts as not made.
+    the new one. `fifo=True` always replaces the oldest entry of a full buffer. An
+    offer with a non-finite key or value does not count.
     """
 
     def __init__(self, topc, decay, round_to=None):

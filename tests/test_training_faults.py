@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 
 
 def cases(takes):
-    """Rows vary fastest, so that an optimizer is compiled once for all of them."""
+    """Rows vary fastest, so that each optimizer compiles once for all of them."""
     found = [
         pytest.param(row, opt, wrap, id=f"{row.fault}: {opt.name}, {wrap or 'alone'}")
         for row in ROWS

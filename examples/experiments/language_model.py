@@ -395,7 +395,7 @@ def print_table(results):
             f"{r['report'].per_parameter:>19.2f}"
             f"{'-' if took is None else f'{took:.0%}':>13}"
         )
-    print("Losses are in nats per character. In training: the mean of the last 50 steps.")
+    print("Losses in nats per character. In training: the mean of the last 50 steps.")
 
 
 def draw(results, settings, output):
