@@ -1,13 +1,13 @@
-"""Does a buffer stay exact for ever? Long runs against the exact mean, at every step.
+"""Does a buffer stay exact in long runs? Every step is compared with the exact mean.
 
     python benchmarks/soak.py                       # 200,000 steps of every case
     python benchmarks/soak.py --steps 10000 --only int8
 
-An outlier-laden stream goes through one buffer in jitted scans. Beside it the scan
-keeps the values that should be held, unrounded, and adds them up in float64. Decisions
-are compared as well: priorities are exact in float32, so the buffer must hold the same
-entries. The results of every case are kept in benchmarks/results/soak.json as it ends.
-``--eager`` takes 2,000 steps without jit instead, and looks at what grows.
+A stream with many outliers goes through one buffer in jitted scans. Beside it the scan
+keeps the values that should be held, unrounded, and adds them up in float64. It also
+compares decisions: priorities are exact in float32, so the buffer must hold the same
+entries. Each case saves its results in benchmarks/results/soak.json when it ends.
+``--eager`` takes 2,000 steps without jit instead, and looks for anything that grows.
 """
 
 import argparse
@@ -51,7 +51,7 @@ CASES = [
 
 
 def gradients_of(steps):
-    """Of sizes over three decades, with outliers of 1e4 and 1e8, zeros, and NaN."""
+    """Sizes over three decades, with outliers of 1e4 and 1e8, zeros, and NaN."""
     count = len(steps)
     key = jax.random.fold_in(jax.random.key(0), steps[0])
     kind, size, *keys = jax.random.split(key, 2 + len(SHAPES))
@@ -80,7 +80,7 @@ def priority(gradients):
 
 
 def optimizer(case):
-    """Its update is the mean of what was held, or the gradient if nothing was."""
+    """Its update is the mean of the values held, or the gradient if there are none."""
     return memoptax.critical_gradients(
         case.topc,
         DECAY,
@@ -92,7 +92,7 @@ def optimizer(case):
 
 
 class Oracle(NamedTuple):
-    """What should be held: Algorithm 1, in its shortest form."""
+    """The values that should be held: Algorithm 1, in its shortest form."""
 
     keys: jax.Array  # (C,); -1 is empty
     facts: jax.Array  # (C, n): of the values, as they were offered, in float64
@@ -131,7 +131,7 @@ def parts(rows):
 
 
 def rounding(case, values):
-    """The most that each entry is moved when it is stored."""
+    """A bound on the change of each entry when it is stored."""
     if case.dtype == "float32":
         return jnp.zeros_like(values)
     if case.dtype == "bfloat16":  # to nearest, with 8 bits
@@ -143,7 +143,7 @@ def rounding(case, values):
 
 
 def ratios(case, used, fill, sums, offered):
-    """The error of the mean used at each step: over its bound, over the norms held.
+    """The error of the mean at each step, over its bound and over the norms held.
 
     The bound: 1e-5 of the summed norms for the arithmetic, the rounding of storage, and
     for a sum on a CPU two roundings of the value that arrives (docs/trust.md).
@@ -164,7 +164,7 @@ def ratios(case, used, fill, sums, offered):
 
 
 def chunk(case):
-    """A function that takes steps and returns what was worst in them."""
+    """A function that takes steps and returns the worst ratios in them."""
     tx = optimizer(case)
 
     def body(carry, offer):
@@ -178,7 +178,7 @@ def chunk(case):
 
     def run(carry, steps, gradients):
         offered = facts(case, gradients)
-        # XLA's maximum on a CPU may overlook NaN, a sum does not.
+        # XLA's maximum on a CPU may overlook NaN. A sum does not.
         bad = jnp.isnan(jnp.sum(offered, axis=1))
         keys = jnp.where(bad, jnp.nan, jax.vmap(priority)(gradients))
         offers = gradients, keys, offered
@@ -191,18 +191,19 @@ def chunk(case):
 
 
 def soak(case, steps, length=1000):
-    """The worst of a run of so many steps."""
-    with jax.enable_x64(True):  # for the exact mean; the state has float32
+    """The worst ratios of a run of ``steps``."""
+    with jax.enable_x64(True):  # for the exact mean (the state is float32)
         tx, run = chunk(case)
         params = {k: jnp.zeros(s, jnp.float32) for k, s in SHAPES.items()}
         carry = tx.init(params), Oracle.empty(case)
         worst, at, share, wrong = 0.0, 0, 0.0, 0
         for start in range(0, steps, length):
             numbers = jnp.arange(start, min(start + length, steps), dtype=jnp.int32)
-            # Made by a program of its own: what XLA computes twice, it may round twice.
+            # Made by a separate program, because XLA may round a value that it computes
+            # twice in two ways.
             carry, found = run(carry, numbers, stream(numbers))
             ratio, step, part, other = (float(x) for x in found)
-            # A NaN is the worst there is, and stays.
+            # A NaN is the worst, and stays.
             if not ratio <= worst:
                 worst, at = ratio, int(step)
             share, wrong = max(share, part), wrong + int(other)
@@ -250,7 +251,7 @@ def resident():
 
 
 def eager(name, steps=2000, settled=200):
-    """What grew after the first steps: compilations, arrays, bytes, time of a step."""
+    """The growth after the first steps: compilations, arrays, bytes, time of a step."""
     if not COMPILED:
         jax.monitoring.register_event_duration_secs_listener(_listen)
         jax.jit(lambda x: x + 1)(jnp.ones(3))  # from here on the list is not empty
@@ -289,7 +290,7 @@ def kept():
 
 
 def keep(section, row, keys):
-    """Put a row into a section of the results, in the place of an older one."""
+    """Put a row into a section of the results, and replace an older one."""
     results = kept() | {"jax": jax.__version__, "command": "python benchmarks/soak.py"}
     rows = results.get(section, [])
     rows = [r for r in rows if any(r[key] != row[key] for key in keys)]

@@ -49,7 +49,7 @@ def init_params(seed=0):
 
 
 def specs_of(params):
-    """The first axis over all devices, where their number divides it."""
+    """Specs that divide the first axis over all devices, if their number divides it."""
     devices = jax.device_count()
     return jax.tree.map(
         lambda p: P("data") if p.shape[0] % devices == 0 else P(), params
@@ -109,7 +109,7 @@ def train(tx, steps):
 
 
 def start_local(processes, devices, arguments):
-    """Run this script in ``processes`` on this machine; the devices are divided."""
+    """Run this script in ``processes`` on this machine, which share the devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

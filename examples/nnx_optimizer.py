@@ -16,7 +16,7 @@ BATCH = 64
 
 
 def optimizers(steps):
-    warm = memoptax.sm3_schedule(0.3, steps // 20, steps)  # SM3 wants a warm-up
+    warm = memoptax.sm3_schedule(0.3, steps // 20, steps)  # SM3 needs a warm-up
     return {"adam": optax.adam(3e-3), "sm3": memoptax.sm3(warm)}
 
 

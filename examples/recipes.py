@@ -40,7 +40,7 @@ def loss_fn(params, pixels, labels):
 
 
 def train(tx, params, state, data, steps, loss_fn=loss_fn):
-    """Parameters and state after so many steps, and the loss before each of them."""
+    """Parameters and state after these steps, and the loss before each of them."""
 
     def step(carry, key):
         params, state = carry
@@ -93,7 +93,7 @@ def lora(steps=200):
 
 
 def sweep(steps=100, capacities=(1, 5)):
-    """Every rate, decay and κ in one program for each C, which sets shapes: a loop."""
+    """Every rate, decay and κ in one program for each C. C sets shapes, so it loops."""
     data, params = digits(), create_params()
     grid = list(itertools.product((1e-3, 3e-3), (0.7, 0.99), (0.5, 1.0)))
 

@@ -1,4 +1,4 @@
-"""Training steps, and what XLA made of them: temporaries, copies of a buffer."""
+"""Training steps, and how XLA compiles them: temporaries, copies of a buffer."""
 
 import math
 import re
@@ -14,7 +14,7 @@ _INSTRUCTION = re.compile(
     r"(?P<type>\([^)]*\)|\w+\[[\d,]*\])\S* (?P<opcode>[\w-]+)\((?P<rest>.*)$"
 )
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
-# Results of a buffer's size that cost nothing, or touch one slot in place.
+# Operations of a buffer's size that cost nothing, or change one slot in place.
 _FREE = {"parameter", "get-tuple-element", "bitcast", "conditional", "while"}
 _IN_PLACE = {"dynamic-update-slice", "scatter"}
 
@@ -43,8 +43,8 @@ def context(name, tx, params, mesh):
         def scanned(params, state, _):
             def body(carry, _):
                 params, state = carry
-                # The gradient of half the squared norm is the parameters themselves:
-                # any other would be made inside, and be a copy of its own.
+                # The gradient of half the squared norm is the parameters themselves.
+                # Any other would be computed inside, as one more copy.
                 return step(params, state, params), None
 
             return jax.lax.scan(body, (params, state), length=4)[0]
@@ -75,13 +75,13 @@ def train(tx, params, stream):
 
 
 def compile_step(step, params, state, gradients):
-    """``step`` compiled as users should: parameters and state donated."""
+    """``step`` compiled as recommended: parameters and state donated."""
     donated = jax.jit(step, donate_argnums=(0, 1))
     return donated.lower(params, state, gradients).compile()
 
 
 def temporaries(compiled, params):
-    """Temporary bytes, in copies of the parameters (on a mesh: of one device's)."""
+    """Temporaries in copies of the parameters (on a mesh: of one device's part)."""
     own = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(params)
@@ -90,10 +90,10 @@ def temporaries(compiled, params):
 
 
 def assert_slots_stay_in_place(name, tx, params, mesh, limit=None):
-    """The step holds no more temporaries than it may, and makes no stack a second time.
+    """The step stays within its temporaries, and makes no second stack.
 
-    A lone slot is shaped like its parameter, and XLA's CPU backend copies it before it
-    is overwritten, in a scan twice: one leaf at a time.
+    A single slot has its parameter's shape. XLA's CPU backend copies it before it is
+    overwritten (twice in a scan), one leaf at a time.
     """
     step, arguments, allowed = context(name, tx, params, mesh)
     compiled = compile_step(step, *arguments)
@@ -110,7 +110,7 @@ def assert_slots_stay_in_place(name, tx, params, mesh, limit=None):
     }
     assert sizes and whole_buffer_operations(compiled, sizes) == []
     if buffer.total is not None:
-        # The rebuild is compiled in: else nothing would be shown.
+        # The rebuild must be compiled in, or the test shows nothing.
         loops = compiled.as_text().count(" while(")
         assert loops >= (2 if name == "scan" else 1)
 
@@ -120,7 +120,7 @@ def _is_buffer(node):
 
 
 def whole_buffer_operations(compiled, sizes):
-    """Names of operations that make an array of one of these ``sizes`` anew."""
+    """Names of operations that write a new array of one of these ``sizes``."""
     instructions, roots, current = [], {}, ""
     for line in compiled.as_text().splitlines():
         if header := _COMPUTATION.match(line):
@@ -148,7 +148,7 @@ def whole_buffer_operations(compiled, sizes):
 
 
 def _size(array_type):
-    """Elements of an array type; 0 for a tuple, whose arrays are made elsewhere."""
+    """Elements of an array type, or 0 for a tuple, whose arrays are made elsewhere."""
     if array_type.startswith("("):
         return 0
     dimensions = re.search(r"\[([\d,]*)\]", array_type)[1]

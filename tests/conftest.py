@@ -22,7 +22,7 @@ if PLATFORM == "cpu":
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
     os.environ["JAX_PLATFORMS"] = "cpu"
 else:
-    # The CPU as well, for those who name it; JAX fails if the accelerator is not there.
+    # The CPU too, for tests that name it. JAX fails if the accelerator is missing.
     os.environ["JAX_PLATFORMS"] = f"{PLATFORM},cpu"
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
@@ -40,7 +40,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("the same on every run")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not name
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by -m
 def pytest_collection_modifyitems(items):
     cases = {}
     for item in items:
@@ -74,7 +74,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture
 def x64():
-    """Float64 for one test."""
+    """float64 for one test."""
     with jax.enable_x64(True):
         yield
 

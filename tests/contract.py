@@ -1,7 +1,7 @@
 """The table of public optimizers and options that all contracts are tested over.
 
-A new one joins with a line in ``OPTIMIZERS``. Those named like their factory stand for
-it where a property does not depend on options.
+To add one, add a line to ``OPTIMIZERS``. A line named like its factory represents it
+where a property does not depend on options.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from compiled import step_of, train
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Optimizer:
-    """A line of the table: a factory, its options, and what is special about it."""
+    """A line of the table: a factory, its options, and its special properties."""
 
     name: str
     factory: Callable
     options: dict = dataclasses.field(default_factory=dict)
     rate: float = 0.01  # descends the test problems
     needs_params: bool = False
-    memory: str | None = "buffer"  # field that no bad gradient ever enters
+    memory: str | None = "buffer"  # the field that a bad gradient never enters
 
     def __repr__(self):
         return self.name
@@ -43,7 +43,7 @@ class Optimizer:
 
     @property
     def squares(self):
-        """Whether it squares what it is given, and so refuses what overflows then."""
+        """Whether it squares gradients, and so refuses those whose squares overflow."""
         momenta = (memoptax.scale_by_adam_cm, memoptax.adam_cm, memoptax.adamw_cm)
         momenta += (memoptax.scale_by_sm3_cm, memoptax.sm3_cm)
         return self.factory in momenta or self.memory == "accumulators"
@@ -55,7 +55,7 @@ class Optimizer:
         return wrap(self.factory)(**options)
 
     def descends(self):
-        """With a learning rate, if it has none of its own."""
+        """With a learning rate, if the factory has none."""
         tx = self.build()
         if self.rated:
             return tx
@@ -63,7 +63,7 @@ class Optimizer:
 
 
 def matrices(params):
-    """A mask: weight decay for whatever has two axes or more."""
+    """A mask: weight decay for leaves with two axes or more."""
     return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
@@ -132,7 +132,7 @@ each_optimizer = pytest.mark.parametrize("opt", OPTIMIZERS, ids=repr)
 each_factory = pytest.mark.parametrize(
     "opt", [opt for opt in OPTIMIZERS if opt.name == opt.factory.__name__], ids=repr
 )
-# The buffer's own options are tried where nothing else costs time.
+# Each factory, and the building blocks with all options of the buffer.
 each_block = pytest.mark.parametrize(
     "opt",
     [opt for opt in OPTIMIZERS if opt.name == opt.factory.__name__ or not opt.rated],
@@ -154,7 +154,7 @@ def params_like(shapes, dtype=jnp.float32):
 
 
 def gradients(seed=0, shapes=SHAPES, steps=STEPS):
-    """A stream of gradients of very different sizes, the fourth of them zero."""
+    """A stream of gradients of very different sizes. The fourth is zero."""
     random = np.random.default_rng(seed)
     size = np.exp2(random.uniform(-3, 3, steps))
     size[3:4] = 0
@@ -207,7 +207,7 @@ def donating(opt):
 
 @functools.cache
 def expected(opt, seed=0):
-    """What all ways of running the optimizer should give: that of a Python loop."""
+    """The result of a Python loop, which all other ways of running must match."""
     trajectory = []
     _, state = donating(opt).run(
         steps_of(gradients(seed)),
@@ -228,7 +228,7 @@ def close(got, want, rtol=1e-5, atol=1e-6):
 
 
 def signature(tree):
-    """All that a compiled step or a scan may object to."""
+    """Everything about a leaf that a compiled step or a scan depends on."""
 
     def leaf(x):
         return x.shape, str(x.dtype), x.weak_type

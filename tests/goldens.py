@@ -24,11 +24,11 @@ class Case:
     params0: dict  # leaf -> array
     grads: dict  # leaf -> (T, ...)
     params: dict  # leaf -> (T, ...)
-    corrected: bool  # one known bug of the original removed
+    corrected: bool  # whether one known bug of the original is removed
     stream: str
-    quirks: tuple  # of the original, met (or, if corrected, removed) on this stream
+    quirks: tuple  # of the original that this stream meets (or, if corrected, removes)
     sparse_rows: dict | None  # leaf -> (T, rows) bool, the rows present in the gradient
-    decisions: np.ndarray | None  # (T, 2) so far accepted, rejected; if comparable
+    decisions: np.ndarray | None  # (T, 2) accepted and rejected so far, if comparable
 
     def __repr__(self):
         return self.id
@@ -69,13 +69,13 @@ def load(case_id):
 
 
 def cases(*families):
-    """All cases of the families "cg", "cm" and "sm3"; of all of them if none given."""
+    """All cases of these families ("cg", "cm", "sm3"), or of all if none is given."""
     loaded = [load(case_id) for case_id in _index()]
     return [case for case in loaded if not families or case.family in families]
 
 
 def _split(flat, shapes):
-    """Cut a (T, n) array, the leaves side by side, into a dict of (T, *shape)."""
+    """Cut a (T, n) array of concatenated leaves into a dict of (T, *shape)."""
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
     leaves = np.split(flat, ends[:-1], axis=1)
     return {
@@ -85,7 +85,7 @@ def _split(flat, shapes):
 
 
 def deviation(case, params):
-    """Largest error of a replay over the distance travelled, of the worst leaf."""
+    """The largest error of a replay over the distance travelled, for the worst leaf."""
     worst = 0.0
     for leaf, want in case.params.items():
         path = np.concatenate([case.params0[leaf][None], want]).astype(np.float64)
@@ -97,7 +97,7 @@ def deviation(case, params):
 
 
 def tolerance(case):
-    """What `deviation` may reach."""
+    """The largest `deviation` allowed."""
     if case.dtype == "float64":
         return 1e-12
     # The originals round 1 - learning_rate * weight_decay to float32 at every step.
@@ -156,7 +156,7 @@ def ours(case):
 
 
 def in_every_way(cases):
-    """Each case with each way to hold its values, as parameters of a test."""
+    """Each case with each way to hold values, as parameters of a test."""
     return [
         pytest.param(case, way, id=f"{case}-{way}")
         for case in cases
@@ -166,7 +166,7 @@ def in_every_way(cases):
 
 
 def _aggr(case):
-    """Only CGOptimizer's heap classes honour `aggr`; the others always add the mean."""
+    """Only CGOptimizer's heap classes honour `aggr`. The others always add the mean."""
     if "cm_rmsprop_drops_gradient" in case.quirks:
         return buffer_mean_only
     heap = case.reference.startswith("CGOptimizer optim.")

@@ -1,4 +1,4 @@
-"""Parameters of every rank, ways to lay them over a mesh of 4 × 2, and optimizers."""
+"""Parameters of every rank, their shardings on a mesh of 4 × 2, and optimizers."""
 
 import jax
 import numpy as np

@@ -16,8 +16,8 @@ class Buffer:
 
     Offering an entry inserts it (appending while there is room, else replacing the
     smallest key, if that is strictly smaller) and then decays every key, including
-    the new one. `fifo=True` replaces the oldest entry of a full buffer, whatever its
-    key. An offer with a non-finite key or value counts as not made.
+    the new one. `fifo=True` always replaces the oldest entry of a full buffer. An
+    offer with a non-finite key or value does not count.
     """
 
     def __init__(self, topc, decay, round_to=None):
@@ -54,7 +54,7 @@ class Buffer:
 
 
 def stored(x, dtype):
-    """What is left of `x` in storage; in int8 each row has a scale of its own."""
+    """`x` after storage. In int8 each row has its own scale."""
     x = np.array(x, np.float64)
     if dtype is None:
         return x
@@ -63,7 +63,7 @@ def stored(x, dtype):
     if x.size == 0:
         return x
     largest = np.abs(x).max(axis=-1, keepdims=True) if x.ndim else np.abs(x)
-    # Ties are rounded as the package does only with the same factor, of 17 bits.
+    # Ties round as in the package only with the same factor, which has 17 bits.
     mantissa, exponent = np.frexp(np.float32(largest * ((1 - 2**-16) / 127)))
     scale = np.float32(np.ldexp(np.rint(mantissa * 2**17), exponent - 17))
     inverse = np.float32(1) / np.where(scale > 0, scale, np.float32(1))
@@ -79,7 +79,7 @@ AGGREGATIONS = {
 
 
 def aggregate(x, entries, kappa=1.0, aggr: Any = "sum"):
-    """Combine `x` with the stored `entries`; without entries or kappa, `x` itself."""
+    """`x` combined with the stored `entries`. Without entries or kappa, `x` itself."""
     if not entries or kappa == 0:
         return x
     combine = aggr if callable(aggr) else AGGREGATIONS[aggr]
@@ -311,7 +311,7 @@ def run(
       grads: dict of arrays with a leading time axis.
       l2_before_buffer: store g + wd * p under the key of g, as the released SGD_C.
       fifo: one boolean per step, whether a full buffer evicts its oldest entry.
-      guarded: leave every number alone whose step is not finite.
+      guarded: keep every number whose step is not finite.
 
     Returns:
       Dict of arrays with a leading time axis: the parameters after each step.

@@ -56,7 +56,7 @@ class SM3:
 
 
 class RowSparseSM3:
-    """A table with one number per row. Rows not named rest."""
+    """A table with one number per row. Rows that are not named stay as they are."""
 
     def __init__(self, rows, beta=None, eps=1e-30):
         self.numbers, self.beta, self.eps = np.zeros(rows), beta, eps

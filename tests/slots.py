@@ -1,4 +1,4 @@
-"""What a buffer holds, read slot by slot."""
+"""The values in a buffer, read slot by slot."""
 
 import jax
 import jax.numpy as jnp

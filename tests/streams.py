@@ -1,4 +1,4 @@
-"""Streams of gradients, and what an optimizer makes of them."""
+"""Streams of gradients, and runs of an optimizer over them."""
 
 import functools
 
@@ -13,7 +13,7 @@ PARAMS = {name: jnp.full(shape, 0.5) for name, shape in SHAPES.items()}
 
 
 def gradients(steps=20, shapes=SHAPES, seed=0):
-    """In float32, of sizes between an eighth and eight; leaves are (steps, *shape)."""
+    """In float32, with sizes from an eighth to eight. Leaves are (steps, *shape)."""
     random = np.random.default_rng(seed)
     size = np.exp2(random.uniform(-3, 3, steps))
     return {
@@ -25,7 +25,7 @@ def gradients(steps=20, shapes=SHAPES, seed=0):
 
 
 def lognormal(steps=20, shapes=SHAPES, seed=0):
-    """In float64, of sizes without a bound."""
+    """In float64, with unbounded sizes."""
     random = np.random.default_rng(seed)
     size = random.lognormal(0, 1, size=steps)
     return {
@@ -44,7 +44,7 @@ def at(stream, t):
 
 
 def zeros(stream):
-    """Parameters to start from."""
+    """Initial parameters."""
     return jax.tree.map(lambda g: jnp.zeros_like(jnp.asarray(g[0])), stream)
 
 

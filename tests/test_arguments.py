@@ -1,6 +1,6 @@
 """Every argument of every optimizer and building block, good and bad.
 
-A new argument joins with a line in ``ARGUMENTS``.
+To add an argument, add a line to ``ARGUMENTS``.
 """
 
 import inspect
@@ -35,7 +35,7 @@ each_factory = pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__n
 
 
 def alike(*values):
-    """These numbers as Python, NumPy and JAX have them."""
+    """These numbers as Python, NumPy and JAX numbers."""
     kinds = [float, np.float32, np.array, jnp.asarray, jnp.bfloat16]
     return [kind(value) for value in values for kind in kinds]
 
@@ -65,7 +65,7 @@ NO_SCHEDULES = [(x for x in [0.1]), two_arguments, lambda: 0.1]
 
 
 def numbers(*outside, good=0.5):
-    """Good and bad values of a number, of which these are outside of its range."""
+    """Good and bad values of a number. ``outside`` are out of its range."""
     return alike(good), [*NO_NUMBERS, None, lambda count: 0.5, *alike(*outside)]
 
 
@@ -146,7 +146,7 @@ WIDE = ([None, "float32", jnp.float32], [*FLOATING[1], "bfloat16"])
 
 
 def arguments_of(factory):
-    """Name, good and bad values of every argument."""
+    """The name, good values and bad values of every argument."""
     sm3 = factory in (memoptax.sm3, memoptax.scale_by_sm3)
     for name in inspect.signature(factory).parameters:
         good, bad = ARGUMENTS[name]
@@ -180,7 +180,7 @@ def test_bad_values_are_refused_by_name(factory):
 
 @pytest.mark.parametrize("factory", BUFFERED, ids=lambda f: f.__name__)
 def test_bad_values_are_refused_where_nothing_uses_them(factory):
-    """Without a buffer; and without momentum, which is the default."""
+    """Without a buffer, and without momentum, which is the default."""
     for name, _, bad in arguments_of(factory):
         for value in bad:
             for nothing in {"topc", "kappa"} - {name}:
@@ -197,7 +197,7 @@ def test_good_values_are_taken(factory):
 
 @each_factory
 def test_tracers_are_taken(factory):
-    """Whatever their value is, which nobody knows."""
+    """Their values are unknown while tracing, so none is refused."""
     for name, good, _ in arguments_of(factory):
         if any(isinstance(value, float) for value in good):
 
@@ -231,7 +231,7 @@ def test_a_momentum_of_zero_is_none():
     for zero in (0, 0.0, np.float32(0), np.array(0.0), None):
         state = memoptax.scale_by_sm3(zero).init({"w": jnp.zeros((2, 2))})
         assert state.momentum is None
-    # What is a tracer under jit must give the same state outside of it.
+    # A number that is a tracer under jit must give the same state outside of it.
     state = memoptax.scale_by_sm3(jnp.array(0.0)).init({"w": jnp.zeros((2, 2))})
     assert state.momentum is not None
 
@@ -271,7 +271,7 @@ def test_a_small_seed_is_jaxs():
         np.testing.assert_array_equal(tx.init(jnp.ones(2)).buffer.draws, want)
 
 
-# What functions of the user return
+# The results of a user's functions
 
 
 @pytest.mark.parametrize("factory", BUFFERED, ids=lambda f: f.__name__)
@@ -307,7 +307,7 @@ def test_an_aggregate_must_have_the_shape_of_its_update(factory, aggr):
         jax.eval_shape(tx.update, params, state, params)
 
 
-# The page for those who come from elsewhere
+# The page for users of PyTorch and optax
 
 
 def test_the_page_for_newcomers_names_arguments_that_exist():
@@ -350,7 +350,7 @@ def leaf_signature(tree):
 @each_factory
 @pytest.mark.few(3)
 def test_numbers_do_not_widen_updates(factory):
-    """Whatever kind of number an argument is: NumPy's and JAX's are not weak."""
+    """For every kind of number: NumPy's and JAX's are not weakly typed."""
     half = {"w": jnp.ones((2, 2), jnp.bfloat16)}
     for name, good, _ in arguments_of(factory):
         for value in good:
@@ -374,7 +374,7 @@ def variants(factory):
 @each_factory
 @pytest.mark.few(3)
 def test_parameters_may_be_numbers(factory):
-    """Of Python and NumPy, as in optax; float64 without x64 gives no warning."""
+    """Python's and NumPy's, as in optax. float64 without x64 gives no warning."""
     array = {"w": jnp.float32(1), "v": jnp.ones(3)}
     for params in (
         {"w": 1.0, "v": np.ones(3)},
@@ -408,7 +408,7 @@ def test_the_path_of_what_is_no_parameter_is_named(factory, leaf):
 
 
 @each_factory
-def test_extra_arguments_are_for_others(factory):
+def test_extra_arguments_are_ignored(factory):
     params = {"w": jnp.ones((2, 2))}
     for tx in variants(factory):
         assert isinstance(tx, optax.GradientTransformationExtraArgs)
@@ -423,7 +423,7 @@ DECAYING = [memoptax.adamw_c, memoptax.adamw_cm, memoptax.sm3, memoptax.sgd_c]
 
 @pytest.mark.parametrize("factory", DECAYING, ids=lambda f: f.__name__)
 def test_a_weight_decay_may_be_a_schedule(factory):
-    """At the count of steps before this one, as in optax."""
+    """It is evaluated at the count of earlier steps, as in optax."""
     params = {"w": jnp.full((2, 2), 3.0)}
     scheduled = build(factory, weight_decay=lambda count: 0.5 * (count == 1))
     plain = [build(factory, weight_decay=rate) for rate in (0.0, 0.5, 0.0)]

@@ -1,4 +1,4 @@
-"""One buffer: who stays, what is recalled, and how exact a running sum is."""
+"""One buffer: which entries stay, what it returns, and how exact a running sum is."""
 
 import functools
 
@@ -20,7 +20,7 @@ DEFAULTS = dict(
     topc=5,
     decay=1.0,
     kappa=1.0,
-    aggr=lambda update, mean, fill: mean * fill,  # the sum of what is held
+    aggr=lambda update, mean, fill: mean * fill,  # the sum of the values held
     synced=True,
     priority_fn=None,
     buffer_dtype=None,
@@ -38,7 +38,7 @@ def empty(like, topc, **chosen):
 
 
 def offer(buffer, values, key=None, decay=1.0, way=None, **chosen):
-    """The sums before and the buffer after an offer, whose key need not be its norm."""
+    """The sums before an offer, the buffer after it. The key need not be the norm."""
     values = jax.tree.map(jnp.asarray, values)
     rule = None if key is None else lambda _: jnp.asarray(key, jnp.float32)
     own = options(
@@ -55,7 +55,7 @@ def offer(buffer, values, key=None, decay=1.0, way=None, **chosen):
     return algorithm.recall_and_offer(own, buffer, values, values)
 
 
-# Who stays
+# Which entries stay
 
 
 @more_than_one
@@ -64,7 +64,7 @@ def test_fills_in_order_then_replaces_the_least_strictly(way):
     for value in (3.0, 1.0, 2.0):
         _, buffer = offer(buffer, value)
     np.testing.assert_array_equal(entries(buffer), [3, 1, 2])
-    _, buffer = offer(buffer, 1.0)  # a tie with the least: refused
+    _, buffer = offer(buffer, 1.0)  # a tie with the smallest: rejected
     np.testing.assert_array_equal(entries(buffer), [3, 1, 2])
     _, buffer = offer(buffer, 1.5)
     np.testing.assert_array_equal(entries(buffer), [3, 1.5, 2])
@@ -100,7 +100,7 @@ def test_decay_zero_keeps_empty_slots_empty():
 @pytest.mark.parametrize(
     ("decay", "used"), [(-1.0, 0.0), (1e10, 1.0), (np.inf, 1.0), (np.nan, 1.0)]
 )
-def test_a_traced_decay_out_of_range_ends_at_its_border(decay, used):
+def test_a_traced_decay_out_of_range_is_clamped(decay, used):
     run = jax.jit(lambda buffer, decay: offer(buffer, 4.0, decay=decay)[1])
     buffer = empty(jnp.float32(0), 3)
     np.testing.assert_array_equal(run(buffer, decay).keys, [[4.0 * used, 0, 0]])
@@ -118,13 +118,13 @@ def test_recalls_the_sum_before_the_push(way, topc):
 
 @each_way
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_was_never_offered(bad, way, topc):
+def test_a_bad_offer_changes_nothing(bad, way, topc):
     buffer = empty({"a": jnp.zeros(2), "b": jnp.zeros(())}, topc, holding=way)
     good = {"a": jnp.array([1.0, 2.0]), "b": jnp.float32(1)}
     _, buffer = offer(buffer, good, decay=0.5)
 
     def assert_the_same(after):
-        # The spare slot may hold anything finite; everything that counts stays.
+        # The spare slot may hold anything finite. All else must stay.
         chex.assert_trees_all_equal(
             after._replace(slots=None), buffer._replace(slots=None)
         )
@@ -148,7 +148,7 @@ def test_a_negative_priority_is_not_offered(way, topc):
 
 
 @pytest.mark.parametrize("way", ["select", "read", "sum"])
-def test_rows_of_their_own_decide_for_themselves(way):
+def test_unsynced_leaves_decide_for_themselves(way):
     like = {"a": jnp.zeros(()), "b": jnp.zeros(())}
     buffer = empty(like, 1, synced=False, holding=way)
     for a, b in ((1.0, 5.0), (2.0, 4.0), (np.nan, 6.0)):
@@ -173,7 +173,7 @@ def test_agrees_with_the_oracle_on_streams_full_of_ties(way, topc, decay, synced
     names = [("a", "b", "c")] if synced else [("a",), ("b",), ("c",)]
     naive = [oracle.Buffer(topc, decay) for _ in names]
     for _ in range(60):
-        # Powers of two, signs and zeros: norms tie exactly, decayed ones too.
+        # Powers of two, signs and zeros: norms tie exactly, also decayed ones.
         scale = random.choice([0.0, 0.25, 0.5, 1.0, 1.0, 2.0])
         values = {
             k: scale * random.choice([-1.0, 1.0], size=s) for k, s in shapes.items()
@@ -196,7 +196,7 @@ def test_agrees_with_the_oracle_on_streams_full_of_ties(way, topc, decay, synced
             np.testing.assert_array_equal(entries(buffer, row, leaf), expected)
 
 
-# State that no tool can spoil
+# Tools that change a whole state
 
 
 @each_way
@@ -216,7 +216,7 @@ def test_zeros_are_an_empty_buffer(way, topc):
 @pytest.mark.parametrize("factor", [0.0, 0.3, 0.5, 2.0])
 @pytest.mark.few(5)
 def test_a_buffer_that_was_scaled_goes_on(way, topc, factor):
-    """Whoever averages or scales a whole state casts its numbers back as they were."""
+    """Such tools cast every number back to its dtype."""
     buffer = empty(jnp.zeros(3), topc, holding=way)
     random = np.random.default_rng(0)
     for _ in range(7):
@@ -229,7 +229,7 @@ def test_a_buffer_that_was_scaled_goes_on(way, topc, factor):
     assert int(eviction.fill(buffer)[0]) == topc
     order = np.sort(holding.slots_of(buffer.entries)) if topc > 1 else [[0, 1]]
     np.testing.assert_array_equal(order[0], np.arange(topc + 1 if topc > 1 else 2))
-    if way != "sum":  # a sum is what was scaled until it is next taken from the slots
+    if way != "sum":  # a sum stays scaled until it is next taken from the slots
         total, _ = offer(buffer, np.ones(3, np.float32))
         np.testing.assert_allclose(total, exact_sums(buffer)[0], rtol=1e-5)
 
@@ -246,7 +246,7 @@ def test_a_key_that_is_nan_leaves_first():
 @pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-19, 1.0, 1e19, 1e30, 1e37])
 @each_way
 def test_the_whole_range_is_chosen_and_held(way, topc, size):
-    """Keys are norms; also where the squares of the values are no numbers."""
+    """Keys are norms, also where squares of the values overflow."""
     buffer = empty(jnp.zeros(4), topc, holding=way)
     shape = np.float32([1.0, -0.5, 0.25, 0.0])
     for scale in (0.5, 1.0, 0.75, 0.25, 0.9):
@@ -264,7 +264,7 @@ def test_the_whole_range_is_chosen_and_held(way, topc, size):
 
 
 def outliers(random, steps, scale=1e4):
-    """Gradients of 1e-4 with a few huge ones among them, in leaves of all sizes."""
+    """Gradients of 1e-4 and a few huge ones, in leaves of all sizes."""
     shapes = {"large": (64, 32), "small": (3,), "scalar": ()}
     for t in range(steps):
         grads = {k: 1e-4 * random.normal(size=s) for k, s in shapes.items()}
@@ -272,7 +272,7 @@ def outliers(random, steps, scale=1e4):
             grads["small"] = scale * random.normal(size=3)
         if t % 53 == 7:
             grads = jax.tree.map(lambda g: scale * g, grads)
-        grads["large"] += 1.0  # steady, and hiding the small ones in any joint norm
+        grads["large"] += 1.0  # steady, and it hides the small leaves in a joint norm
         yield jax.tree.map(lambda g: np.asarray(g, np.float32), grads)
 
 
@@ -304,8 +304,8 @@ def test_the_sum_stays_within_its_bound(topc, synced, dtype):
         for leaf, (total, exact) in enumerate(sums):
             error = np.linalg.norm(np.asarray(total, np.float64) - exact)
             norms = np.asarray(buffer.norms[leaf], np.float64)
-            assert error <= buffer.error[leaf]  # the bound is a bound,
-            assert buffer.error[leaf] <= 1e-5 * norms.sum()  # and it holds for ever
+            assert error <= buffer.error[leaf]  # the bound holds,
+            assert buffer.error[leaf] <= 1e-5 * norms.sum()  # and stays small
     assert int(buffer.rebuilds) > 0
 
 
@@ -317,7 +317,7 @@ def test_the_mean_used_is_exact_to_the_bound_and_the_arriving_outlier():
         if buffer is None:
             buffer = empty(jax.tree.map(jnp.zeros_like, grads), 5, holding="sum")
             step = jax.jit(functools.partial(offer, decay=0.7))
-            _, buffer = step(buffer, grads)  # the first recalls itself
+            _, buffer = step(buffer, grads)  # the first sum is that of an empty buffer
         exact, norms = exact_sums(buffer), np.asarray(buffer.norms, np.float64)
         total, buffer = step(buffer, grads)
         leaves = zip(jax.tree.leaves(total), jax.tree.leaves(grads))
@@ -369,8 +369,8 @@ def test_the_rebuild_stays_a_loop_of_its_own_under_vmap_and_in_apply_if_finite()
 
     batched = jax.jit(jax.vmap(run, (0, None)))
     buffers = batched(jnp.array([1.0, 0.0, 2.0]), stream)
-    # Zeros never pass the gate of a full buffer and never need a rebuild: the other
-    # members' rebuilds leave them alone.
+    # Zeros never enter a full buffer and never need a rebuild. The rebuilds of other
+    # members must not change them.
     np.testing.assert_array_equal(buffers.rebuilds, [1, 0, 1])
     np.testing.assert_allclose(buffers.total[:, 0], [2e-4, 0, 4e-4], rtol=1e-6)
     text = batched.lower(jnp.ones(3), stream).compile().as_text()

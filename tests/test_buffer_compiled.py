@@ -1,4 +1,4 @@
-"""The compiled step of a buffer: no slot is copied, whatever C is."""
+"""The compiled step of a buffer: no slot is copied, for any C."""
 
 import functools
 
@@ -86,10 +86,12 @@ def test_no_step_of_critical_momenta_copies_the_buffer(make, leaves, name, mesh)
         ("bfloat16", "int8", 2.1),
     ],
 )
-def test_nor_do_slots_of_half_precision(params_dtype, buffer_dtype, limit, topc, mesh):
-    """XLA's CPU backend stores gradients of 16 bits in float32, whatever C is.
+def test_no_step_copies_slots_of_half_precision(
+    params_dtype, buffer_dtype, limit, topc, mesh
+):
+    """XLA's CPU backend stores 16-bit gradients in float32, for any C.
 
-    Slots in bfloat16 it converts as a whole; GPU and TPU do not.
+    It converts whole stacks of bfloat16 slots. GPU and TPU do not.
     """
     tx = optax.chain(critical_gradients(topc, buffer_dtype=buffer_dtype), optax.sgd(1))
     params = {"w": jnp.zeros((768, 768), params_dtype)}
@@ -97,7 +99,7 @@ def test_nor_do_slots_of_half_precision(params_dtype, buffer_dtype, limit, topc,
 
 
 def test_a_copied_buffer_would_be_seen():
-    """The form that everyone writes first, so that the checks above can fail."""
+    """The obvious but wrong form. It shows that the checks above can fail."""
     params = jnp.zeros((256, 256))
     slots = jnp.zeros((6, 256, 256))
 

@@ -1,4 +1,4 @@
-"""Orbax keeps every state bitwise, on any mesh, and a killed run goes on as it was."""
+"""Orbax keeps every state bitwise, on any mesh, and a killed run resumes exactly."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ STEPS = 3  # of five slots, two stay empty
 
 
 def values(step, shape=None):
-    """A tree like the parameters; on a mesh of a ``shape``, if there is one."""
+    """A tree like the parameters, on a mesh of this ``shape`` if it is given."""
     random = np.random.default_rng(step)
     tree = {"w": random.normal(size=(8, 4)), "b": random.normal(size=4)}
     tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
@@ -45,7 +45,7 @@ def values(step, shape=None):
 
 @functools.cache
 def jitted(tx):
-    """One for all runs of an optimizer."""
+    """One compiled step for all runs of an optimizer."""
     return jax.jit(tx.update)
 
 
@@ -53,7 +53,7 @@ def run(tx, params, state, steps, shape=None):
     for step in steps:
         updates, state = jitted(tx)(values(step, shape), state, params)
         params = optax.apply_updates(params, updates)
-        jax.block_until_ready(state)  # simulated devices starve one another
+        jax.block_until_ready(state)  # simulated devices block one another
     return params, state
 
 
@@ -63,9 +63,9 @@ def trained(tx, shape=None):
 
 
 def everywhere(state, mesh):
-    """The state with what lies on one device, counts and keys, on all of a mesh.
+    """The state, with counts and keys moved from one device to the whole mesh.
 
-    Orbax would restore it to that one device, where a step cannot take it from.
+    Orbax would restore them to that one device, and a step could not use them.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(
@@ -116,8 +116,8 @@ def test_a_state_comes_back_bitwise_and_goes_on(tx, tmp_path):
 @pytest.mark.cpu_only("a mesh of eight devices")
 @pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.long
-def test_onto_another_mesh_and_another_capacity(slots, tmp_path):
-    """What was saved on 4 × 2 devices with C = 5 goes on upon 2 × 4 with C = 2 or 8."""
+def test_a_state_moves_to_another_mesh_and_another_capacity(slots, tmp_path):
+    """A state saved on 4 × 2 devices with C = 5 runs on 2 × 4 with C = 2 or 8."""
     tx = optax.chain(memoptax.critical_gradients(5, buffer_dtype=slots), optax.sgd(0.1))
     params, state = trained(tx, (4, 2))
     save(tmp_path / "state", (params, state))
@@ -144,7 +144,7 @@ def test_onto_another_mesh_and_another_capacity(slots, tmp_path):
                 entries(new, 0, leaf), entries(old, 0, leaf)[most]
             )
         sums = zip(jax.tree.leaves(new.total), exact_sums(new))
-        for total, exact in sums:  # where a sum is kept
+        for total, exact in sums:  # if there is a sum
             np.testing.assert_allclose(total, exact, rtol=1e-6)
     larger = optax.chain(
         memoptax.critical_gradients(8, buffer_dtype=slots), optax.sgd(0.1)
@@ -204,8 +204,8 @@ def test_a_linen_train_state_comes_back(tmp_path):
     assert_bitwise(steps(found, range(8, 12)), steps(state, range(8, 12)))
 
 
-# Six steps on eight devices, a checkpoint after each, and none after an event of Python
-# about such a path: there it is killed, as by a scheduler or for want of memory.
+# Six steps on eight devices, with a checkpoint after each. At a given event of Python
+# for a given path the run is killed, as by a scheduler or for lack of memory.
 TRAINING = """
 import os, pathlib, signal, sys
 import language_model
@@ -229,7 +229,7 @@ language_model.train(name, settings, text, mesh, pathlib.Path(folder), every=1)
 @pytest.mark.cpu_only("processes of simulated devices")
 @pytest.mark.long
 def test_a_run_killed_while_it_saves_takes_the_same_steps(tmp_path):
-    """Killed where it begins to write, and again where all is written but the name."""
+    """Killed when it begins to write, and again when only the name is missing."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples/experiments")]),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),

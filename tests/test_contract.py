@@ -158,7 +158,7 @@ def test_weak_types_never_enter_the_state(opt):
     ],
 )
 def test_a_decay_near_one_stays_below_one(tx, field, expected):
-    """In bfloat16 .999 would be 1, and nothing would ever fade, or come in."""
+    """In bfloat16 .999 would be 1: nothing would ever decay or enter."""
     params = jnp.ones(4, jnp.bfloat16)
     _, state = jax.jit(tx.update)(params, tx.init(params), params)
     (memory,) = jax.tree.leaves(optax.tree.get(state, field))
@@ -191,7 +191,7 @@ class Point(NamedTuple):
 
 
 def nested(tree):
-    """The same leaves in the same order, among None and leaves without elements."""
+    """The same leaves in the same order, with None and empty leaves among them."""
     a, b, c = (tree[name] for name in sorted(tree))
     empty = jnp.zeros((*a.shape, 0, 2))
     return {"first": [a, None], "then": Point((b, empty), {"last": (c,)})}
@@ -235,7 +235,7 @@ def test_parameters_are_asked_for_only_where_needed(opt):
 
 
 @each_optimizer
-def test_another_tree_than_at_birth_is_refused(opt):
+def test_a_tree_other_than_that_of_init_is_refused(opt):
     tx, params = opt.build(), params_like(SHAPES)
     state = jax.eval_shape(tx.init, params)
     fewer = {name: p for name, p in params.items() if name != "vector"}
@@ -252,7 +252,7 @@ def test_another_tree_than_at_birth_is_refused(opt):
 @each_memory
 @pytest.mark.parametrize("bad", [np.nan, -np.inf, 1e30], ids=["nan", "inf", "1e30"])
 @pytest.mark.parametrize("step", [0, 1, 7])
-def test_a_bad_gradient_was_never_offered(opt, bad, step):
+def test_a_bad_gradient_never_enters_the_memory(opt, bad, step):
     def memory_is_finite(old, new):
         del old
         memory = optax.tree.get(new[1], opt.memory)
@@ -260,14 +260,14 @@ def test_a_bad_gradient_was_never_offered(opt, bad, step):
             assert np.all(np.isfinite(np.float64(leaf))), path
 
     if np.isfinite(bad) and not opt.squares:
-        return  # a large gradient is a gradient
+        return  # a large gradient is not a bad one
     stream = gradients()
     good = steps_of(stream)
     spoilt = jax.tree.map(lambda g: np.full_like(g, bad), good[0])
     with_it = [*good[:step], spoilt, *good[step:]]
     _, state = donating(opt).run(with_it, memory_is_finite)
     got = optax.tree.get(state, opt.memory)
-    # The last step wrote over whatever the bad one may have left in a spare slot.
+    # The last step overwrote what the bad one may have left in a spare slot.
     close(got, optax.tree.get(expected(opt)[1], opt.memory))
 
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.few(2)
 
 
 def ending_at(step, rate):
-    """A schedule: the rate, and from this step on 0."""
+    """A schedule: the rate up to this step, then 0."""
     return optax.piecewise_constant_schedule(rate, {step: 0.0})
 
 
@@ -58,7 +58,7 @@ def test_schedules_and_traced_hyperparameters(opt, inject):
 
 
 def test_the_annotation_of_a_rate_is_the_type_of_optax():
-    """Optax's own tests look at it, and skip what has another, or a string."""
+    """optax's own tests look for this annotation, and skip others, and strings."""
     for factory in {opt.factory for opt in OPTIMIZERS if opt.rated}:
         rate = inspect.signature(factory).parameters["learning_rate"]
         assert rate.annotation is optax.ScalarOrSchedule, factory
@@ -71,7 +71,7 @@ OPTIONAL = ("fifo", "sgd_c nesterov", "rmsprop_c centered", "adam_c L2")
     "opt", [opt for opt in OPTIMIZERS if opt.name in OPTIONAL], ids=repr
 )
 def test_numbers_that_may_be_none_may_be_traced(opt):
-    """Of these the type of the default does not tell that they are numbers."""
+    """The type of their defaults does not say that these are numbers."""
     numbers = {k for k, value in opt.options.items() if isinstance(value, float)}
     static = opt.options.keys() - numbers
     tx = opt.build(lambda f: optax.inject_hyperparams(f, static_args=static))
@@ -82,7 +82,7 @@ def test_numbers_that_may_be_none_may_be_traced(opt):
 
 @each_factory
 def test_hyperparameters_in_half_precision_are_not_kept_in_it(opt):
-    """Injected numbers have the dtype of the parameters; the state has not."""
+    """Injected numbers have the dtype of the parameters, but the state has not."""
     params, tx = params_like(SHAPES, jnp.bfloat16), opt.build(optax.inject_hyperparams)
     state = jax.eval_shape(tx.init, params)
     updates, after = jax.eval_shape(tx.update, params, state, params)
@@ -96,7 +96,7 @@ def test_hyperparameters_in_half_precision_are_not_kept_in_it(opt):
 
 @each_factory
 def test_counters_stop_at_their_end(opt):
-    """And do not turn negative, as if there had been no step yet."""
+    """They do not overflow to negative numbers, as if there had been no step yet."""
     runner, last = donating(opt), np.iinfo(np.int32).max
 
     def counted(path, x):
@@ -113,7 +113,7 @@ def test_counters_stop_at_their_end(opt):
 
 
 @each_capacity
-def test_a_traced_capacity_is_refused_with_its_cure(opt):
+def test_a_traced_capacity_is_refused_and_the_error_says_what_to_do(opt):
     static = tuple(opt.options)
     params = params_like(SHAPES)
     traced = opt.build(
@@ -157,7 +157,7 @@ def trained_apart(opt):
 
 @each_factory
 @pytest.mark.parametrize("wrap", [masked, partitioned])
-def test_a_part_of_the_tree_is_as_if_it_were_alone(opt, wrap):
+def test_a_part_of_the_tree_trains_as_it_would_by_itself(opt, wrap):
     params, stream = params_like(SHAPES), gradients()
     trajectory, _ = trained(wrap(opt.build()))
     close(inside(trajectory), trained_apart(opt))

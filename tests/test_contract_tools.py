@@ -1,4 +1,4 @@
-"""What every public optimizer promises to tools that take its state for plain numbers.
+"""What every public optimizer promises to tools that treat a state as plain numbers.
 
 They average it, scale it, cast it, restore it, and step without ``jax.jit``. The table
 of optimizers is in ``contract.py``.
@@ -29,7 +29,7 @@ import memoptax
 
 pytestmark = pytest.mark.few(2)
 
-CAPACITY = 3  # the most slots that steps of these tests may have to fill
+CAPACITY = 3  # the largest C, so that few steps fill a buffer
 
 
 def is_finite(tree):
@@ -45,7 +45,7 @@ def fill(state):
     return {name: float(x) for name, x in memoptax.buffer_stats(state).items()}["fill"]
 
 
-COMPILED = []  # grows by a second's fraction for each program that XLA compiles
+COMPILED = []  # a duration for each program that XLA compiles
 
 
 def listen(event, duration, **_):
@@ -53,7 +53,7 @@ def listen(event, duration, **_):
         COMPILED.append(duration)
 
 
-# Jax 0.8 cannot unregister one, so that there is one for all.
+# jax 0.8 cannot unregister a listener, so there is one for all tests.
 jax.monitoring.register_event_duration_secs_listener(listen)
 
 
@@ -94,7 +94,7 @@ def test_eager_steps_equal_jitted_ones(opt):
 
 @each_optimizer
 def test_a_state_never_holds_what_is_not_finite(opt):
-    # One of its own: what is compiled in these modes does not donate.
+    # Its own step, because a step compiled in these modes does not donate.
     with jax.debug_infs(True), jax.debug_nans(True):
         params, state = Donating(opt.build()).run(steps_of(gradients())[:3])
     assert is_finite((params, state))
@@ -105,7 +105,7 @@ def test_a_state_of_zeros_is_a_new_one(opt):
     params, stream = params_like(SHAPES), steps_of(gradients())
     zeros = jax.tree.map(lambda x: 0 * x, after(opt))
     new = opt.build().init(params)
-    if opt.options.get("fifo_probability"):  # which draws otherwise, and no less well
+    if opt.options.get("fifo_probability"):  # its draws differ, and are as good
         draws = jnp.copy(optax.tree.get(new, "draws"))
         zeros = optax.tree.set(zeros, draws=draws)
     step = donating(opt).step
@@ -119,8 +119,8 @@ def test_a_state_of_zeros_is_a_new_one(opt):
 
 
 @each_capacity
-def test_what_lookahead_resets_remembers_again(opt):
-    """It multiplies the state by 0, every third step."""
+def test_a_buffer_that_lookahead_resets_fills_again(opt):
+    """Every third step it multiplies the state by 0."""
     tx = optax.lookahead(opt.build(), 3, 0.5, reset_state=True)
     params = optax.LookaheadParams.init_synced(params_like(SHAPES))
 
@@ -138,7 +138,7 @@ def test_what_lookahead_resets_remembers_again(opt):
 
 @each_capacity
 def test_a_mean_of_states_is_a_state(opt):
-    """As of members of an ensemble: whole numbers are cut."""
+    """As of members of an ensemble. Integers are truncated."""
     states = [after(opt), after(opt, 8)]
     mean = jax.tree.map(lambda a, b: ((a + b) / 2).astype(a.dtype), *states)
     carry = donating(opt).step(params_like(SHAPES), mean, at(gradients(), 5))
@@ -157,12 +157,12 @@ def test_a_state_cast_to_half_precision_and_back_goes_on(opt):
     params = params_like(SHAPES)
     got, state = donating(opt).step(params, jax.tree.map(half, after(opt)), gradient)
     assert is_finite(state)
-    # Of the way of one step, which is about a rate.
+    # Relative to the length of one step, which is about a rate.
     close(got, want, rtol=0, atol=0.05 * max(1.0, 10 * opt.rate))
 
 
 @each_factory
-def test_lists_serve_for_tuples(opt):
+def test_lists_may_replace_tuples(opt):
     """As some checkpoints restore them."""
 
     def listed(node):
@@ -180,7 +180,7 @@ def test_lists_serve_for_tuples(opt):
 
 
 def test_sharpness_aware_minimization_keeps_the_memory():
-    """It resets or keeps the state of an optimizer that it is given."""
+    """It resets or keeps the state of the optimizer inside it."""
     tx = optax.contrib.sam(
         memoptax.adam_c(0.01, topc=CAPACITY),
         optax.chain(optax.contrib.normalize(), optax.sgd(0.05)),
@@ -211,13 +211,13 @@ def test_strict_promotion_of_dtypes_is_no_error(opt):
 
 @each_factory
 def test_float64_of_numpy_gives_no_warning(opt):
-    """Where JAX has 32 bits; a warning is an error in these tests."""
+    """JAX has 32 bits here. A warning is an error in these tests."""
     params = {name: np.ones(shape) for name, shape in SHAPES.items()}
     tx = opt.build()
     tx.update(params, tx.init(params), params)
 
 
-# Numbers that leave their range while running
+# Numbers that leave their range during a run
 
 
 @each_capacity

@@ -1,4 +1,4 @@
-"""Covers: which boxes there are, what is refused, and how a cover is chosen."""
+"""Covers: their boxes, what is refused, and how a cover is chosen."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def shapes(cover, params):
         (memoptax.covers.blocks(2), (), [()]),
     ],
 )
-def test_ready_made(cover, shape, boxes):
+def test_public_covers_have_their_boxes(cover, shape, boxes):
     assert cover((), leaf(*shape)) == boxes
 
 
@@ -57,7 +57,8 @@ def test_accumulators_have_one_number_per_box(boxes, shape, accumulators):
 
 @pytest.mark.parametrize("boxes", [[(6,)], [(5,)], [(6,), (4,)], [(9,)]], ids=named)
 def test_uneven_edges_are_where_the_box_shape_says(boxes):
-    """ceil(10 / 6) = ceil(10 / 5): the state alone does not tell these covers apart."""
+    """ceil(10 / 6) = ceil(10 / 5): the state by itself cannot tell these covers
+    apart."""
     g = jnp.arange(1.0, 11.0)
     tx = memoptax.scale_by_sm3(cover=boxes)
     oracle = oracle_sm3.SM3((10,), boxes)
@@ -148,7 +149,7 @@ def test_blocks_take_positive_integers():
 
 
 def test_a_kernel_needs_two_sweeps():
-    """Four families, but the kernel is read twice for them, and once for the update."""
+    """Four families read the kernel only twice, and the update reads it once more."""
     g = jnp.zeros((3, 3, 128, 128))
     tx = memoptax.scale_by_sm3()
     text = str(jax.make_jaxpr(tx.update)(g, tx.init(g)))

@@ -1,4 +1,4 @@
-"""Critical gradients: whom the buffer keeps, and what comes out."""
+"""Critical gradients: which gradients the buffer keeps, and the updates."""
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,11 @@ def test_leaf_order_does_not_matter():
     close(got, reverse(trajectory(tx)))
 
 
-def test_over_one_leaf_synced_and_unsynced_are_one():
+def test_syncing_changes_nothing_for_one_leaf():
     stream = gradients()["b"]
     apart, _ = emit(critical_gradients(3, synced=False), stream)
     equal(emit(critical_gradients(3, synced=True), stream)[0], apart)
-    # And over many they differ, or nothing was shown.
+    # Over many they must differ, or the test shows nothing.
     apart, _ = emit(critical_gradients(3, synced=False), gradients())
     assert not np.allclose(emit(critical_gradients(3), gradients())[0]["b"], apart["b"])
 
@@ -42,7 +42,7 @@ def test_mid_is_half_of_sum():
         emit(critical_gradients(3, aggr=aggr, kappa=0.8), stream)[0]
         for aggr in ("sum", "mid")
     )
-    # The first meets an empty buffer.
+    # The first finds an empty buffer.
     close(at(half, slice(1, None)), jax.tree.map(lambda u: u[1:] / 2, total))
 
 
@@ -101,8 +101,8 @@ def test_the_global_norm_decides_differently_from_the_sum_of_norms():
         assert (updates["a"][-1], updates["b"][-1]) == kept
 
 
-def test_a_priority_of_ones_own_sees_one_leaf_where_leaves_are_apart():
-    # The least sums are critical: apart, a keeps -2 and b its 0; together, 1 < 2.
+def test_a_custom_priority_sees_one_leaf_without_syncing():
+    # The smallest sums are critical. Apart, a keeps -2 and b its 0. Together, 1 < 2.
     stream = {"a": np.float32([1, -2, 0]), "b": np.float32([0, 4, 0])}
     for synced, kept in [(True, (1, 0)), (False, (-2, 0))]:
         tx = critical_gradients(
@@ -147,11 +147,11 @@ def test_what_cannot_be_stored_is_refused(bad, options):
 
 
 def falling(steps):
-    """Ever smaller gradients, that no priority would let in."""
+    """Ever smaller gradients, which no priority would accept."""
     return np.float32(1000 - np.arange(steps))
 
 
-def test_surely_first_in_first_out_keeps_the_last_ones():
+def test_fifo_with_probability_one_keeps_the_last_entries():
     stream = falling(12)
     _, state = emit(critical_gradients(3, 1.0, fifo_probability=1.0), stream)
     assert sorted(entries(state.buffer).tolist()) == sorted(stream[9:].tolist())
@@ -159,7 +159,7 @@ def test_surely_first_in_first_out_keeps_the_last_ones():
 
 
 def draws(topc, steps, **options):
-    """Which steps were first in, first out, seen on a stream where nothing else is."""
+    """Which steps were FIFO, seen on a stream that nothing else lets in."""
     tx = critical_gradients(topc, 1.0, **options)
 
     def body(state, gradient):
@@ -206,8 +206,8 @@ def test_derivatives_at_zero_gradients_are_finite(synced):
 
     zeros = jax.tree.map(jnp.zeros_like, gradients(4))
     slopes = jax.jit(jax.grad(total))(zeros)
-    # The first two stay for good: each adds itself, and to the second mean all of the
-    # first; to the third and fourth one half.
+    # The first two stay for good. Each adds itself. The first also adds all of itself
+    # to the second mean, and both add one half to the third and fourth.
     for slope in jax.tree.leaves(slopes):
         per_step = slope.reshape(4, -1)
         np.testing.assert_allclose(per_step[:, 0], [3.0, 2.0, 1.0, 1.0], rtol=1e-6)
@@ -215,7 +215,7 @@ def test_derivatives_at_zero_gradients_are_finite(synced):
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
 def test_a_rounded_slot_has_the_derivative_of_its_gradient(dtype):
-    """Subnormal numbers of float16 too."""
+    """Also subnormal numbers of float16."""
     tx = critical_gradients(topc=2, buffer_dtype=dtype)
     gradient, zeros = jnp.array([1e-5, 2e-5, 3e-3]), jnp.zeros(3)
 

@@ -79,11 +79,11 @@ def test_an_alias_is_a_chain(name):
     equal(trajectory(tx), trajectory(chain))
 
 
-# PyTorch's semantics, where optax has others
+# PyTorch's semantics, where optax's differ
 
 
 def along(tx, grads):
-    """From 0, along a list of numbers."""
+    """The parameter after each gradient of a list, starting from 0."""
     return trajectory(tx, jnp.zeros(()), np.float32(grads))
 
 
@@ -108,7 +108,8 @@ def test_amsgrad_takes_the_maximum_of_the_uncorrected_moment():
 
 
 def test_centered_variance_is_clamped():
-    # That of a constant gradient tends to 0, and rounding takes it below for some.
+    # The variance of a constant gradient tends to 0, and rounding makes it negative for
+    # some.
     constants = np.linspace(0.1, 3, 100, dtype=np.float32)
     stream = np.broadcast_to(constants, (200, 100))
     for alpha in (0.5, 0.9):
@@ -117,14 +118,15 @@ def test_centered_variance_is_clamped():
 
 
 def test_weight_decay_by_hand():
-    # From 10 with a gradient of 4: L2 makes it 4 + 10, decoupled stands beside 1.
+    # From 10 with a gradient of 4: L2 makes it 4 + 10, decoupled decay is added to a
+    # step of 1.
     start, stream = jnp.float32(10), np.float32([4])
     close(trajectory(sgd_c(0.1, weight_decay=1.0), start, stream), [8.6])
     tx = adamw_c(0.1, weight_decay=1.0, eps=0.0)
     close(trajectory(tx, start, stream), [8.9])
 
 
-def test_a_mask_spares_what_it_names_not():
+def test_a_mask_excludes_the_leaves_marked_false():
     params, stream = {"a": PARAMS["a"], "b": PARAMS["b"]}, gradients(5)
     stream = {"a": stream["a"], "b": stream["b"]}
     masked, decayed, plain = (
@@ -178,11 +180,11 @@ def test_state_is_as_large_as_documented(factory, options, more, counts):
     required = {} if factory is critical_gradients else {"learning_rate": 0.1}
     for topc, slots in [(1, 1), (5, 6), (20, 21)]:
         for rows, synced in [(1, True), (leaves, False)]:
-            # Per row keys and ages, and two counters; with more than one slot the entry
-            # in each.
+            # Keys, ages and two counters per row. With several slots also the entry of
+            # each.
             numbers = rows * (2 * topc + 2 + (slots if slots > 1 else 0)) + counts
             size = (slots + more) * copy + 4 * numbers
-            if topc == 20:  # a sum; per leaf norms and a bound; the count of rebuilds
+            if topc == 20:  # a sum; norms and a bound per leaf; the count of rebuilds
                 size += copy + 4 * (leaves * (topc + 1) + 1)
             tx = factory(topc=topc, synced=synced, **required, **options)
             assert state_bytes(tx, params) == size

@@ -1,4 +1,4 @@
-"""Critical gradients on streams of ties, zeros and faults, as NumPy has them."""
+"""Critical gradients on streams of ties, zeros and faults, against NumPy."""
 
 import functools
 
@@ -87,7 +87,7 @@ def compiled_run(configuration):
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
-def test_any_stream_as_the_oracle_has_it(configuration, x64):
+def test_any_stream_agrees_with_the_oracle(configuration, x64):
     name, options, own = CONFIGURATIONS[configuration]
     shapes = TREES[list(CONFIGURATIONS).index(configuration) % len(TREES)]
     numbers = {
@@ -132,7 +132,9 @@ def compiled_emit(topc, synced, aggr, dtype):
         (4, False, drops_gradient, "float16"),
     ],
 )
-def test_any_stream_with_holes_as_the_oracle_has_it(topc, synced, aggr, dtype, x64):
+def test_any_stream_with_bad_gradients_agrees_with_the_oracle(
+    topc, synced, aggr, dtype, x64
+):
     shapes = {"a": (), "b": (3,)}
     spoilt = hnp.arrays(
         np.float64, (STEPS, 2), elements=st.sampled_from([0.0] * 6 + [nan, inf, -inf])

@@ -63,7 +63,7 @@ def test_the_released_first_step_by_hand(x64):
     np.testing.assert_allclose(updates_of(tx, [4.0, -2.0]), want, rtol=1e-12)
 
 
-# One road or another
+# Two ways to the same numbers
 
 
 def assert_same_run(one, other, **tolerance):
@@ -127,7 +127,7 @@ def test_decay_is_masked():
 
 
 @pytest.mark.parametrize("make", [memoptax.adam_cm, memoptax.sgd_cm])
-def test_over_one_leaf_syncing_is_nothing(make):
+def test_syncing_changes_nothing_for_one_leaf(make):
     grads = lognormal(shapes={"a": (3,)})
     runs = [
         replay(make(0.1, topc=2, synced=synced), zeros(grads), grads)[0]
@@ -170,7 +170,7 @@ def changes_nothing(name, update, steps, bad):
 
 
 def assert_same_state(one, other):
-    """Equal in all but the spare slots, which may hold anything finite."""
+    """Equal except for the spare slots, which may hold anything finite."""
     buffers = [state.buffer for state in (one, other)]
     for leaf in range(len(SHAPES)):
         row = leaf if buffers[0].keys.shape[0] > 1 else 0

@@ -1,4 +1,4 @@
-"""Critical momenta on streams of ties, zeros and faults, as NumPy has them."""
+"""Critical momenta on streams of ties, zeros and faults, against NumPy."""
 
 import functools
 
@@ -35,7 +35,7 @@ RULES = {
 }
 
 
-# Every number whose step is not finite is left alone.
+# A number whose step is not finite does not change.
 guard = optax.stateless(
     lambda updates, params: jax.tree.map(
         lambda u: jnp.where(jnp.isfinite(u), u, 0), updates
@@ -45,7 +45,7 @@ guard = optax.stateless(
 
 @functools.cache
 def ruled(rule):
-    """A jitted run of one rule; what is a number may still be chosen."""
+    """A jitted run of one rule. Its numbers can still be chosen."""
     name, static = RULES[rule]
 
     @jax.jit
@@ -60,7 +60,7 @@ def ruled(rule):
 
 @st.composite
 def hard_streams(draw, steps=14):
-    """Gradients full of zeros, exact ties, and sometimes numbers that are none."""
+    """Gradients with many zeros and exact ties, and sometimes NaN or infinity."""
     random = np.random.default_rng(draw(st.integers(0, 2**16)))
     scales = draw(
         st.lists(

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.few(2)
 @pytest.mark.parametrize("topc", [1, 5])
 @pytest.mark.long
 def test_half_precision_slots_cost_their_rounding_and_no_more(topc, x64):
-    # Who is kept depends on gradients alone, so the same momenta are averaged, each
+    # Only gradients decide which momenta are kept, so the same ones are averaged, each
     # off by at most 2**-8 of itself.
     grads = lognormal(40)
     params = zeros(grads)
@@ -55,7 +55,7 @@ def test_a_stored_momentum_stays_close(dtype, off):
     )
     one, other = exact.init(params), stored.init(params)
     step_exact, step_stored = jax.jit(exact.update), jax.jit(stored.update)
-    # An average of ten roundings; in int8 relative to the largest of its row.
+    # An average of ten roundings. In int8 they are relative to the largest of the row.
     eps = 1 / 127 if dtype == "int8" else float(jnp.finfo(dtype).eps)
     largest = max(np.abs(g).max() for g in grads.values())
     for t in range(40):
@@ -83,7 +83,7 @@ def test_without_a_buffer_adams_momentum_is_stored_as_asked(off, dtype):
     assert sizes == {jnp.dtype(dtype).itemsize}
 
 
-def test_a_momentum_beyond_its_dtype_stops_at_its_end():
+def test_a_momentum_is_clipped_to_the_range_of_its_dtype():
     tx = memoptax.critical_momenta(0.0, topc=2, mu_dtype="float16")
     update, state = tx.update(jnp.array([1e6, -3e5, 1.0]), tx.init(jnp.zeros(3)))
     np.testing.assert_array_equal(update, [65504, -65504, 1])

@@ -1,4 +1,4 @@
-"""What the README and the pages say is run, and what they count is counted again."""
+"""The code in the README and the pages runs, and their numbers are checked."""
 
 import ast
 import fnmatch
@@ -51,7 +51,7 @@ WITH_PYTHON = sorted(
 
 @functools.cache
 def run(page):
-    """What the Python of a page defines, once it has run from top to bottom."""
+    """The names that the Python of a page defines, run from top to bottom."""
     namespace = {}
     for block in blocks(page.read_text(), "python"):
         exec(block, namespace)
@@ -95,7 +95,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def rows(text):
-    """The cells of a table in Markdown, without its head."""
+    """The cells of a Markdown table, without its head."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
 
@@ -104,7 +104,7 @@ SIZES = rows(README.split("<!-- sizes -->")[1].split("<!-- end -->")[0])
 
 
 def name_of(call):
-    """A call as the benchmarks name it."""
+    """The benchmarks' name for a call."""
     name, _, arguments = call.strip("`").rstrip(")").partition("(")
     if name.startswith("sm3") and "cm" not in name:
         return name
@@ -181,7 +181,7 @@ def test_the_citation_has_the_version():
 
 
 def apply(diff, folder):
-    """Apply a unified diff, whose hunks are found by their text."""
+    """Apply a unified diff. Its hunks are found by their text."""
     for part in re.split(r"^--- .*\n\+\+\+ b/", diff, flags=re.M)[1:]:
         name, _, text = part.partition("\n")
         for hunk in re.split(r"^@@\n", text, flags=re.M)[1:]:

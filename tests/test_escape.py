@@ -17,7 +17,7 @@ def escaped(make, *settings):
     return [outcome.escaped for outcome, _ in escape.outcomes(make, settings)]
 
 
-def test_adam_stays_whatever_is_usually_tried():
+def test_adam_stays_with_the_usual_remedies():
     tried = escaped(escape.adam, (0.1, 0.9), (0.2, 0.9), (0.1, 0.99), (0.01, 0.9))
     np.testing.assert_array_equal(tried, 0)
 
@@ -36,7 +36,7 @@ def test_critical_momenta_leave_sharp_minima_at_a_rate_that_is_not_small():
     usual, lasting, small = (outcome for outcome, _ in every)
     np.testing.assert_allclose(usual.escaped, [0, 1, 1, 1, 1], atol=0.05)
     assert usual.settled[1] < 0.5 and usual.settled[4] > 0.9
-    # A decay of .99 escapes and settles.
+    # With a decay of .99 it escapes and settles.
     np.testing.assert_allclose(lasting.settled[1:], 1, atol=0.05)
     np.testing.assert_array_equal(small.escaped, 0)
 

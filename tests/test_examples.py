@@ -1,4 +1,4 @@
-"""The examples and the benchmark run, and give the numbers they are known for."""
+"""The examples and the benchmarks run, and give their known numbers."""
 
 import argparse
 import importlib.util
@@ -45,7 +45,7 @@ def test_surfaces_give_the_recorded_losses(tmp_path):
     for key, recorded in surfaces.RECORDED.items():
         np.testing.assert_allclose(losses[key], recorded, rtol=1e-4, err_msg=str(key))
     assert losses["Six-hump camel", "SGDM_C"][-1] == pytest.approx(-1.0316, abs=1e-4)
-    # The control: twice the rate leads momentum to the same minima, without a buffer.
+    # The control: momentum at twice the rate reaches the same minima without a buffer.
     doubled = [losses[name, "SGDM, 2 × rate"][-1] for name in surfaces.PROBLEMS]
     np.testing.assert_allclose(doubled, [0, 3, -1.0316], atol=1e-4)
 
@@ -63,7 +63,7 @@ def test_digits_train_and_are_drawn(tmp_path, capsys):
         assert name in table
         assert record["loss_curves"].shape == (2, 2)
         assert np.all(record["test_accuracy"] > 0.5), name
-    # C + 3 copies of float32 and a few numbers: adam_c at C = 5.
+    # C + 3 copies in float32 and a few numbers: adam_c at C = 5.
     assert results["adam"]["state_bytes"] == pytest.approx(8, abs=0.01)
     assert results["adam_c"]["state_bytes"] == pytest.approx(32, abs=0.1)
     assert results["adam_c, int8 slots"]["state_bytes"] < 15
@@ -141,8 +141,8 @@ def logistic_regression(tx, epochs=10):
 
 
 @pytest.mark.long
-def test_label_noise_in_spirit():
-    """Not the authors' draws, so only what is larger than their scatter."""
+def test_label_noise_gives_the_accuracies_of_the_authors_study():
+    """The draws are not the authors', so only differences above their scatter count."""
     sgd, doubled, sgd_c = (
         logistic_regression(tx).mean()
         for tx in (optax.sgd(1e-3), optax.sgd(2e-3), memoptax.sgd_c(1e-3))
@@ -186,7 +186,7 @@ def test_the_kernels_of_a_step_are_counted(tmp_path):
     arguments = ["--quick", "--output", str(tmp_path / "results.json")]
     rows = kernels.main([*arguments, "optax.adam", "sgd_c"])
     touched = {r["optimizer"]: r["touches"] for r in rows if r["kernel"] == "the step"}
-    # m and v from g, three each, and p from both: 4. A cleverer compiler needs 7.
+    # m and v from g, three each, and p from both: 4. A better compiler needs 7.
     assert 7 <= touched["optax.adam"] <= 10
     # g for the norm, a slot written, p changed by g and the slots, which count as one
     # operand: 1 + 2 + 4.
@@ -245,7 +245,7 @@ def test_the_language_model_learns_on_a_mesh_and_is_drawn(tmp_path, capsys):
     assert_picture(output)
     assert len(found["losses"]) == 40
     assert [step for step, _ in found["validation"]] == [20, 40]
-    # Better than knowing nothing, and soon than knowing how frequent characters are.
+    # Better than a uniform guess, and soon better than the frequencies of characters.
     assert found["validation"][-1][1] < 3.6 < np.log(100) < found["losses"][0]
     assert found["stats"]["fill"] == 2
     ((prompt, new),) = found["samples"]
@@ -253,7 +253,7 @@ def test_the_language_model_learns_on_a_mesh_and_is_drawn(tmp_path, capsys):
 
     kernel = found["model"].blocks[0].up.kernel[...]
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
-    # Everything has stayed where it lay: else the second step would compile anew.
+    # All arrays kept their shardings. Otherwise the second step would compile again.
     assert found["model"].norm.scale[...].sharding.is_fully_replicated
     tx, mesh = memoptax.adam_c(0.1, topc=2), kernel.sharding.mesh
     optimizer = model.create_optimizer(tx, found["model"], mesh)
@@ -262,11 +262,11 @@ def test_the_language_model_learns_on_a_mesh_and_is_drawn(tmp_path, capsys):
     for x, sharding in zip(jax.tree.leaves(optimizer.opt_state), wanted, strict=True):
         assert x.sharding.is_equivalent_to(sharding, x.ndim)
     assert optimizer.step[...].sharding.mesh == mesh
-    # Resumed when there is nothing left to do: the record, and not a step more.
+    # Resumed with nothing left to do, it returns the record and takes no step.
     (again,) = model.main(arguments).values()
     assert again["losses"] == found["losses"] and again["speed"] is None
     assert again["samples"] == found["samples"]
-    # And under other settings it is refused.
+    # Under other settings it is refused.
     (folder,) = folder.iterdir()
     with pytest.raises(SystemExit, match="is of other settings"):
         model.Checkpoints(folder, {"seed": 1}).restore(None)
@@ -352,7 +352,7 @@ def test_recipes_show_what_they_say():
 
 
 def test_steps_are_compiled_ahead_of_time(tmp_path, capsys):
-    """For the CPU that is there: the command, and what is counted."""
+    """The command, and its counts, for this machine's CPU."""
     ahead = load("benchmarks/ahead_of_time.py")
     output = tmp_path / "ahead-of-time-v5e.json"
     arguments = ["--device", "cpu", "--quick", "--output", str(output)]
@@ -361,16 +361,16 @@ def test_steps_are_compiled_ahead_of_time(tmp_path, capsys):
     kept = json.loads(output.read_text())
     assert {table: section["rows"] for table, section in kept.items()} == found
     (row,) = found["float32"]
-    # Seven arrays at least; a CPU reads some of them twice.
+    # Seven arrays at least. A CPU reads some of them twice.
     assert 28 <= row["moved"] <= 41 and row["state"] == pytest.approx(8, abs=0.1)
     assert row["copies"] == row["stacks"] == row["unaliased"] == row["sent"] == 0
     by_context = {row["context"]: row for row in found["contexts"]}
     assert set(by_context) == set(ahead.CONTEXTS)
-    # Parameters and both moments are made anew.
+    # Parameters and both moments are new arrays.
     undonated = by_context["undonated"]
     assert undonated["unaliased"] >= 12 * undonated["parameters"]
     assert by_context["donated"]["unaliased"] == 0
-    # The steps of a scan are in its loop.
+    # A scan runs its steps in a loop.
     scan = by_context["scan"]
     assert scan["loops"] == 1 and scan["moved"] < 0.01 and scan["in loops"] >= 28
     assert "| `optax.adam`; vmap |" in ahead.markdown(tmp_path)
@@ -445,7 +445,7 @@ def test_a_device_is_tried_out_by_one_command(tmp_path, capsys):
     assert all(row["verdict"] == "agrees" for row in rows["numbers"])
     assert all(row["/ adam"] > 0 for row in rows["times"])
     (memory,) = rows["memory"]
-    # Parameters, gradients, a momentum of one byte; accumulators and scales of rows.
+    # Parameters, gradients, a momentum of one byte, accumulators and scales of rows.
     assert memory["held B/param"] == pytest.approx(9, abs=0.5)
     assert [row["verdict"] for row in rows["notebooks"]] == ["ran"]
     with pytest.raises(SystemExit, match="failed: notebooks of bad.ipynb"):

@@ -1,4 +1,4 @@
-"""Flax, Equinox and Haiku: our optimizers take their parameters, boxes and all."""
+"""Flax, Equinox and Haiku: our optimizers take their parameters with metadata."""
 
 import functools
 
@@ -33,7 +33,7 @@ Y = np.tanh(X @ np.ones((8, 4), np.float32))
 
 
 def short(array):
-    """The spec of an array without the unsharded axes at its end."""
+    """The spec of an array, without unsharded axes at its end."""
     spec = list(array.sharding.spec)
     while spec and spec[-1] is None:
         spec.pop()
@@ -225,7 +225,7 @@ def test_nnx_optimizers_take_the_names_of_the_variables(name, kind, jitted):
 
 
 def of_kernel(name, opt_state):
-    """What an optimizer keeps of the sharded kernel; keys too, which are not."""
+    """The state of the sharded kernel, and keys, which are not sharded."""
     if name == "sm3":
         state = opt_state[0]
         found = (

@@ -1,4 +1,4 @@
-"""States that were corrupted or forged are refused with a sentence, and not obeyed."""
+"""Corrupted or forged states are refused with a sentence, and not used."""
 
 import ast
 import functools
@@ -44,8 +44,8 @@ def check(opt, state):
     memoptax.check_state(loop(opt).tx, params_like(SHAPES), state)
 
 
-# What a leaf may be forged into. Each is a function of the draw, the leaf and its name,
-# and returns the forged leaf, or None where the leaf cannot be forged so.
+# Ways to forge a leaf. Each is a function of the draw, the leaf and its name. It
+# returns the forged leaf, or None if the leaf cannot be forged so.
 
 
 def another_shape(draw, leaf, name):
@@ -70,7 +70,7 @@ def not_a_number(draw, leaf, name):
 
 
 def out_of_range(draw, leaf, name):
-    """Below 0 for what cannot be, and twice for what is a permutation."""
+    """A number below 0 where that is impossible, or a repeated one in a permutation."""
     low = {"keys": -1, "ages": -1, "offered": -1, "accepted": -1, "norms": -1}
     low |= {"error": -1, "entries": draw(st.sampled_from([-1, 99]))}
     return put(draw, leaf, low[name]) if name in low else None
@@ -103,7 +103,7 @@ FORGERIES = [
 
 @st.composite
 def forgeries(draw):
-    """An optimizer, and a state of its own of which one leaf was forged."""
+    """An optimizer, and its state with one forged leaf."""
     opt, forge = draw(st.sampled_from(FORGED)), draw(st.sampled_from(FORGERIES))
     paths, treedef = jax.tree.flatten_with_path(honest(opt)[1])
     possible = [k for k, (_, leaf) in enumerate(paths) if leaf.size]
@@ -144,7 +144,7 @@ def test_five_thousand_forged_leaves_are_refused(case):
 
 @st.composite
 def trees(draw):
-    """Not a state: another optimizer's, or anything that a file may hold."""
+    """Not a state of this optimizer: another's, or anything that a file may hold."""
     opt = draw(st.sampled_from(FORGED))
     other = draw(st.sampled_from([o for o in OPTIMIZERS if o is not opt]))
     leaves = st.sampled_from([None, 0.0, np.zeros(3), "text"])
@@ -184,17 +184,17 @@ def test_a_thousand_trees_that_are_no_state_are_refused(case):
 @each_factory
 @pytest.mark.few(3)
 def test_an_honest_state_is_taken(opt):
-    """So that no refusal above is one of everything."""
+    """This shows that the checks above do not refuse everything."""
     check(opt, honest(opt)[1])
     check(opt, loop(opt).tx.init(params_like(SHAPES)))
 
 
-# What cannot be told from a state: it is finite and goes on
+# Forgeries that look like a state: training stays finite
 
 
 @st.composite
 def plausible(draw):
-    """Every number moved a little, and the entries of a buffer in another order."""
+    """Every number is moved a little, and the entries of a buffer are reordered."""
     opt = draw(st.sampled_from(FORGED))
     seed = draw(st.integers(0, 2**31 - 1))
     random = np.random.default_rng(seed)
@@ -232,7 +232,7 @@ def test_five_hundred_plausible_forgeries_go_on_finite(case):
     go_on(case)
 
 
-# No path of ours executes what it reads
+# The package executes nothing that it reads
 
 UNSAFE = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 

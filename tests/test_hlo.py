@@ -7,8 +7,8 @@ from hlo import Program
 
 LEAF = 8 * 128
 
-# A slot is written in place, another is read, and the parameters change; a conditional
-# and a loop stand between.
+# A slot is written in place, another is read, and the parameters change. A conditional
+# and a loop come before.
 STEP = """\
 HloModule step, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias), \
 {1}: (1, {}, may-alias) }, entry_computation_layout={(f32[8,128]{1,0})->f32[8,128]{1,0}}
@@ -146,7 +146,7 @@ def test_whole_copies_are_found_and_named():
 }
 """,
     )
-    # What is computed and then written in another layout is no copy.
+    # A computed value that is written in another layout is not a copy.
     assert [line.split(":")[0] for line in program.copies(LEAF)] == ["a", "b", "c"]
     assert program.copies(LEAF)[0] == "a: copy of f32[8,128]"
     assert len(program.copies(5)) == 4
@@ -183,7 +183,7 @@ def test_stacks_made_anew_are_found_and_those_in_place_are_not():
         "chosen: select to f32[2,8,128]",
         "both: multiply to f32[2,8,128]",
     ]
-    # Of that size there are leaves: no stack can be told from them.
+    # There are leaves of that size, so a stack cannot be told from them.
     assert program.stacks({LEAF, 2 * LEAF}) == []
     leaf = 4 * LEAF
     assert program.moved() == (2 + 2 * (2 + 1) + 3 * 2) * leaf
@@ -209,8 +209,8 @@ def test_a_slice_of_bytes_is_counted_in_bytes():
     assert program.moved() == LEAF + 4 + 2 * LEAF
 
 
-def test_of_a_scatter_only_what_it_writes_is_counted():
-    """A vmapped write of one slot is one on a GPU."""
+def test_a_scatter_counts_only_what_it_writes():
+    """On a GPU, a vmapped write of one slot counts as one slot."""
     program = entry(
         "%slots = f32[3,4,8,128]{3,2,1,0} parameter(0)",
         "%places = s32[3,2]{1,0} parameter(1)",
@@ -277,7 +277,7 @@ def test_what_is_no_program_is_refused():
 
 
 def test_a_program_that_was_compiled_here():
-    """On any platform: donated memory is written in place, and a sum is counted."""
+    """On any platform donated memory is written in place, and a sum is counted."""
     x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
     add = jax.jit(lambda x, y: x + y, donate_argnums=0)
     program = Program(add.lower(x, x).compile().as_text())

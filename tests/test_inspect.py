@@ -53,7 +53,7 @@ def test_stats_of_a_buffer_by_hand():
 
 @pytest.mark.parametrize("synced", [True, False])
 def test_coherence_and_share_are_those_of_the_entries(synced):
-    """From the entries themselves, which differ from leaf to leaf without syncing."""
+    """Against the entries themselves. Without syncing they differ between leaves."""
     buffer = trained(memoptax.critical_gradients(4, 0.9, synced=synced), 9).buffer
     updates = {"a": jnp.full((3, 2), 2.0), "b": jnp.asarray(-1.0)}
     means, apart = [], []
@@ -95,7 +95,7 @@ def test_shares_of_a_partition_are_those_of_its_parts():
 
 @pytest.mark.slow
 def test_buffers_are_found_resized_and_emptied_inside_an_nnx_optimizer():
-    from flax import nnx  # not there where the oldest versions are tested
+    from flax import nnx  # not installed with the oldest versions
 
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     small, large = (
@@ -119,7 +119,7 @@ def test_stats_copy_no_slots():
     x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
     state = jax.eval_shape(memoptax.adam_c(0.1).init, x)
     compiled = jax.jit(memoptax.buffer_stats).lower(state, x).compile()
-    # Of six slots: jax 0.10 stores two values of a slot's size, jax 0.8 three.
+    # There are six slots. jax 0.10 stores two values of a slot's size, jax 0.8 three.
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * x.size
 
 
@@ -157,7 +157,7 @@ def test_a_resized_buffer_keeps_the_most_critical_entries(topc, synced, dtype):
 
 @pytest.mark.long
 def test_a_resized_state_goes_on_as_one_of_that_size():
-    """Grown while it was not full, a buffer is the one that was always large."""
+    """A buffer that grew before it was full equals one that was always large."""
     small, large = (memoptax.adam_c(0.1, topc=c) for c in (5, 8))
     grown = memoptax.resize_buffer(trained(small, steps=4), 8)
     fresh = trained(large, steps=4)
@@ -189,7 +189,7 @@ def test_a_state_without_a_buffer_is_refused(call, tx):
 
 
 @pytest.mark.parametrize("topc", [0, -1, 2.0, True])
-def test_a_size_that_is_none_is_refused(topc):
+def test_a_bad_size_is_refused(topc):
     state = memoptax.sgd_c(0.1).init(jnp.zeros(2))
     with pytest.raises(ValueError, match=f"topc must be .*{topc}"):
         memoptax.resize_buffer(state, topc)
@@ -212,7 +212,7 @@ def test_adam_c_with_five_int8_slots_holds_14_bytes_a_parameter():
     report = memoptax.memory_report(memoptax.adam_c(0.1, buffer_dtype="int8"), params)
     n = sum(p.size for p in params.values())
     rows = sum(p.size // p.shape[-1] for p in params.values())
-    # Six slots, their scales and two moments; then two rows of five numbers and one of
+    # Six slots, their scales and two moments. Then two rows of five numbers and one of
     # six, two single numbers of the tree, and a count.
     scalars = 4 * (2 * 5 + 6 + 2 + 1)
     assert report.fields["slots"] == 6 * n
@@ -245,7 +245,7 @@ def test_equal_entries_are_coherent_whatever_their_size(size):
     np.testing.assert_allclose(memoptax.buffer_stats(state)["coherence"], 1, rtol=1e-5)
 
 
-def test_what_optax_begins_at_infinity_is_no_fault():
+def test_an_infinity_in_a_new_state_of_optax_is_no_fault():
     tx = optax.chain(memoptax.sgd_c(0.1), optax.contrib.reduce_on_plateau())
     params = jnp.ones(3)
     memoptax.check_state(tx, params, tx.init(params))

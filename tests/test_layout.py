@@ -1,4 +1,4 @@
-"""The rooms of the package: imports point down, and SM3 never reaches the buffer."""
+"""The layout of the package: imports point down, and SM3 never uses the buffer."""
 
 import ast
 import graphlib
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "memoptax"
-# From the bottom up. A room is a package or a file of its own.
+# Levels from the bottom up. A room is a package or a single file.
 FLOORS = [
     {"_bases", "_check", "_flax_metadata", "_parameters", "_tensors"},
     {"_buffer"},
@@ -25,7 +25,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def name(path):
-    """The dotted name of a module below the package, and the package's own."""
+    """The dotted name of a module below the package, or that of the package."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     parts = parts[:-1] if parts[-1] == "__init__" else parts
     return ".".join(parts) or "memoptax"
@@ -35,7 +35,7 @@ FILES = {name(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def imports(path):
-    """The modules of the package that a file imports, at its head or in a function."""
+    """The modules of the package that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -58,7 +58,7 @@ def room(module):
 
 
 def reached(module):
-    """What a module imports, and what that imports, and so on."""
+    """All that a module imports, directly or through others."""
     found, new = set(), GRAPH[module]
     while new:
         found |= new
@@ -66,12 +66,12 @@ def reached(module):
     return found
 
 
-def test_every_room_has_a_floor_and_a_sentence():
+def test_every_file_has_a_level_and_a_sentence():
     assert {room(module) for module in FILES} == set(LEVEL)
     page = (ROOT / "docs" / "architecture.md").read_text()
     described = re.findall(r"^\| `(\S+\.py)` \|", page, re.M)
     files = [path.relative_to(PACKAGE).as_posix() for path in FILES.values()]
-    # That of a package says what the package is for, and has no code.
+    # The __init__.py of a subpackage has a docstring and no code.
     packages = [file for file in files if file.endswith("/__init__.py")]
     assert sorted(described) == sorted(set(files) - set(packages))
 
@@ -85,7 +85,7 @@ def test_no_import_points_up():
     ]
 
 
-def test_no_circle():
+def test_imports_have_no_cycle():
     rooms = {}
     for module, others in GRAPH.items():
         others = {room(other) for other in others} - {room(module)}

@@ -92,7 +92,7 @@ def test_results_resume(tmp_path):
 
 
 def _parabola(best, largest=False):
-    """A task of which a run at any rate is known, and a stand-in for train."""
+    """A task whose result is known at any rate, and a stand-in for train."""
     task = tasks.Task(
         "t", None, *[None] * 5, steps=1, schedule=tasks.constant, largest=largest
     )
@@ -120,7 +120,8 @@ def test_a_grid_grows_until_the_best_is_inside(tmp_path, monkeypatch, best, larg
     protocol.measure(task, [ROW], size, results)
     choice = protocol.chosen(task, ROW, results)
     assert choice.rate == best and not choice.at_edge
-    # Chosen on three seeds; met by four others, and by them at ½, 2 and 4 times it.
+    # The rate is chosen on three seeds. Four others run at it, and at ½, 2 and 4 times
+    # it.
     assert {run["seed"] for run in made} == {0, 1, 2, 100, 101, 102, 103}
     fresh = {run["rate"] / best for run in made if run["seed"] >= protocol.FRESH}
     assert fresh == {0.5, 1, 2, 4}
@@ -168,8 +169,8 @@ def _steps(tx, gradients):
 
 @pytest.mark.parametrize("setting", [0.7, "FIFO", "random", "κ=1e-6"])
 @pytest.mark.few(1)
-def test_rows_do_what_they_are_called(setting):
-    """The traced numbers give the optimizer that the package makes of static ones."""
+def test_rows_make_the_optimizers_that_they_name(setting):
+    """Traced numbers give the same optimizer as static ones."""
     gradients = jax.random.normal(jax.random.key(0), (40, 3))
     (row,) = optimizers.sgd_c([(2, setting)])
     params, state = _steps(row.make(0.1, 40, **row.numbers), gradients)
@@ -333,7 +334,7 @@ def test_rcv1_from_a_small_file_of_its_format(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["covtype", "rcv1"])
-def test_without_a_network_a_sentence(name, monkeypatch):
+def test_a_download_without_a_network_is_an_error_that_says_so(name, monkeypatch):
     def fetch(**_):
         raise urllib.error.URLError("no route")
 
@@ -375,7 +376,7 @@ def test_the_page_is_that_of_the_results():
 
 
 def test_lines_pair_with_the_base_and_with_fifo(tmp_path):
-    """Of the first experiment's first task, from results written by hand."""
+    """For the first task of E8, from results written by hand."""
     experiment = load()["e8"]
     task, _ = experiment.plan()[0]
     results = Results(tmp_path / "e8.csv")

@@ -1,4 +1,4 @@
-"""Maxima over boxes of what is computed, by slices of it, against NumPy's."""
+"""Maxima over boxes of a computed tensor, taken slice by slice, against NumPy's."""
 
 import functools
 
@@ -13,7 +13,7 @@ from memoptax._tensors import tiles
 
 pytestmark = pytest.mark.few(2)
 
-# Around the lengths at which sections, repeats and slices change.
+# Sizes near those at which sections, repeats and slices change.
 LENGTHS = st.one_of(st.integers(1, 9), st.sampled_from([15, 33, 63, 64, 65, 130, 513]))
 
 
@@ -42,7 +42,7 @@ def least_plus_square(g, *floors):
 
 
 def computed(shape, spanned, numbers):
-    """The maxima of min(rows, columns) + g²; the operands broadcast."""
+    """The maxima of min(rows, columns) + g². The operands broadcast."""
     box = tuple(n if i in spanned else 1 for i, n in enumerate(shape))
     return tiles.maxima(least_plus_square, lambda *x: x, numbers, box)
 
@@ -69,8 +69,8 @@ def test_maxima_are_those_of_the_whole(problem):
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf, 1e38])
 @pytest.mark.parametrize("shape", [(65, 130), (7, 5, 513), (3000, 3)])
-def test_every_place_of_what_is_not_finite_is_seen(shape, bad):
-    """Once in every place that slices, repeats and sections make."""
+def test_a_bad_number_is_found_in_every_place(shape, bad):
+    """Once in every position of slices, repeats and sections."""
     fold = jax.jit(functools.partial(computed, shape, range(1, len(shape))))
     column = jax.jit(functools.partial(computed, shape, {0}))
     g, first, rest = (jnp.asarray(x, jnp.float32) for x in operands(shape, 0))
@@ -85,7 +85,7 @@ def test_every_place_of_what_is_not_finite_is_seen(shape, bad):
 
 @pytest.mark.parametrize("spanned", [{0}, {1}, {0, 1}])
 def test_the_derivative_is_that_of_the_largest(spanned):
-    """Bits have none: the maximum of bits is given that of the maximum."""
+    """Bits have no derivative, so the maximum of bits gets that of the maximum."""
     shape = (65, 130)
     with jax.enable_x64(True):
         g, first, rest = map(jnp.asarray, operands(shape, 1))

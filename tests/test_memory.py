@@ -1,4 +1,4 @@
-"""Bytes that are known before anything is allocated, in all and on each device."""
+"""Bytes before anything is allocated, in total and on each device."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ ADAM_C = functools.partial(memoptax.adam_c, 1e-3)
 
 
 def spread_over(mesh, tx, params):
-    """The last two axes of every matrix and of every slot of one, and nothing else."""
+    """Shards the last two axes of every matrix and of its slots, and nothing else."""
 
     def sharding(leaf):
         wide = leaf.shape[-2:] == (16, 6)
@@ -77,7 +77,7 @@ def test_the_table_has_a_column_per_device_where_it_is_known(mesh):
     assert "per device" in both and "per device" not in plain
     for table in (plain, both):
         assert len({len(line) for line in table.splitlines()}) == 1
-    # Both moments: 384 bytes of w, or an eighth of them, and 12 of b; and a count.
+    # Both moments: 384 bytes of w or an eighth of them, and 12 of b. And a count.
     assert both.splitlines()[-2].split()[2:4] == ["796", "124"]
 
 
@@ -88,7 +88,7 @@ def test_an_undonated_step_holds_the_state_twice():
     memory = step.lower(*shapes, shapes[0]).compile().memory_analysis()
     arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes
     of_parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(PARAMS))
-    held = arrays - 2 * of_parameters  # gradients and updates; XLA drops unused params
+    held = arrays - 2 * of_parameters  # gradients, updates; XLA drops unused params
     report = memoptax.memory_report(tx, PARAMS)
     assert 0 <= held - report.undonated <= of_parameters + 1000
 
@@ -102,7 +102,7 @@ def test_a_report_is_plain_data(mesh):
 
 
 class Named(NamedTuple):
-    """Parameters called like fields of states."""
+    """Parameters named like fields of states."""
 
     count: Any
     mu: Any
@@ -135,7 +135,7 @@ def test_shardings_unlike_the_state_are_refused(mesh):
 
 @pytest.mark.parametrize("optimizer", [ADAM_C, functools.partial(memoptax.sgd_cm, 0.1)])
 @pytest.mark.parametrize("budget", [2000, 3333, 5000, 8642])
-def test_one_more_would_not_fit(optimizer, budget):
+def test_the_largest_topc_fits_and_one_more_would_not(optimizer, budget):
     fit = memoptax.largest_topc(optimizer, PARAMS, budget, at_most=1000)
 
     def size(topc, dtype):

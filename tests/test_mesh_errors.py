@@ -1,4 +1,4 @@
-"""Meshes that do not fit: names that are missing, and boxes across devices."""
+"""Meshes that do not fit: missing names, and boxes across devices."""
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ COVERS = {
 @pytest.mark.parametrize("spec", [P("data", "model"), P(None, ("data", "model"))])
 @pytest.mark.few(4)
 def test_boxes_across_devices_are_those_of_one_device(make, cover, spec, mesh):
-    """And a state has the same types for ever, those that its specs say."""
+    """The types of a state stay the same, and are those of its specs."""
     tx, shape = make(0.1, cover=COVERS[cover]), (16, 32)
     random = np.random.default_rng(0)
     x, g = (np.float32(random.normal(size=shape)) for _ in range(2))

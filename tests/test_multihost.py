@@ -1,4 +1,4 @@
-"""Several processes: examples/multihost.py gives the same whoever holds the devices."""
+"""Several processes: examples/multihost.py gives the same result as one."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "multihost.py"
 
 
 def run(output, *arguments, devices):
-    """The example in a process of its own, which may start others."""
+    """The example in its own process, which may start others."""
     root = str(EXAMPLE.parents[1])
     flags = f"--xla_force_host_platform_device_count={devices}"
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -36,7 +36,7 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path):
     said, one = run(tmp_path / "one.npz", devices=4)
     assert "1 processes, 4 devices" in said
     assert len(one.files) == 5
-    # One process does not talk by gloo, and adds up in another order.
+    # One process does not communicate by gloo, and adds up in another order.
     for name in one.files:
         np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-5)
     assert one["losses"][-1] < one["losses"][0] - 0.1

@@ -108,7 +108,7 @@ def test_new_key_decays_at_once_and_zero_decay_forgets():
     assert fill(forgetful, 5.0, 1.0) == [1.0]
 
 
-def test_fifo_replaces_the_oldest_whatever_its_key():
+def test_fifo_replaces_the_oldest_entry_for_any_key():
     buffer = oracle.Buffer(topc=3, decay=1.0)
     fill(buffer, 8.0, 7.0, 6.0, fifo=True)
     assert fill(buffer, 5.0, fifo=True) == [5.0, 7.0, 6.0]
@@ -178,7 +178,7 @@ def test_momenta_by_hand():
     options = {"b1": 0.5, "topc": 1, "decay": 1.0}
     got = [m for [m] in oracle.critical_momenta(grads, **options)]
     assert got == [2.0, 4.0, 3.0]
-    # m = 0, 1, .5, and the bare first gradient is what is stored
+    # m = 0, 1, .5, and the bare first gradient is stored
     released = oracle.critical_momenta(grads, skip_first=True, **options)
     assert [m for [m] in released] == [0.0, 5.0, 4.5]
 
@@ -216,8 +216,8 @@ def test_weight_decay_by_hand():
     # p = 10, wd = 1, lr = .1. L2 joins the gradient: -.1 * (4 + 10).
     options = {"p": 10.0, "learning_rate": 0.1, "weight_decay": 1.0}
     close(replay("sgd_c", [4], **options), [8.6])
-    # Decoupled: -.1 * 10, beside a step of m / sqrt(v) = 1 for Adam, and for Adam_CM,
-    # whose v averages m^2, of (m / (1 - b1)) / m = 2.
+    # Decoupled: -.1 * 10, added to a step of m / sqrt(v) = 1 for Adam. For Adam_CM,
+    # whose v averages m^2, the step is (m / (1 - b1)) / m = 2.
     options |= {"b1": 0.5, "eps": 0.0}
     close(replay("adamw_c", [4], **options), [8.9])
     close(replay("adamw_cm", [4], **options), [8.8])
@@ -232,7 +232,7 @@ def test_l2_joins_after_the_buffer_or_before():
 
 
 def test_centered_variance_is_clamped():
-    # The variance of a constant gradient tends to 0, and rounding takes it below.
+    # The variance of a constant gradient tends to 0, and rounding makes it negative.
     grads = np.full(100, 0.7)
     kwargs = {"alpha": 0.5, "centered": True, "kappa": 0.0, "learning_rate": 1.0}
     assert np.isfinite(replay("rmsprop_c", grads, **kwargs)).all()

@@ -1,4 +1,4 @@
-"""A state that other arguments, or another optimizer, made: a sentence by name."""
+"""A state of other arguments or of another optimizer is an error that names it."""
 
 import functools
 import re
@@ -30,8 +30,8 @@ def matrices(params):
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-# An argument, the optimizers that have it, and pairs of values whose states differ in
-# something that can be checked. Each pair is tried both ways.
+# An argument, the optimizers that have it, and pairs of values whose states differ
+# visibly. Each pair is tried both ways.
 TABLE = [
     ("momentum", [memoptax.sgd_c, memoptax.rmsprop_c, memoptax.sm3], [(None, 0.9)], {}),
     ("dampening", [memoptax.sgd_c], [(0.0, 0.1)], {"momentum": 0.9}),
@@ -109,7 +109,7 @@ def born(opt):
 @each_optimizer
 @pytest.mark.few(8)
 def test_the_state_of_another_optimizer_is_refused(opt):
-    """But for one of the same arrays, which may be as good as one of its own."""
+    """A state of equal arrays may be accepted, if it works as well."""
     tx, own = born(opt)
     for other in OPTIMIZERS:
         state = born(other)[1]
@@ -128,7 +128,7 @@ def test_the_state_of_another_optimizer_is_refused(opt):
 @each_optimizer
 @pytest.mark.few(8)
 def test_updates_of_other_names_are_refused(opt):
-    """Where the state has no names, by those of the parameters."""
+    """If the state has no names, those of the parameters are compared."""
     tx, state = born(opt)
     renamed = {name + "x": x for name, x in PARAMS.items()}
     with pytest.raises(ValueError, match="updates have"):

@@ -1,4 +1,4 @@
-"""The tests themselves, as they would run on an accelerator."""
+"""How the tests would run on an accelerator."""
 
 import os
 import pathlib
@@ -24,7 +24,7 @@ def test_plain():
 """
 
 
-def test_on_an_accelerator_what_is_of_a_cpu_is_skipped_with_its_reason(tmp_path):
+def test_tests_of_a_cpu_are_skipped_on_an_accelerator_with_a_reason(tmp_path):
     conftest = pathlib.Path(__file__).parent / "conftest.py"
     (tmp_path / "conftest.py").write_text(conftest.read_text())
     (tmp_path / "test_one.py").write_text(TESTS)

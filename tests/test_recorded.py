@@ -1,4 +1,4 @@
-"""The authors' optimizers, as they were recorded, are replayed by ours.
+"""Our optimizers replay recorded runs of the authors'.
 
 ``test_oracle.py`` replays them with NumPy.
 """
@@ -22,8 +22,8 @@ ALIASES = {
     "cg": ("sgd_c", "rmsprop_c", "adam_c", "adamw_c"),
     "cm": ("adam_cm", "adamw_cm"),
 }
-# Released SGD_C adds weight decay before the buffer; here L2 comes after aggregation.
-# The oracle replays those cases both ways.
+# The released SGD_C adds weight decay before the buffer. Ours adds L2 after
+# aggregation. The oracle replays those cases both ways.
 CASES = [
     case for case in goldens.cases("cg", "cm") if "l2_before_buffer" not in case.quirks
 ]

@@ -1,4 +1,4 @@
-"""Numbers that leave their range while running: the update shows it, the state rests.
+"""Numbers that leave their range in a run: the update shows it, the state stays.
 
 The table of optimizers is in ``contract.py``.
 """
@@ -36,7 +36,7 @@ BAD = {
     "fifo_probability": [nan, inf],
     "momentum": [nan, inf, -0.5, 1e30],
 }
-# Where they enter what the state keeps, and not the update alone.
+# Numbers that enter the state and not only the update.
 ENTERING = {
     "weight_decay": (memoptax.sgd_c, memoptax.rmsprop_c, memoptax.adam_c),
     "learning_rate": (memoptax.rmsprop_c,),
@@ -54,7 +54,7 @@ def numbers_of(opt):
 
 
 def injected(opt):
-    """With all of its numbers traced; those that may be None are given."""
+    """With all of its numbers traced, also those that may be None."""
     given = {"kappa": 1.0, "momentum": 0.9, "beta": 0.95, "fifo_probability": 0.5}
     given = {k: x for k, x in given.items() if opt.accepts(k)}
     options = {**given, **opt.options}
@@ -114,7 +114,7 @@ each_squaring = pytest.mark.parametrize("factory", SQUARING, ids=lambda f: f.__n
 
 
 def assert_it_recovers(make, spoil):
-    """One step of ``spoil`` shows, and the steps after it are finite and not 0."""
+    """A step of ``spoil`` shows, and the steps after it are finite and not 0."""
     params = {"w": jnp.full((3, 4), 0.5), "b": jnp.ones(3)}
     good, bad = make(), spoil()
     state = good.init(params)
@@ -147,7 +147,7 @@ def test_an_aggregate_whose_square_overflows_shows(factory, value):
 
 @each_squaring
 def test_a_kappa_that_grows_shows_where_the_square_overflows(factory):
-    """What the buffer holds was within the range of another κ."""
+    """The values held were within the range of an earlier κ."""
     params = {"w": jnp.full((3, 4), 1e15), "b": jnp.full(3, 1e15)}
     small, large = factory(0.1), factory(0.1, kappa=1e6)
     state = small.init(params)
@@ -228,7 +228,7 @@ OWN = [
 @pytest.mark.parametrize("size", [1e20, 1e25, 1e38])
 @pytest.mark.parametrize("factory, options", OWN)
 def test_large_gradients_freeze_no_second_moment_of_ours(factory, options, size):
-    """Those of optax are optax's, and the documentation says so."""
+    """Those of optax do freeze, and the documentation says so."""
     tx, params = factory(0.1, decay=0.0, **options), {"w": jnp.ones((3, 4))}
     _, state = tx.update(params, tx.init(params), params)
     updates, state = tx.update({"w": jnp.full((3, 4), size)}, state, params)

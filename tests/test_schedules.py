@@ -22,7 +22,7 @@ def reference(t, peak, warmup, total, power, fraction):
 @pytest.mark.parametrize("power", [1, 2, 3.5])
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("warmup", [0, 10, 50])
-def test_every_step(power, fraction, warmup):
+def test_every_step_follows_the_formula(power, fraction, warmup):
     schedule = memoptax.sm3_schedule(0.3, warmup, 50, power, fraction)
     steps = jnp.arange(60)
     expected = [reference(t, 0.3, warmup, 50, power, fraction) for t in range(60)]

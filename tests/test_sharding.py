@@ -1,4 +1,4 @@
-"""On eight devices: where the state is, what a step sends, that nothing changes."""
+"""On eight devices: where the state is, what a step sends, and equal numbers."""
 
 import functools
 import math
@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.cpu_only("a mesh of eight devices"), pytest.mark.few(1
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", ["sgd_c", "adam_cm", "sm3", "sm3_cm", "partition"])
 def test_init_follows_the_parameters(name, kind):
-    """Eagerly, and jitted in explicit mode; in automatic mode it must be told."""
+    """Eagerly, and jitted in explicit mode. In automatic mode jit must be told."""
     tx, mesh = OPTIMIZERS[name](), mesh_of(kind)
     with jax.set_mesh(mesh):
         params = placed(values(), mesh, LAYOUTS["mixed"])
@@ -47,7 +47,7 @@ def test_init_follows_the_parameters(name, kind):
         assert_lies_as(shardings, jitted(params))
         eager = tx.init(params)
     alone, everywhere = jax.devices()[0], NamedSharding(mesh, P())
-    # Eagerly, what has no parameter to follow lies on one device.
+    # Eagerly, arrays that follow no parameter are on one device.
     assert_lies_as(
         shardings,
         jax.tree.map(
@@ -67,18 +67,18 @@ def test_a_device_holds_an_eighth(name, layout, mesh):
     large = small = held = 0
     for x in jax.tree.leaves(init(params)):
         held += x.addressable_shards[0].data.nbytes
-        if x.nbytes >= 64:  # a moment of the vector is the least of the large
+        if x.nbytes >= 64:  # a moment of the vector is the smallest large array
             large += x.nbytes
         else:
             small += x.nbytes
     of_params = 4 * sum(math.prod(s) for s in SHAPES.values() if s)
-    copies = 3 + 1  # C and a spare, and a moment; adam_cm has one more
+    copies = 3 + 1  # C and a spare, and a moment (adam_cm has one more)
     assert large >= (copies if name == "sgd_c" else copies + 1) * of_params
     assert held == large / 8 + small
     assert small < 600
 
 
-def test_nothing_else_is_on_every_device_with_sm3(mesh):
+def test_accumulators_of_sm3_are_not_on_every_device(mesh):
     tx = memoptax.sm3(0.1)
     x = jax.device_put(jnp.zeros((64, 32)), NamedSharding(mesh, P("data", "model")))
     state = tx.init(x)[0]
@@ -101,7 +101,7 @@ def alone(name):
 
 
 @pytest.mark.parametrize(("name", "layout"), STEPS)
-def test_a_mesh_changes_nothing_and_costs_scalars(name, layout, mesh):
+def test_a_mesh_changes_nothing_and_sends_few_numbers(name, layout, mesh):
     tx, specs = OPTIMIZERS[name](), LAYOUTS[layout]
     params, stream = placed(few(values()), mesh, specs), few(values(4))
     shardings = memoptax.state_shardings(tx, params)
@@ -117,7 +117,7 @@ def test_a_mesh_changes_nothing_and_costs_scalars(name, layout, mesh):
     text = compiled.as_text()
     for forbidden in ("all-gather", "all-to-all", "collective-permute"):
         assert f" {forbidden}(" not in text, forbidden
-    # Norms, one for each leaf; SM3's accumulators too, of up to 32 numbers.
+    # Norms, one for each leaf, and SM3's accumulators, of up to 32 numbers.
     sizes = [
         math.prod(int(n) for n in shape.split(",") if n)
         for line in re.findall(r"= (.*) all-reduce\(", text)
@@ -128,14 +128,14 @@ def test_a_mesh_changes_nothing_and_costs_scalars(name, layout, mesh):
     )
 
 
-# Slots in the host's memory
+# Slots in host memory
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sgd_c", "adam_cm"])
 @pytest.mark.long
 def test_slots_may_lie_in_the_memory_of_the_host(name, mesh):
-    """The numbers stay, and a step still copies no buffer, on the device or to it."""
+    """The numbers stay, and a step copies no buffer on the device or to it."""
     make = {"sgd_c": memoptax.sgd_c, "adam_cm": memoptax.adam_cm}[name]
     tx, specs = make(0.01, holding="sum", **BUFFER), LAYOUTS["mixed"]
 
@@ -170,7 +170,7 @@ def test_slots_may_lie_in_the_memory_of_the_host(name, mesh):
 
 def test_memory_that_is_not_there_is_refused(mesh):
     tx, x = memoptax.sgd_c(0.1), jax.ShapeDtypeStruct((8,), jnp.float32)
-    # JAX itself takes 'unpinned_host' and leaves the slots where they are.
+    # JAX itself accepts 'unpinned_host' and leaves the slots where they are.
     for kind in ("disk", "unpinned_host"):
         message = f"slots_memory_kind must be one of 'pinned_host', .* is '{kind}'"
         with pytest.raises(ValueError, match=message):

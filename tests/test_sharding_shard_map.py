@@ -1,4 +1,4 @@
-"""Inside shard_map: every device decides as one would, or the call is refused."""
+"""Inside shard_map all devices decide as a single one would, or it is an error."""
 
 import functools
 
@@ -56,7 +56,7 @@ def plain_on_one():
 
 
 def assert_equal_everywhere(single, sharded):
-    """The same numbers, and on all devices that hold a copy of them."""
+    """The same numbers as without it, on all devices that hold a copy."""
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4),
         single,
@@ -76,7 +76,7 @@ def assert_equal_everywhere(single, sharded):
         (SPECS, True),
         (SPECS, False),
         ("auto", True),
-        (BOTH, True),  # over more than some leaves vary, which JAX knows
+        (BOTH, True),  # more axes than some leaves vary over, which JAX knows
         ({"matrix": BOTH, "vector": "model", "scalar": None}, False),
     ],
 )
@@ -85,7 +85,7 @@ def test_every_device_decides_as_one_would(axes, check_vma, mesh):
     assert_equal_everywhere(plain_on_one(), sharded)
 
 
-def test_so_with_rows_of_keys_and_draws(mesh):
+def test_every_device_decides_as_one_would_with_rows_of_keys_and_draws(mesh):
     make, stream = momentum(synced=False, fifo_probability=0.5), few(values(8))
     sharded = on_eight(make, SPECS, mesh, stream)
     assert_equal_everywhere(on_one(make, stream), sharded)
@@ -118,8 +118,8 @@ def test_what_is_not_finite_on_one_device_is_refused_on_all(factory, mesh):
 
 @pytest.mark.parametrize(("dtype", "check_vma"), [("float16", False), ("int8", True)])
 def test_slots_of_few_bytes_are_bounded_as_one_device_would(dtype, check_vma, mesh):
-    """The norms and the error of a sum, and so its rebuilds, are of whole leaves."""
-    # Small, so that what float16 loses of every element shows in the norms.
+    """The norms and the error of a sum, and so its rebuilds, belong to whole leaves."""
+    # Small, so that the norms show what float16 loses of every element.
     stream = jax.tree.map(lambda x: 1e-7 * x, few(values(8)))
     make = momentum(buffer_dtype=dtype)
     rows = {"matrix": P("data"), "vector": P(), "scalar": P()}
@@ -140,7 +140,7 @@ def largest_entry(gradients):
     return jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in gradients.values()]))
 
 
-def test_a_rule_of_ones_own_decides_alike_if_it_asks_all_devices(mesh):
+def test_a_custom_rule_that_asks_all_devices_decides_alike(mesh):
     stream, make = few(values(8)), momentum(priority_fn=largest_entry)
     single = on_one(make, stream)
 
@@ -150,13 +150,13 @@ def test_a_rule_of_ones_own_decides_alike_if_it_asks_all_devices(mesh):
     for check_vma in (True, False):
         sharded = on_eight(PLAIN, SPECS, mesh, stream, check_vma, rule=asks_all)
         assert_equal_everywhere(single, sharded)
-    # One that does not ask lets each device keep what it likes.
+    # Without communication each device makes its own choice.
     sharded = on_eight(PLAIN, SPECS, mesh, stream, False, rule=largest_entry)
     with pytest.raises(AssertionError):
         assert_equal_everywhere(single, sharded)
 
 
-# Rows of int8 that a device sees a part of
+# Rows of int8 of which a device sees only a part
 
 
 SPLIT = {
@@ -175,15 +175,13 @@ SPLIT = {
         ("auto", True, r"scales\[0\] is P.* could not infer replication"),  # by JAX
     ],
 )
-def test_the_parts_of_a_row_in_int8_are_not_passed_for_it(
-    make, axes, check_vma, message, mesh
-):
+def test_int8_rows_across_devices_are_refused(make, axes, check_vma, message, mesh):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         on_eight(make, axes, mesh, few(values(8)), check_vma)
 
 
-def test_parts_of_a_row_in_int8_may_be_kept_as_what_they_are(mesh):
-    """With scales of every device, in a state that says so."""
+def test_parts_of_an_int8_row_may_have_their_own_scales(mesh):
+    """With scales for every device, in a state that says so."""
     names = {"matrix": BOTH, "vector": "model", "scalar": None}
     make, stream = SPLIT["buffer_dtype"], few(values(8))
 

@@ -1,4 +1,4 @@
-"""SM3 on eight devices: accumulators follow the axes they index; little is sent."""
+"""SM3 on eight devices: accumulators follow their axes, and little is sent."""
 
 import math
 import re

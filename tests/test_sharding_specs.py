@@ -1,4 +1,4 @@
-"""Specs and shardings of a state, before there is one."""
+"""Specs and shardings of a state, before it is allocated."""
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def test_the_specs_have_the_structure_of_any_state(name):
     state = jax.eval_shape(tx.init, abstract())
     assert jax.tree.structure(specs) == jax.tree.structure(state)
     jax.tree.map(lambda x, spec: len(spec) <= x.ndim or pytest.fail(), state, specs)
-    # What is large is sharded, whoever made it.
+    # Every large array is sharded, in the state of any transformation.
     for x, spec in zip(jax.tree.leaves(state), jax.tree.leaves(specs)):
         assert spec != P() or x.size <= 12, (x, spec)
 

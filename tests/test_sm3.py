@@ -1,4 +1,4 @@
-"""SM3: trees of many dtypes, traced numbers, weight decay, states of others."""
+"""SM3: trees of many dtypes, traced numbers, weight decay, other states."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Bytes of SM3: a momentum in few of them, the state, and what a step holds."""
+"""Bytes of SM3: a momentum in few bytes, the state, and the temporaries of a step."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from streams import normal, updates_of
 pytestmark = pytest.mark.few(2)
 
 
-# Momentum in few bytes
+# A momentum in few bytes
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ OPTIONS = {
 
 
 def temporaries(tx, shapes, dtype):
-    """Temporaries of a donated step, in copies of the parameters in float32."""
+    """Temporaries of a donated step, in float32 copies of the parameters."""
 
     params = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     state = jax.eval_shape(tx.init, params)
@@ -120,7 +120,7 @@ def temporaries(tx, shapes, dtype):
     + [("wide", "momentum"), ("small", "momentum")],
 )
 def test_no_temporary_of_the_size_of_the_parameters(kind, options):
-    """What a few rows have in common: eight or ten of them where an axis is short."""
+    """Maxima over a few rows: eight or ten of them if an axis is short."""
     options = OPTIONS[options]
     tx = memoptax.sm3(1e-3, **options)
     least = 0.1 if kind in ("square", "vector", "small") else 0.25
@@ -140,13 +140,13 @@ ODD = {
 @pytest.mark.cpu_only("it reads what XLA makes for a CPU")
 @pytest.mark.parametrize("kind", [*SHAPES, *ODD])
 def test_no_float32_copy_of_half_precision(kind):
-    """bfloat16 is widened entry by entry, where it is read."""
+    """bfloat16 is widened entry by entry when it is read."""
     shapes = {**SHAPES, **ODD}[kind]
     assert temporaries(memoptax.sm3(1e-3), shapes, jnp.bfloat16) <= 0.25
 
 
 @pytest.mark.cpu_only("it reads what XLA makes for a CPU")
 def test_no_temporary_behind_another_transformation():
-    """What can be computed entry by entry is computed by each reader."""
+    """Each reader computes again what can be computed entry by entry."""
     tx = optax.chain(optax.scale(0.5), memoptax.sm3(1e-3))
     assert temporaries(tx, SHAPES["square"], jnp.float32) <= 0.1

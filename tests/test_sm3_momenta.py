@@ -1,4 +1,4 @@
-"""sm3_cm: adam_cm over single entries, an oracle over all other boxes, its memory."""
+"""sm3_cm: adam_cm over single entries, an oracle over other boxes, and its memory."""
 
 import chex
 import jax
@@ -93,7 +93,7 @@ def test_replays_the_recorded_trajectory(case):
 
 
 def test_two_steps_by_hand(x64):
-    # b1 = 0: m is g; and topc 1: M = g, then g plus the first one.
+    # b1 = 0: m is g. topc 1: M = g, then g plus the first one.
     #   g:  [1 2]   [1 0]      M:  [1 2]   [2 2]
     #       [0 4]   [0 1]          [0 4]   [0 5]
     # With b2 = 1/2, nu_1 = M^2 / 2; rows A = 2, 8, columns A = 1/2, 8:
@@ -111,7 +111,7 @@ def test_two_steps_by_hand(x64):
 
 
 def both(path, leaf):
-    """Blocks beside the slices."""
+    """Slices and blocks."""
     blocks = memoptax.covers.blocks(2, 2)
     return memoptax.covers.axes(path, leaf) + blocks(path, leaf)
 
@@ -130,7 +130,7 @@ RULES = {
 
 
 def agrees(options, grads, rtol=1e-11):
-    """With the oracle, on every step, finite or not."""
+    """It agrees with the oracle on every step, finite or not."""
     options = dict(options)
     got, state = updates_of(memoptax.scale_by_sm3_cm(**options), grads)
     cover = options.pop("cover", memoptax.covers.axes)
@@ -163,18 +163,18 @@ def test_agrees_with_the_oracle(rule, x64):
 @pytest.mark.parametrize("shape", [(257, 200), (2, 3, 4, 2)], ids=str)
 @pytest.mark.parametrize("options", [{"topc": 1}, {"topc": 2, **INT8}], ids=str)
 def test_many_entries_and_many_axes(shape, options, x64):
-    """The maxima of large tensors take another road, which is to lead to the same."""
+    """The maxima of large tensors are computed in another way, with the same result."""
     agrees({"eps": 1e-3, **options}, stream(4, shapes={"w": shape}))
 
 
 def test_no_step_is_longer_than_that_of_adam_cm(x64):
-    """The least of the boxes bounds the second moment of every entry from above."""
+    """The smallest of its boxes bounds the second moment of an entry from above."""
     grads = stream(30)
     ours, _ = updates_of(memoptax.scale_by_sm3_cm(topc=2), grads)
     adam, _ = updates_of(memoptax.scale_by_adam_cm(topc=2), grads)
     for name in SHAPES:
         assert np.all(np.abs(ours[name]) <= np.abs(adam[name]) * (1 + 1e-12))
-    for name in "ab":  # a number for every entry
+    for name in "ab":  # these have a number for every entry
         np.testing.assert_allclose(ours[name], adam[name], rtol=1e-12)
     assert np.mean(np.abs(ours["c"]) < 0.99 * np.abs(adam["c"])) > 0.5
 
@@ -207,7 +207,7 @@ def test_it_is_a_chain():
     chex.assert_trees_all_close(got, want, rtol=1e-6)
 
 
-# What is not finite
+# Numbers that are not finite
 
 
 @pytest.mark.parametrize("options", [{"topc": 1, **INT8}, {"topc": 0}], ids=str)
@@ -252,7 +252,7 @@ def test_bytes_of_a_1024_matrix_by_field():
     [({"topc": 0}, 0.1), ({"topc": 5}, 0.1), ({"topc": 1}, 1.1)],
     ids=str,
 )
-def test_neither_m_nor_nu_is_stored_on_the_way(options, most):
+def test_a_step_stores_no_temporary_m_or_nu(options, most):
     """XLA's CPU backend copies a lone slot, and nothing else. Its GPU backend stores
     what is joined with five slots: reading them three times would take longer.
     """

@@ -1,4 +1,4 @@
-"""SM3 at the ends of its numbers: small and large ones, NaN, half precision, slopes."""
+"""SM3 with extreme numbers: tiny, huge, NaN, half precision; and its derivatives."""
 
 import functools
 
@@ -67,12 +67,12 @@ def test_an_accumulator_does_not_overflow():
     np.testing.assert_allclose(updates, [1, 3**-0.5], rtol=1e-6)
 
 
-# What is not finite
+# Numbers that are not finite
 
 
 @functools.cache
 def shared(momentum_dtype, variant):
-    """One transformation for all bad entries: jit compiles it once for a shape."""
+    """One transformation for all bad entries, so that jit compiles once per shape."""
     tx = memoptax.scale_by_sm3(0.9, variant=variant, momentum_dtype=momentum_dtype)
     return tx.init, jax.jit(tx.update)
 
@@ -112,7 +112,7 @@ BAD = (np.nan, -np.inf, 1e25)  # the square of the last is not finite
 
 
 @each_way((4, 3), (400, 128), (1030, 130))
-def test_what_is_not_finite_leaves_no_trace(shape, variant, dtype):
+def test_bad_gradients_leave_no_trace(shape, variant, dtype):
     for bad in BAD:
         update, before, after, _ = one_bad_step(shape, bad, dtype, variant)
         assert not np.isfinite(np.asarray(update)).all()
@@ -132,7 +132,7 @@ def refuses_entry_by_entry(bad, shape, variant, dtype):
     there = (0,) * len(shape)
     for of in (lambda s: s.accumulators[0][0], lambda s: s.momentum["a"]):
         before, after, healthy = (np.array(of(s)) for s in states)
-        if before.dtype == np.int8:  # with one scale, the row rests whole
+        if before.dtype == np.int8:  # a row has one scale, so all of it stays
             np.testing.assert_array_equal(after, before)
             np.testing.assert_array_equal(states[1].scales[0], states[0].scales[0])
             continue

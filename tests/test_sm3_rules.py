@@ -1,4 +1,4 @@
-"""SM3's two rules: as NumPy has them, and beside Adagrad and optax's SM3."""
+"""SM3's two rules against NumPy, Adagrad and optax's SM3."""
 
 import functools
 
@@ -54,8 +54,8 @@ LARGE = [(520, 264), (264, 521), (3, 3, 128, 120), (64, 4096), (16, 12289)]
     ("variant", "shape"),
     [*(("II", s) for s in LARGE), ("I", LARGE[1]), ("I", LARGE[2])],
 )
-def test_large_tensors_take_another_road_to_the_same_numbers(shape, variant):
-    """From some size on, the maxima are taken over recomputed slices."""
+def test_large_tensors_give_the_same_numbers_in_another_way(shape, variant):
+    """Above some size, the maxima are taken over recomputed slices."""
     axes = memoptax.covers.axes((), jax.ShapeDtypeStruct(shape, "float32"))
     tx = memoptax.scale_by_sm3(variant=variant)
     state, update = tx.init(jnp.zeros(shape)), jax.jit(tx.update)
@@ -105,7 +105,7 @@ def test_large_tensors_in_a_batch_are_as_one_by_one():
             np.testing.assert_allclose(a[i], b, rtol=1e-6)
 
 
-# Neighbours
+# Related optimizers
 
 
 def adagrad(gradients):
@@ -124,7 +124,7 @@ def adagrad(gradients):
 def test_singleton_boxes_and_low_ranks_are_adagrad(shape, cover, variant):
     gradients = [jnp.asarray(normal(t, shape), jnp.float32) for t in range(5)]
     tx = memoptax.scale_by_sm3(variant=variant, cover=cover)
-    with jax.disable_jit():  # no fused multiply-add: the same bits
+    with jax.disable_jit():  # without fused multiply-add the bits are the same
         state = tx.init(jnp.zeros(shape))
         for g, reference in zip(gradients, adagrad(gradients)):
             u, state = tx.update(g, state)
@@ -160,8 +160,8 @@ def test_permuting_axes_permutes_the_update(order, variant):
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(problems(max_rank=3))
 @pytest.mark.long
-def test_sandwich(problem):
-    """Adagrad's sum <= nu of SM3-II <= nu of SM3-I, whatever the boxes."""
+def test_second_moments_are_ordered(problem):
+    """Adagrad's sum <= nu of SM3-II <= nu of SM3-I, for any boxes."""
     shape, boxes, gradients = problem
     total = np.zeros(shape)
     with jax.enable_x64(True):
@@ -173,15 +173,15 @@ def test_sandwich(problem):
         ]
         for g, second, first in zip(gradients, *roads):
             total += g**2
-            there = g != 0  # where g is not 0, |u| = |g| / sqrt(nu) shows nu
+            there = g != 0  # there |u| = |g| / sqrt(nu) shows nu
             u_ii, u_i = np.asarray(second)[there], np.asarray(first)[there]
             slack = 1 + 1e-12
             assert (total[there] * u_ii**2 <= g[there] ** 2 * slack).all()
             assert (np.abs(u_i) <= np.abs(u_ii) * slack).all()
 
 
-def test_sandwich_is_strict_somewhere():
-    """The property above would hold for three equal numbers too."""
+def test_second_moments_differ_somewhere():
+    """The property above would also hold for three equal numbers."""
     gradients = [normal(t, (4, 4)) for t in range(3)]
     roads = [
         list(updates_of(memoptax.scale_by_sm3(variant=v), jnp.zeros((4, 4)), gradients))

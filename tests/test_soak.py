@@ -1,4 +1,4 @@
-"""Long runs: the mean of a buffer against the exact one, and what grows eagerly.
+"""Long runs: the mean of a buffer against the exact one, and growth in eager runs.
 
 ``benchmarks/soak.py`` takes 200,000 steps, and keeps its results for docs/trust.md.
 """
@@ -16,7 +16,7 @@ def assert_exact(case, steps):
     assert row["offered"] < steps  # NaN was among them
     if case.holding == "sum":
         assert row["rebuilds"] > 0
-    if case.dtype != "float32":  # the bound is no mile away
+    if case.dtype != "float32":  # the bound is not far too large
         assert row["error / bound"] > 0.1
 
 
@@ -47,7 +47,7 @@ def test_four_thousand_steps_stay_within_the_bound(case):
 
 
 def test_an_error_is_seen(monkeypatch):
-    """One value that was held too long, or a sum that is a little off."""
+    """A value that is held too long, or a sum that is slightly wrong."""
     case = ONE_OF_EACH[0]
     monkeypatch.setattr(soak.Oracle, "offer", lambda self, key, fact: self)
     assert soak.soak(case, 300)["other decisions"] > 0

@@ -1,4 +1,4 @@
-"""Row-sparse gradients against the oracle, the dense road and the bill for memory."""
+"""Row-sparse gradients: against the oracle and dense gradients, and their memory."""
 
 import functools
 
@@ -50,8 +50,8 @@ def test_oracle_with_duplicates(beta, shape):
 
 
 @pytest.mark.parametrize("variant", ["I", "II"])
-def test_equals_the_dense_road_with_rows(variant):
-    """Rows whose gradient is zero do not move and keep their numbers, densely too."""
+def test_equals_the_dense_step_with_rows(variant):
+    """Rows with a zero gradient do not move and keep their numbers, also densely."""
     tx = memoptax.sm3(0.1, cover=memoptax.covers.rows, variant=variant)
     roads = [(jnp.ones((9, 3)), tx.init(jnp.ones((9, 3))))] * 2
     for ids, values in stream(5, 9):
@@ -80,7 +80,7 @@ def test_rows_not_touched_rest():
     np.testing.assert_array_equal(new[0].momentum["table"], 0.0)
 
 
-def test_what_is_not_finite_leaves_no_trace():
+def test_bad_gradients_leave_no_trace():
     tx = memoptax.scale_by_sm3(cover=memoptax.covers.rows)
     state = tx.init(jnp.ones((5, 2)))
     bad = sparse([0, 1], jnp.array([[1.0, 1.0], [jnp.nan, 1.0]]), 5)
@@ -174,7 +174,7 @@ def test_only_one_sparse_dimension():
 
 # Ids of any kind
 
-# All that a table of n rows can be asked for, as (id, row); None is padding.
+# All ids of a table of n rows, as (id, row). None is padding.
 
 
 def known_ids(n):
@@ -187,7 +187,7 @@ KINDS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64
 
 
 def of_kind(ids, kind):
-    """Those of the ids that such integers can be, and the ends of their range."""
+    """The ids that this integer dtype can hold, and the ends of its range."""
     info = np.iinfo(kind)
     ends = [(i, None) for i in (info.min, info.max, info.max - 1)]
     return [pair for pair in ids if info.min <= pair[0] <= info.max], ends
@@ -260,7 +260,7 @@ def test_what_is_no_table_is_refused(table):
 @pytest.mark.parametrize("promised", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "int32", "uint8"])
 def test_aliases_of_a_row_merge(kind, promised):
-    """Also where the indices were said to be unique, and each is, as a number."""
+    """Also if the indices are marked as unique, which they are as numbers."""
     n = 100
     ids = [-1, n - 1, n, -n - 1] if kind != "uint8" else [n - 1, n - 1, n, 255]
     indices = jnp.asarray(ids, kind)[:, None]
@@ -273,13 +273,13 @@ def test_aliases_of_a_row_merge(kind, promised):
     np.testing.assert_array_equal(accumulators, [0.0] * (n - 1) + [9.0])
     moved = memoptax.sparse.apply_updates(table, updates)
     np.testing.assert_allclose(moved.ravel(), [1.0] * (n - 1) + [0.9])
-    # A raw update, with aliases in it, is added row by row.
+    # A raw update with aliases is added row by row.
     raw = BCOO((jnp.ones((4, 1)), indices), shape=(n, 1))
     added = memoptax.sparse.apply_updates(table, raw)
     np.testing.assert_array_equal(added.ravel(), [1.0] * (n - 1) + [3.0])
 
 
-# optax's transformations around it
+# optax's transformations around SM3
 
 TABLES = {"table": jnp.ones((6, 2)), "w": jnp.ones(3)}
 
@@ -310,7 +310,7 @@ ELEMENTWISE = {
 
 @pytest.mark.parametrize("name", [n for n in ELEMENTWISE if n != "zero_nans"])
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_what_is_of_the_values_is_as_on_the_dense_gradient(name, before):
+def test_elementwise_transformations_act_as_on_the_dense_gradient(name, before):
     inner, sm3 = ELEMENTWISE[name], memoptax.sm3(0.1, cover=cover_of_tables)
     ours = memoptax.sparse.on_values(inner)
     order = slice(None) if before else slice(None, None, -1)
@@ -330,7 +330,7 @@ def cover_of_tables(path, leaf):
     return (memoptax.covers.rows if table else memoptax.covers.axes)(path, leaf)
 
 
-def test_rows_of_the_parameters_are_handed_on():
+def test_the_wrapper_passes_on_the_rows_of_the_parameters():
     tx = memoptax.sparse.on_values(optax.add_decayed_weights(0.5))
     gradient = duplicated()
     updates, _ = tx.update(gradient, tx.init(TABLES), TABLES)
@@ -372,7 +372,7 @@ def test_what_holds_numbers_for_every_entry_is_refused(inner):
 
 
 @pytest.mark.parametrize("name", ["clip", "scale"])
-def test_optax_without_the_wrapper_is_refused_with_its_cure(name):
+def test_optax_without_the_wrapper_is_refused_and_the_error_names_it(name):
     sm3 = memoptax.sm3(0.1, cover=cover_of_tables)
     tx = optax.chain(ELEMENTWISE[name], sm3)
     cure = r"\['table'\] has indices of dtype float32.*memoptax.sparse.on_values"

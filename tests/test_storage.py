@@ -1,4 +1,4 @@
-"""How one array is stored: what rounding does to it, and what it never does."""
+"""How one array is stored, and the limits of its rounding."""
 
 import functools
 
@@ -15,7 +15,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def like(x, dtype):
-    """An empty array in storage, for ``x``."""
+    """Zeros in the storage of ``x``."""
     (scale,) = storage.zero_scales([x], None, dtype) or (None,)
     return storage.Stored(storage.zeros(x, None, dtype), scale)
 
@@ -68,7 +68,7 @@ def test_int8_is_off_by_half_a_step_of_its_row_at_most(shape):
     ],
     ids=str,
 )
-def test_int8_knows_neither_nan_nor_infinity_at_the_ends_of_float32(row):
+def test_int8_stays_finite_at_the_ends_of_float32(row):
     x = jnp.asarray([row, [1.0, 2.0, 3.0]], jnp.float32)
     got = np.asarray(round_trip(x, "int8"))
     assert np.isfinite(got).all()

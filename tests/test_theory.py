@@ -1,4 +1,4 @@
-"""What the papers prove, as properties: convergence of CG, and the regret of SM3."""
+"""The papers' theorems as properties: convergence of CG, and the regret of SM3."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ SMALLEST, LARGEST, DIMENSION, STEPS = 0.5, 5.0, 6, 4000
 
 
 def _hash(gradients):
-    """A key that knows nothing of how large the gradients are."""
+    """A key that does not depend on the size of the gradients."""
     total = optax.tree.sum(jax.tree.map(jnp.sum, gradients))
     bits = jax.lax.bitcast_convert_type(total.astype(jnp.float32), jnp.uint32)
     return jax.random.uniform(jax.random.key(bits))
@@ -46,13 +46,13 @@ RULES = {
 def test_cg_converges_on_strongly_convex_quadratics(
     rule, topc, decay, oldest, weights, seed
 ):
-    """Whichever gradients are kept and however they are combined linearly."""
+    """For any choice of the gradients that are kept, and any linear combination."""
     own, memory = weights
     random = np.random.default_rng(seed)
     basis, _ = np.linalg.qr(random.normal(size=(DIMENSION, DIMENSION)))
     curvature = basis * np.linspace(SMALLEST, LARGEST, DIMENSION) @ basis.T
     optimum, start = random.normal(size=(2, DIMENSION))
-    # What is remembered is as old as C steps or a few more, and the rate allows for it.
+    # Entries are about C steps old, and the rate allows for that.
     rate = 1 / (LARGEST * (own + memory) * 4 * (topc + 1))
     tx = optax.chain(
         memoptax.critical_gradients(
@@ -139,6 +139,6 @@ def test_regret_of_sm3_is_below_its_bound(x64, variant, loss):
             distance = np.abs(ws - rival).max()
             bound = (distance**2 / (2 * rate) + rate) * roots
             assert regret <= bound * (1 + 1e-9)
-            # It is not the bound that holds for any points at such distances.
+            # The bound does not hold for just any points at such distances.
             if distance < 8 * rate:
                 assert bound < distance * np.abs(gradients).sum()

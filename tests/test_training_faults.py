@@ -22,7 +22,7 @@ def is_exhaustive(row, opt, wrap):
 
 
 def cases(takes):
-    """Rows vary fastest, so that an optimizer is compiled once for all of them."""
+    """Rows vary fastest, so that each optimizer compiles once for all of them."""
     found = [
         pytest.param(
             row,

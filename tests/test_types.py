@@ -1,5 +1,5 @@
 # pyright: strict, reportMissingTypeStubs=false, reportUnnecessaryTypeIgnoreComment=true
-"""Code of a user. It must type-check in pyright's strict mode, and run."""
+"""A user's code. It must type-check in pyright's strict mode, and run."""
 
 import functools
 import inspect
@@ -18,11 +18,11 @@ import memoptax
 PARAMS = {"w": np.ones((4, 2), np.float32), "b": np.ones(2, np.float32)}
 SHAPES = {"w": jax.ShapeDtypeStruct((4, 2), jnp.float32)}
 SCHEDULE = optax.cosine_decay_schedule(0.1, 10)
-TRACED: Any = jax  # whose own jit and eval_shape are not known completely to pyright
+TRACED: Any = jax  # pyright does not know all types of jit and eval_shape
 
 
 def run(tx: optax.GradientTransformation) -> None:
-    """One step, without its numbers."""
+    """One step, traced but not computed."""
 
     def step(params: optax.Params) -> optax.Params:
         state = tx.init(params)
@@ -57,7 +57,7 @@ def test_hyperparameters_may_be_injected():
     run(make(learning_rate=SCHEDULE, topc=2, decay=0.9))
 
 
-# What a user chooses of the buffer
+# The buffer's arguments
 
 
 def halfway(update: jax.Array, mean: jax.Array, fill: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def test_a_priority_may_be_a_function():
 def with_warmup(
     peak: float, **buffer: Unpack[memoptax.BufferArguments]
 ) -> optax.GradientTransformation:
-    """An optimizer of the user's own that hands the buffer's arguments on."""
+    """A user's optimizer that passes the buffer's arguments on."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, 2, 10)
     return memoptax.adamw_cm(schedule, weight_decay=0.1, aggr="mid", **buffer)
 

@@ -1,4 +1,4 @@
-"""Small versions of public code that optimizers are put into.
+"""Small versions of public code that uses optimizers.
 
 Linen, nnx, Equinox and nested dicts of Haiku are in ``test_flax.py``, checkpoints in
 ``test_checkpoint.py``.
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 NAMED = {opt.name: opt for opt in OPTIMIZERS}
 USED = ("adam_c", "adam_cm int8", "sm3", "sm3_cm int8", "sgd_c nesterov", "rmsprop_c")
 each_used = pytest.mark.parametrize("name", USED)
-# Where what is around an optimizer asks for nothing but its functions and a pytree.
+# Code that needs only the optimizer's functions and a pytree.
 some_used = pytest.mark.parametrize("name", ("adam_c", "sm3_cm int8", "sgd_c nesterov"))
 
 
@@ -54,7 +54,7 @@ def problem():
 
 @some_used
 def test_policies_train_in_scans_of_scans_under_vmap(name):
-    """As PPO in JAX does: updates over epochs over minibatches, seeds side by side."""
+    """As in PPO: scans of updates, epochs and minibatches, with seeds under vmap."""
     tx = optax.chain(optax.clip_by_global_norm(0.5), NAMED[name].build())
     best = 1
 

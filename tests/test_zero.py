@@ -1,4 +1,4 @@
-"""ZeRO-1 on eight devices: the state divided where the parameters are whole."""
+"""ZeRO-1 on eight devices: the state is divided, and the parameters are whole."""
 
 import functools
 import math
@@ -49,8 +49,8 @@ OPTIMIZERS = {
         memoptax.critical_gradients(5, holding="sum", **BUFFER), optax.adam(0.01)
     ),
 }
-# Meshes and modes take turns; three optimizers have both in a row, so that one worker
-# of pytest-xdist has both.
+# Meshes and modes take turns. Three optimizers have both in a row, so that one worker
+# of pytest-xdist gets both.
 MESHES = ((EIGHT, AxisType.Auto), (TWO_BY_FOUR, AxisType.Explicit))
 CASES = [
     (name, *case)
@@ -123,13 +123,13 @@ def specs_of(tx, shapes, specs=None, sizes=EIGHT, over="data"):
         ((16, 40), P("model"), (), P("model")),
     ],
 )
-def test_the_first_free_axis_that_divides(shape, spec, over, expected):
+def test_the_first_free_axis_that_divides_is_divided(shape, spec, over, expected):
     tx = optax.adam(0.1)
     found = specs_of(tx, {"x": shape}, {"x": spec}, TWO_BY_FOUR, over)
     assert found[0].mu["x"] == found[0].nu["x"] == expected
 
 
-def test_never_the_axis_of_slots():
+def test_the_axis_of_slots_is_never_divided():
     tx = memoptax.adam_c(0.1, topc=7, buffer_dtype="int8", holding="sum")
     # There are eight slots, which eight devices would divide evenly.
     buffer = specs_of(tx, SHAPES)[0].buffer
@@ -197,7 +197,7 @@ def test_an_eighth_each_and_one_gather(name, sizes, kind):
         targets = shardings_of(params), shardings
         told = {"out_shardings": targets}
         if kind is AxisType.Explicit and name != "chain":
-            told = {}  # ours return their updates as the gradients lie
+            told = {}  # ours return updates with the sharding of the gradients
         step = functools.partial(jax.jit, donate_argnums=(0, 1), **told)(step_of(tx))
         compiled = step.lower(params, state, placed(values(0), mesh)).compile()
         for i in range(STEPS):
@@ -205,7 +205,7 @@ def test_an_eighth_each_and_one_gather(name, sizes, kind):
             params, state = compiled(params, state, placed(values(i), mesh))
             assert all(x.is_deleted() for x in before)
             for key, one in expected.items():
-                # A copy: what NumPy looks at is not given away.
+                # A copy, because an array that NumPy looks at cannot be donated.
                 seen = jnp.copy(params[key])
                 np.testing.assert_allclose(seen, one[i], atol=2e-5, rtol=1e-5)
     assert_lies_as(targets, (params, state))
@@ -223,7 +223,7 @@ def test_an_eighth_each_and_one_gather(name, sizes, kind):
 
 
 def assert_holds_an_eighth(state):
-    """Of all that has the shape of the matrix, behind slots or not."""
+    """Of all arrays with the shape of the matrix, with or without an axis of slots."""
     found = [x for x in jax.tree.leaves(state) if x.shape[-2:] == SHAPES["matrix"]]
     for x in found:
         assert x.addressable_shards[0].data.size == x.size / 8
@@ -231,7 +231,7 @@ def assert_holds_an_eighth(state):
 
 
 def assert_sends_only_updates(program, params, name):
-    """The update of the divided leaf, once, scalars, and maxima of rows or boxes."""
+    """The update of the divided leaf (once), scalars, and maxima of rows or boxes."""
     sent = program.collectives()
     assert {i.opcode for i in sent} <= {"all-gather", "all-reduce"}
     gathered = [a for i in sent if i.opcode == "all-gather" for a in i.arrays]
@@ -272,7 +272,7 @@ OTHERS = {
     [(name, (EIGHT, TWO_BY_FOUR)[k % 2]) for k, name in enumerate(OTHERS)],
 )
 def test_types_stay_in_explicit_mode(name, sizes):
-    """Of updates those of the gradients, and of a state its own; nothing is run."""
+    """Updates have the sharding of the gradients, and a state its own. Nothing runs."""
     tx, mesh = OTHERS[name](), mesh_of(sizes, AxisType.Explicit)
 
     def typed(shapes, shardings):
@@ -288,7 +288,7 @@ def test_types_stay_in_explicit_mode(name, sizes):
 
     with jax.set_mesh(mesh):
         of_params = {k: NamedSharding(mesh, s) for k, s in specs_on(mesh).items()}
-        # So large that maxima would be taken from slices on a single device.
+        # So large that a single device would take maxima from slices.
         params = typed(abstract({**SHAPES, "matrix": (512, 640)}), of_params)
         of_state = memoptax.state_shardings(tx, params, over="data")
         assert any("data" in s.spec for s in jax.tree.leaves(of_state))
@@ -319,7 +319,7 @@ def linen_step(state):
 
 @pytest.mark.long
 def test_linen(mesh):
-    """Logical names say where parameters are, and state_shardings what follows."""
+    """Logical names place the parameters, and state_shardings places the state."""
     init, rules = functools.partial(linen_state, INT8_CM()), [("out", "model")]
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         shapes = jax.eval_shape(init)
@@ -376,7 +376,7 @@ def nnx_run(where=None):
 
 @pytest.mark.long
 def test_nnx():
-    """The names that nnx keeps for optimizers do it, on an explicit mesh."""
+    """The names that nnx keeps for optimizers divide the state, on an explicit mesh."""
     with jax.set_mesh(mesh_of(EIGHT, AxisType.Explicit)):
         model, optimizer, losses = nnx_run(("data", None))
         slots = optimizer.opt_state[0].buffer.slots["linear"]["kernel"].get_value()

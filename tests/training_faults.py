@@ -1,4 +1,4 @@
-"""Faults of a training run: what is promised after each, and the check of it.
+"""Faults of a training run: the promise after each, and its check.
 
 ``ROWS`` is the table. ``test_training_faults.py`` runs it, and ``benchmarks/trust.py``
 writes its results into docs/trust.md. A row whose guard is in memoptax says how to
@@ -77,7 +77,7 @@ class Loop:
 
 @functools.cache
 def loop(opt, wrap="alone"):
-    """One for all rows, so that each optimizer compiles once in a wrapper."""
+    """One loop for all rows, so that each optimizer compiles once per wrapper."""
     return Loop(opt, wrap)
 
 
@@ -110,7 +110,7 @@ def is_finite(tree):
 
 
 # Faults of gradients. A bad gradient comes first, or when the buffer is full. It comes
-# twice, which is one step of an accumulation over two.
+# twice, which is one step if two gradients are accumulated.
 
 
 def with_bad(good, bad, place):
@@ -129,7 +129,7 @@ def check_not_finite(value, opt, wrap):
 
 
 def check_one_entry(opt):
-    """On a CPU, XLA's maximum of many entries overlooks NaN: no guard may need it."""
+    """On a CPU, XLA's maximum of many entries overlooks NaN, so no guard may use it."""
     shapes = {"matrix": (64, 64)}
     run, good = loop(opt), steps_of(gradients(shapes=shapes, steps=8))
     for value in (np.nan, np.inf):
@@ -180,7 +180,7 @@ def check_zero(opt, wrap):
 
 
 def check_leaves(lost, opt):
-    """It is refused while it is traced, so no state is touched, nor donated."""
+    """It is refused during tracing, so no state is changed or donated."""
     run, good = loop(opt), stream()
     before = run.run(good[:5])
     with pytest.raises(ValueError, match="state was made for"):
@@ -198,7 +198,7 @@ def none_for_vector(gradient):
 
 
 def check_gradient_dtype(opt):
-    """For three steps gradients come in bfloat16, as when a loss is cast."""
+    """Three steps have gradients in bfloat16, as when a loss is cast."""
     run, good = loop(opt), stream()
     half = [jax.tree.map(lambda g: jnp.asarray(g, jnp.bfloat16), g) for g in good]
     carry = run.run(good[:4])
@@ -226,7 +226,7 @@ def check_topc(opt):
     resized = memoptax.resize_buffer(state, 7, holding=opt.options.get("holding"))
     memoptax.check_state(other, params, resized)
     kept, old = (np.asarray(optax.tree.get(s, "keys")) for s in (resized, state))
-    # All are kept; those of entries that are empty are 0.
+    # All are kept. Those of empty entries are 0.
     np.testing.assert_array_equal(np.sort(kept)[:, -old.shape[1] :], np.sort(old))
     update = jax.jit(other.update)
     for gradient in stream(20)[6:]:
@@ -272,7 +272,7 @@ def check_mesh(opt):
         carry = params, state
         for gradient in part:
             carry = run.step(*carry, jax.device_put(gradient, homes))
-            jax.block_until_ready(carry)  # simulated devices starve one another
+            jax.block_until_ready(carry)  # simulated devices block one another
     carry = run.run(good[12:], jax.device_put(carry, jax.devices()[0]))
     want = run.run(good, run.start(shapes))
     jax.tree.map(
@@ -301,7 +301,7 @@ def save(folder, step, carry):
 
 
 def restored(run, folder):
-    """The last checkpoint that is whole, and its step."""
+    """The last complete checkpoint, and its step."""
     import orbax.checkpoint as ocp
 
     step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
@@ -340,7 +340,7 @@ def check_killed(event, ending, last, opt, folder):
 
 
 def goes_on(opt, folder, last):
-    """From the last whole checkpoint the run is bitwise that without a fault."""
+    """From the last complete checkpoint the run equals one without a fault, bitwise."""
     run, good = loop(opt), saved_steps()
     step, carry = restored(run, folder)
     assert step == last
@@ -349,7 +349,7 @@ def goes_on(opt, folder, last):
 
 
 def check_full_disk(opt, folder):
-    """No file may grow beyond 2,000 bytes; the checkpoint before stays whole."""
+    """No file may exceed 2,000 bytes. The checkpoint before stays complete."""
     run, good = loop(opt), saved_steps()
     carry = run.run(good[:4], run.start(SAVED))
     save(folder, 4, carry)
@@ -371,7 +371,7 @@ def check_full_disk(opt, folder):
 
 
 class Without:
-    """A module, but for some of its functions."""
+    """A module with some of its functions replaced."""
 
     def __init__(self, module, **replaced):
         self.__dict__.update(replaced, module=module)
@@ -417,13 +417,13 @@ UNCAST = [(storage, "_chosen", lambda rounded, like, wanted, other: rounded)]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A fault, what is promised after it, and what keeps the promise."""
+    """A fault, the promise after it, and the code that keeps the promise."""
 
     fault: str
     promise: str
     guard: str
     check: Callable[..., Any]
-    takes: str  # what the check asks for: "wrap", "opt" or "folder"
+    takes: str  # the argument of the check: "wrap", "opt" or "folder"
     optimizers: tuple = tuple(STANDARD)
     removed: tuple = ()  # how to remove the guard: (module, name, replacement)
     without: tuple = ()  # names of the optimizers that then fail, alone
@@ -599,19 +599,19 @@ ROWS = [
 
 
 def cases(row):
-    """The optimizer and the wrapper of each case, "" if the row takes none."""
+    """The optimizer and the wrapper of each case ("" if the row takes none)."""
     for opt in row.optimizers:
         if row.takes != "wrap":
             yield opt, ""
             continue
-        # Options of a factory are tried in the wrapper that is used most.
+        # Options of a factory are tried in the most common wrapper.
         for wrap in WRAPS if opt in STANDARD else ("alone", "apply_if_finite"):
             yield opt, wrap
 
 
 @contextlib.contextmanager
 def removed(row):
-    """Without the guard of a row. Nothing that was compiled with it is used."""
+    """Without the guard of a row, and without programs compiled with it."""
     with contextlib.ExitStack() as stack:
         for module, name, replacement in row.removed:
             stack.enter_context(mock.patch.object(module, name, replacement))

@@ -1,10 +1,10 @@
 """Train a small Flax classifier on scikit-learn's digits, with and without memory.
 
-Every optimizer trains at each learning rate of a grid, several seeds at once, keeps the
-rate with the best validation accuracy, and only then meets the test set. Beside them
-stand the controls: the base optimizers at twice the rate that their C variant chose, a
-buffer of the latest instead of the largest gradients (FIFO: the same memory, no
-judgement), and AdEMAMix, which spends memory on a second, slower momentum.
+Every optimizer trains at each learning rate of a grid, with several seeds at once. It
+keeps the rate with the best validation accuracy, and only then meets the test set. The
+controls are the base optimizers at twice the rate that their C variant chose, a buffer
+of the latest instead of the largest gradients (FIFO), and AdEMAMix, which spends memory
+on a second, slower momentum.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CHUNK = 20  # steps of one jitted scan, after which the progress bar moves
 ADAM_RATES = tuple(1.25e-4 * 2**k for k in range(9))
 SGD_RATES = tuple(2e-3 * 2**k for k in range(8))
 
-# Each a function of the learning rate, and the rates to choose from.
+# For each: a function of the learning rate, and the rates to choose from.
 OPTIMIZERS = {
     "adam": (optax.adam, ADAM_RATES),
     "adam_c": (memoptax.adam_c, ADAM_RATES),
@@ -45,7 +45,7 @@ OPTIMIZERS = {
         ADAM_RATES,
     ),
     "ademamix": (
-        # Its own b3 of .9999 looks back over more steps than are taken here.
+        # Its default b3 of .9999 averages over more steps than are taken here.
         functools.partial(optax.contrib.ademamix, b3=0.99),
         ADAM_RATES,
     ),
@@ -94,7 +94,7 @@ def create_params(seed):
 
 
 def create_state(tx, params, rate=None):
-    """A fresh TrainState; ``rate`` sets that of an ``inject_hyperparams``."""
+    """A new TrainState. ``rate`` sets the rate of ``inject_hyperparams``."""
     state = TrainState.create(apply_fn=Classifier().apply, params=params, tx=tx)
     if rate is None:
         return state
@@ -116,7 +116,7 @@ def train_step(state, batch):
 
 
 def draw_batches(seed, steps, size):
-    """Rows of the training set, (steps, BATCH): one shuffled epoch after another."""
+    """Rows of the training set, (steps, BATCH), in one shuffled epoch after another."""
     shuffle = np.random.default_rng(seed).permutation
     per_epoch = size // BATCH
     epochs = [shuffle(size)[: per_epoch * BATCH] for _ in range(-(-steps // per_epoch))]
@@ -124,7 +124,7 @@ def draw_batches(seed, steps, size):
 
 
 def train(optimizer, rates, starts, batches, data, bar):
-    """Train every rate from every start (the parameters of each seed), all at once.
+    """Train every rate from every start (the parameters of each seed) at once.
 
     Returns the states at the end, and the validation losses and accuracies every CHUNK
     steps, whose axes are (rates, seeds, chunks).
@@ -149,11 +149,11 @@ def train(optimizer, rates, starts, batches, data, bar):
         state, _ = jax.lax.scan(step, state, rows)
         return state, loss_and_accuracy(state.apply_fn, state.params, validation)
 
-    # One axis for all runs: rate by rate, and in each rate seed by seed.
+    # One axis for all runs: rate by rate, and seed by seed in each rate.
     state = create(np.tile(np.arange(seeds), len(rates)), np.repeat(rates, seeds))
     scores = []
     for rows in np.split(batches, batches.shape[1] // CHUNK, axis=1):
-        # The same batches for every optimizer and rate, others for every seed.
+        # Every optimizer and rate gets the same batches, and every seed its own.
         state, score = run_chunk(state, np.tile(rows, (len(rates), 1, 1)))
         scores.append(jax.device_get(score))
         bar.update(CHUNK)
@@ -163,7 +163,7 @@ def train(optimizer, rates, starts, batches, data, bar):
 
 
 def choose_rate(rates, losses, accuracies):
-    """The index of the best validation accuracy over seeds; ties go to the loss."""
+    """The index of the best validation accuracy over seeds. The loss breaks ties."""
     accuracy = np.nan_to_num(accuracies[..., -1].mean(axis=1))
     loss = np.nan_to_num(losses[..., -1].mean(axis=1), nan=np.inf)
     return max(range(len(rates)), key=lambda i: (accuracy[i], -loss[i]))
@@ -190,7 +190,7 @@ def experiment(seeds, steps, data):
 
 
 def record(optimizer, rates, state, losses, accuracies, test):
-    """What is kept of one optimizer: its best rate, and its scores at that."""
+    """The record of one optimizer: its best rate, and its scores at that rate."""
     best = choose_rate(rates, losses, accuracies)
     seeds = losses.shape[1]
     chosen = slice(best * seeds, (best + 1) * seeds)
@@ -208,7 +208,7 @@ def record(optimizer, rates, state, losses, accuracies, test):
 
 
 def time_steps(results, batch, rounds, steps=25):
-    """Median seconds of one donated step of one seed, the optimizers taking turns."""
+    """Median seconds of one donated step of one seed. The optimizers take turns."""
     step = jax.jit(train_step, donate_argnums=0)
     params = jax.jit(create_params)(0)
     states = {
@@ -255,7 +255,7 @@ def print_table(results):
 
 
 def draw(results, output):
-    """Validation loss over steps: mean over seeds, and a band of ± one deviation."""
+    """Plot the validation loss over steps: mean over seeds, ± one deviation."""
     panels = {
         "Adam family": [
             "adam",
@@ -302,7 +302,7 @@ def draw(results, output):
 
 
 def main(argv=None):
-    """By optimizer: rate, curves, accuracies, relative time of a step, state bytes."""
+    """Rate, curves, accuracies, relative step time and state bytes by optimizer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,11 @@
-"""Word embeddings with a large table, of which every step touches a few rows.
+"""Word embeddings in a large table, of which every step touches a few rows.
 
-Skip-gram with negative samples on the English text that ships with CPython. As in
-fastText, a word is the mean of the vectors of its character n-grams, which are hashed
-into 200,000 rows. A batch touches about one row in seventy. `row_value_and_grad`, SM3
-with the row cover and `apply_updates` read and write only these rows. Dense Adam reads
-and writes the whole table and two more of its size at every step.
+This is skip-gram with negative samples on the English text that ships with CPython. As
+in fastText, a word is the mean of the vectors of its character n-grams, which are
+hashed into 200,000 rows. A batch touches about one row in seventy.
+`row_value_and_grad`, SM3 with the row cover and `apply_updates` read and write only
+these rows. Dense Adam reads and writes the whole table and two more of its size at
+every step.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def hashed_ngrams(word):
 
 
 def batches(text, size, seed=0):
-    """Pairs of words at most WINDOW apart, frequent words thinned out, and noise."""
+    """Pairs of words at most WINDOW apart, with fewer frequent words, and noise."""
     rng = np.random.default_rng(seed)
     frequency = np.bincount(text) / len(text)
     keep = np.minimum(1, np.sqrt(1e-3 / frequency))

@@ -1,10 +1,10 @@
-"""Who leaves a sharp minimum: Adam, critical gradients or critical momenta, and why.
+"""Which optimizer leaves a sharp minimum, and why: Adam, and Adam with buffers.
 
 A soft minimum joins a well of sharpness k at -1 with a flat one at 1.5. A hundred runs
-start in the sharp well; a run has escaped if it ends at x > 0, and settled if it ends
-within .1 of the flat minimum. Every claim has its control beside it: twice the rate,
-longer momentum, an average of the parameters, a first-in-first-out buffer, a buffer
-that is kept but weighs nothing, and a warm-up that takes away the first steps.
+start in the sharp well. A run has escaped if it ends at x > 0, and settled if it ends
+within .1 of the flat minimum. Every claim has a control: twice the rate, longer
+momentum, an average of the parameters, a first-in-first-out buffer, a buffer with
+almost no weight, and a warm-up that makes the first steps small.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def double_well(x, k):
 
 
 def run(make, steps, setting, k, start):
-    """Where one run ends, and where the average of its parameters does."""
+    """Where one run ends, and where the average of its parameters ends."""
     tx = make(*setting)
 
     def step(carry, _):
@@ -87,12 +87,12 @@ def _shares(x):
 
 
 def warm(rate, steps):
-    """``rate``, reached linearly over so many steps (1: at once)."""
+    """A linear warm-up to ``rate`` over this number of steps (1: at once)."""
     return lambda count: rate * jnp.minimum(1, (count + 1) / steps)
 
 
-# What is compared. The numbers of a setting are traced, so that one program runs them
-# all; what is static (C, the first step, FIFO) makes another program.
+# The optimizers compared. The numbers of a setting are traced, so that one program runs
+# them all. Static arguments (C, the first step, FIFO) need another program.
 
 
 def adam(rate, b1=0.9, warmup=1):
@@ -100,7 +100,7 @@ def adam(rate, b1=0.9, warmup=1):
 
 
 def adam_cg(rate, warmup=1):
-    """The released code adds the buffer's mean whatever it is asked for: 'sum'."""
+    """The released code always adds the buffer's mean, so this uses 'sum'."""
     return memoptax.adam_c(warm(rate, warmup), aggr="sum")
 
 
@@ -191,7 +191,7 @@ def adam_programs():
 
 
 def sgd_programs():
-    """(optimizer, row) for those that are run at every rate."""
+    """(optimizer, row) for the optimizers that run at every rate."""
     yield sgd, "SGD"
     yield sgd_cg, "SGD+CG C=5 decay .7"
     for topc, decay in ((1, 0.7), (5, 0.7), (5, 0.99)):
@@ -236,7 +236,7 @@ def print_table(results):
             print(f"  {name:43s}{shares}   {low:.2f}-{high:.2f}")
 
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours, which the colour-blind can tell apart.
 ORANGE, GREEN, BLUE = "#E69F00", "#009E73", "#0072B2"
 VERMILION, PURPLE, GREY = "#D55E00", "#CC79A7", "#999999"
 LINES = (
@@ -269,7 +269,7 @@ def draw(results, starts=100):
     )
     for ax, (title, rows, lines) in zip(axes, panels):
         for i, (name, label, colour, style) in enumerate(lines):
-            # Side by side, so that lines which coincide are all seen.
+            # Shifted sideways, so that lines that coincide can all be seen.
             x = np.arange(len(SHARPNESS)) + 0.06 * (i - (len(lines) - 1) / 2)
             ax.plot(x, rows[name].escaped, style, color=colour, label=label, alpha=0.9)
         ax.set_title(title, fontsize=11)

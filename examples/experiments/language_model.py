@@ -73,7 +73,7 @@ class Text(NamedTuple):
 def read_text():
     """The topics of Python's help, every paragraph once.
 
-    Topics repeat one another, and what is held out must not have been trained on.
+    Topics repeat one another, and held-out text must not occur in training.
     """
     from pydoc_data import topics
 
@@ -85,7 +85,7 @@ def read_text():
 
 
 class Block(nnx.Module):
-    """Causal attention, then a perceptron, each added to what it was given."""
+    """Causal attention, then a perceptron, each with a residual connection."""
 
     def __init__(self, width, heads, **options):
         norm = functools.partial(nnx.RMSNorm, width, **options)
@@ -107,7 +107,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, vocabulary, settings):
         width, heads, layers = settings.width, settings.heads, settings.layers
-        # Of the computation: parameters are float32.
+        # The dtype of the computation. Parameters are float32.
         dtype = jnp.bfloat16 if settings.bf16 else None
         options = {"dtype": dtype, "rngs": nnx.Rngs(settings.seed)}
         small = nnx.initializers.normal(0.02)
@@ -127,7 +127,7 @@ class Transformer(nnx.Module):
 
 
 def abstract_params(vocabulary, settings):
-    """Shapes and dtypes of the parameters, of which none is allocated."""
+    """Shapes and dtypes of the parameters, without allocating any."""
     model = nnx.eval_shape(lambda: Transformer(vocabulary, settings))
     return nnx.as_pure(nnx.state(model, nnx.Param))
 
@@ -138,7 +138,7 @@ def create_mesh(shape):
 
 
 def create_model(vocabulary, settings, mesh):
-    """The model, made in its shards: no device ever holds all of a large one."""
+    """The model, created in shards, so that no device holds all of a large one."""
 
     def create():
         return nnx.split(Transformer(vocabulary, settings))
@@ -163,7 +163,7 @@ def spread(leaf, mesh):
 
 
 def create_optimizer(tx, model, mesh):
-    """State that is like the parameters has their shardings; the rest is replicated."""
+    """State that is like the parameters has their shardings. The rest is replicated."""
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -176,7 +176,7 @@ def create_optimizer(tx, model, mesh):
 
 
 def find_optimizer(name, settings):
-    """The optimizer that ``name`` calls: ``adam``, ``adam_c:topc=10,decay=0.9``."""
+    """The optimizer of a ``name``, such as ``adam`` or ``adam_c:topc=10,decay=0.9``."""
     function, _, arguments = name.partition(":")
     keywords = {"learning_rate": settings.rate}
     for keyword in ast.parse(f"f({arguments})", mode="eval").body.keywords:
@@ -193,7 +193,7 @@ def find_optimizer(name, settings):
 
 
 def loss_fn(model, windows):
-    """Nats per character: each predicted from those before it in its window."""
+    """Nats per character, each predicted from those before it in its window."""
     losses = optax.softmax_cross_entropy_with_integer_labels(
         model(windows[:, :-1]), windows[:, 1:].astype(jnp.int32)
     )
@@ -201,7 +201,7 @@ def loss_fn(model, windows):
 
 
 def make_step(nodes, settings, mesh):
-    """A function of ``nodes``, model and optimizer, and the text, which takes a step.
+    """A function of ``nodes`` (model and optimizer) and the text that takes a step.
 
     Its windows of text are drawn from the seed and the number of the step. Everything
     keeps its sharding: XLA would change some, and compile again for the next step.
@@ -228,7 +228,7 @@ def make_step(nodes, settings, mesh):
 
 @functools.partial(nnx.jit, static_argnames="settings")
 def validation_loss(model, text, *, settings):
-    """Of all of ``text``, cut into batches of windows."""
+    """The loss on all of ``text``, cut into batches of windows."""
     shape = (-1, settings.batch, settings.context + 1)
     whole = len(text) // (shape[1] * shape[2]) * shape[1] * shape[2]
     batches = text[:whole].reshape(shape)
@@ -248,7 +248,7 @@ def generate(model, prompts, key, *, length):
 
 
 class Checkpoints:
-    """The last two states of a run in a folder; nothing where there is no folder."""
+    """The last two states of a run in a folder, or nothing without a folder."""
 
     def __init__(self, folder, identity):
         self.identity, self.manager = identity, None
@@ -291,11 +291,11 @@ class Checkpoints:
 
 
 def train(name, settings, text, mesh, folder=None, every=50):
-    """One run, with a validation loss, and a checkpoint, ``every`` so many steps.
+    """One run, with a validation loss and a checkpoint at every ``every`` steps.
 
     Returns:
       A dict with ``losses`` of the steps, ``validation`` as pairs of step and loss,
-      ``speed`` in characters per second (None where nothing was left to do), ``stats``
+      ``speed`` in characters per second (None if nothing was left to do), ``stats``
       of the buffers, and the ``model``.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -309,7 +309,7 @@ def train(name, settings, text, mesh, folder=None, every=50):
     record, step = checkpoints.restore(nodes), make_step(nodes, settings, mesh)
     losses, validation, seconds = record["losses"], record["validation"], []
     # An accelerator is given its next step before the last one ends. Simulated devices
-    # would starve one another.
+    # would block one another.
     ahead = mesh.devices.flat[0].platform != "cpu"
     bar = tqdm(
         desc=name, total=settings.steps, initial=len(losses), unit="step", disable=None
@@ -330,7 +330,7 @@ def train(name, settings, text, mesh, folder=None, every=50):
         checkpoints.save(until, nodes, record)
     bar.close()
     checkpoints.close()
-    # The first seconds compile, if there are others.
+    # Leave out the first interval, which compiles, if there are others.
     step_time = statistics.median(seconds[1:] or seconds) if seconds else None
     return {
         "losses": losses,
@@ -346,7 +346,7 @@ def file_name(name):
 
 
 def buffer_stats(optimizer):
-    """Of its buffers, if it has any."""
+    """The statistics of its buffers, if it has any."""
     try:
         return jax.device_get(jax.jit(memoptax.buffer_stats)(optimizer.opt_state))
     except ValueError:
@@ -354,7 +354,7 @@ def buffer_stats(optimizer):
 
 
 def print_reports(names, settings, text):
-    """What every optimizer will hold, before anything is allocated."""
+    """Print the bytes that every optimizer will hold, before any are allocated."""
     params = abstract_params(len(text.characters), settings)
     reports = {}
     for name in names:
@@ -395,11 +395,11 @@ def print_table(results):
             f"{r['report'].per_parameter:>19.2f}"
             f"{'-' if took is None else f'{took:.0%}':>13}"
         )
-    print("Losses in nats per character; of training the mean of the last 50 steps.")
+    print("Losses in nats per character. In training: the mean of the last 50 steps.")
 
 
 def draw(results, settings, output):
-    """Validation losses, and behind them the smoothed ones of training."""
+    """Plot the validation losses, and behind them smoothed training losses."""
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
     figure = Figure(figsize=(9, 5.5))
     axis = figure.subplots()
@@ -485,7 +485,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    """By optimizer: losses, speed, samples, statistics, the report and the model."""
+    """Losses, speed, samples, statistics, report and model by optimizer."""
     args, settings = parse(argv)
     if args.devices:
         jax.config.update("jax_platforms", "cpu")

@@ -1,8 +1,8 @@
 """Walk over three classic surfaces with and without critical gradients.
 
-Prints the loss after 50, 100, 200 and 999 steps beside what the authors' PyTorch code
-gives, and draws the paths. Aggregation by 'sum' about doubles the step, so the honest
-rivals of the C variants are the controls at twice the learning rate.
+It prints the loss after 50, 100, 200 and 999 steps beside that of the authors' PyTorch
+code, and draws the paths. Aggregation by 'sum' about doubles the step. So compare the C
+variants with the controls at twice the learning rate.
 """
 
 import argparse
@@ -42,8 +42,8 @@ class Problem(NamedTuple):
     surface: object
     start: tuple
     rate: float
-    minima: list  # the global ones
-    window: tuple  # what is drawn: x from, x to, y from, y to
+    minima: list  # the global minima
+    window: tuple  # of the plot: x from, x to, y from, y to
 
 
 PROBLEMS = {
@@ -60,7 +60,7 @@ PROBLEMS = {
     ),
 }
 
-# Each a function of the problem's learning rate; buffers have C = 5, decay .7, 'sum'.
+# Functions of the problem's learning rate. Buffers have C = 5, decay .7 and 'sum'.
 OPTIMIZERS = {
     "SGD": lambda rate: optax.sgd(rate),
     "SGD, 2 × rate": lambda rate: optax.sgd(2 * rate),
@@ -73,8 +73,8 @@ OPTIMIZERS = {
 # Colour (Okabe-Ito), line and width of the base, its control at twice the rate, and C.
 STYLES = [("#0072B2", "-", 3.5), ("#E69F00", "--", 2.0), ("#D55E00", "-", 2.0)]
 
-# What the authors' PyTorch code (CGOptimizer) gives in float32 at TIMES; for the
-# controls on Beale, PyTorch's SGD.
+# The losses of the authors' PyTorch code (CGOptimizer) in float32 at TIMES. The
+# controls on Beale are PyTorch's SGD.
 RECORDED = {
     ("Beale", "SGD"): (5.88612, 3.0341, 1.17394, 0.0889518),
     ("Beale", "SGD, 2 × rate"): (3.03202, 1.17374, 0.435968, 0.020786),
@@ -89,7 +89,7 @@ RECORDED = {
 
 
 def walk(problem, tx, steps):
-    """The positions (steps + 1, 2) and losses (steps + 1,) of a walk."""
+    """The positions, (steps + 1, 2), and losses, (steps + 1,), of a walk."""
     loss_and_slope = jax.value_and_grad(lambda at: problem.surface(**at))
 
     def step(carry, _):
@@ -108,7 +108,7 @@ def walk(problem, tx, steps):
 
 
 def draw(paths, output):
-    """The paths over contour lines: plain above, with momentum below."""
+    """Draw the paths over contour lines: plain above, with momentum below."""
     figure = Figure(figsize=(13, 8.6))
     axes = figure.subplots(2, len(PROBLEMS), squeeze=False)
     for column, (name, problem) in enumerate(PROBLEMS.items()):
