@@ -36,6 +36,7 @@ def step(rule, path, boxes, gradient, numbers, memory):
     if gradient.size == 0:
         return gradient, numbers, memory
     numbers, dtype = tuple(numbers), numbers[0].dtype
+    eps: Any
     momentum, beta, eps = (hyperparameter(x, dtype) for x in rule[:3])
     sound = rule.is_sound()
     if sound is not True:
