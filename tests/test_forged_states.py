@@ -138,6 +138,7 @@ def test_a_forged_leaf_is_refused_with_a_sentence(case):
 @settings(max_examples=5000)
 @given(forgeries())
 @pytest.mark.long
+@pytest.mark.exhaustive
 def test_five_thousand_forged_leaves_are_refused(case):
     refuse(case)
 
@@ -177,6 +178,7 @@ def test_what_is_no_state_is_refused_with_a_sentence(case):
 @settings(max_examples=1000)
 @given(trees())
 @pytest.mark.long
+@pytest.mark.exhaustive
 def test_a_thousand_trees_that_are_no_state_are_refused(case):
     mistake(case)
 
@@ -228,6 +230,7 @@ def test_a_plausible_forgery_goes_on_finite(case):
 @settings(max_examples=500)
 @given(plausible())
 @pytest.mark.long
+@pytest.mark.exhaustive
 def test_five_hundred_plausible_forgeries_go_on_finite(case):
     go_on(case)
 

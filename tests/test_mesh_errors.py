@@ -73,7 +73,7 @@ COVERS = {
 @pytest.mark.parametrize("cover", COVERS)
 @pytest.mark.parametrize("make", [memoptax.sm3, memoptax.sm3_cm])
 @pytest.mark.parametrize("spec", [P("data", "model"), P(None, ("data", "model"))])
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_boxes_across_devices_are_those_of_one_device(make, cover, spec, mesh):
     """The types of a state stay the same, and are those of its specs."""
     tx, shape = make(0.1, cover=COVERS[cover]), (16, 32)

@@ -80,7 +80,7 @@ def shows(updates):
 
 
 @each_optimizer
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 def test_a_traced_number_out_of_range_shows_and_leaves_the_state(opt):
     tx, params = injected(opt), params_like(SHAPES)
     update, state = jax.jit(tx.update), tx.init(params)
@@ -180,7 +180,7 @@ SM3 = [
 
 @pytest.mark.parametrize("size", LARGE)
 @pytest.mark.parametrize("options", SM3, ids=str)
-@pytest.mark.few(8)
+@pytest.mark.few(3)
 def test_large_gradients_show_in_sm3_and_its_state_stays(options, size):
     tx, params = memoptax.sm3(0.1, **options), params_like({"w": (3, 4), "b": (3,)})
     _, before = tx.update(params, tx.init(params), params)
@@ -224,7 +224,7 @@ OWN = [
 ]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("size", [1e20, 1e25, 1e38])
 @pytest.mark.parametrize("factory, options", OWN)
 def test_large_gradients_freeze_no_second_moment_of_ours(factory, options, size):

@@ -40,13 +40,13 @@ def cases(takes):
 
 
 @cases("wrap")
-@pytest.mark.few(12)
+@pytest.mark.few(4)
 def test_a_bad_gradient_passes(row, opt, wrap):
     row.check(opt, wrap)
 
 
 @cases("opt")
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 def test_a_fault_of_the_state_passes(row, opt, wrap):
     del wrap
     row.check(opt)
