@@ -56,8 +56,8 @@ TESTS = {
     "_bases/pytorch.py": f"tests/test_critical_gradients_bases.py {_ORACLES}",
     "_bases/precision.py": f"tests/test_critical_gradients_bases.py {_CONTRACT}",
 }
-# Operators of arrays that take each other's place. cosmic-ray has others, such as a shift
-# for a product, which no floating-point array knows: all tests would notice those.
+# Operators of arrays that take each other's place. cosmic-ray has others, such as a
+# shift for a product. Arrays of numbers have none, so every test would notice it.
 KINDS = ({"Add", "Sub", "Mul", "Div"}, {"BitAnd", "BitOr", "BitXor"})
 
 
@@ -65,7 +65,7 @@ def sensible(name):
     """Whether an operator of cosmic-ray makes a mutant that could survive."""
     if "ReplaceBinaryOperator" in name:
         return any(set(name.split("_")[1:]) <= kind for kind in KINDS)
-    # jit and custom_jvp change no result; annotations are no decorators.
+    # The decorators of the package compile, or make a derivative.
     return name != "core/RemoveDecorator"
 
 
@@ -102,7 +102,7 @@ def mutated(mutant):
     return mutate_code(text, get_operator(mutant["operator"])(), mutant["occurrence"])
 
 
-def only_in_a_string(mutant, text):
+def is_idle(mutant, text):
     """Whether nothing but docstrings and annotations has changed."""
     import ast
 
@@ -182,7 +182,7 @@ def main(argv=None):
             if tried >= options.count or time.monotonic() > end:
                 break
             text = mutated(mutant)
-            if key(mutant) in known or only_in_a_string(mutant, text):
+            if key(mutant) in known or is_idle(mutant, text):
                 continue
             place = copy / "memoptax" / mutant["file"]
             place.write_text(text)
