@@ -43,8 +43,8 @@ class Case(NamedTuple):
 
 CASES = [
     Case(dtype, topc, holding)
-    for dtype in ("float32", "bfloat16", "int8")
     for topc in (1, 5, 20, 101)
+    for dtype in ("float32", "bfloat16", "int8")
     for holding in ("select", "read", "sum")
     if topc == 1 or holding != "select"
 ]
@@ -301,12 +301,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int)
     parser.add_argument("--only", default="", help="cases that contain this text")
+    parser.add_argument("--missing", action="store_true", help="cases not kept yet")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--dry", action="store_true", help="print, and keep nothing")
     options = parser.parse_args(argv)
-    cases = EAGER if options.eager else CASES
+    cases, section = (EAGER, "eager") if options.eager else (CASES, "jitted")
+    keys = ["optimizer"] if options.eager else list(Case._fields)
+    done = [[row[key] for key in keys] for row in kept().get(section, [])]
     for case in cases:
-        if options.only not in str(case):
+        known = [case] if options.eager else list(case)
+        if options.only not in str(case) or (options.missing and known in done):
             continue
         begin = time.perf_counter()
         if options.eager:
@@ -315,8 +319,7 @@ def main(argv=None):
             row = soak(case, options.steps or 200_000)
         print(f"{time.perf_counter() - begin:6.1f} s  {case}: {row}", flush=True)
         if not options.dry:
-            keys = ["optimizer"] if options.eager else Case._fields
-            keep("eager" if options.eager else "jitted", row, keys)
+            keep(section, row, keys)
 
 
 if __name__ == "__main__":

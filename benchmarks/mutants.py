@@ -1,0 +1,201 @@
+"""Do the tests test? Change the package in small ways, and see which tests notice.
+
+    python benchmarks/mutants.py --count 500           # needs cosmic-ray
+    python benchmarks/mutants.py --count 20 --minutes 20 --seed 1
+    python benchmarks/mutants.py --show                # the survivors that are kept
+
+cosmic-ray names all mutants of the files below, and a seeded sample of them is tried,
+one after the other, in a copy of the repository. The tests are those chosen for the
+file, cheapest first, until one fails. A mutant that hangs is noticed as well. Results
+are added to benchmarks/results/mutants.json, and what is kept there is not tried again.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/mutants.json"
+
+# A file, and the tests that should notice a change of it.
+_BUFFER = "tests/test_buffer.py tests/test_critical_gradients.py"
+_ORACLES = (
+    "tests/test_critical_gradients_oracle.py tests/test_critical_momenta_oracle.py"
+)
+_SM3 = "tests/test_sm3.py tests/test_sm3_rules.py tests/test_oracle.py"
+_CONTRACT = "tests/test_contract.py tests/test_contract_tools.py"
+TESTS = {
+    "_buffer/algorithm.py": f"{_BUFFER} {_ORACLES} {_CONTRACT}",
+    "_buffer/eviction.py": f"{_BUFFER} {_ORACLES}",
+    "_buffer/holding.py": f"{_BUFFER} tests/test_inspect.py {_ORACLES} {_CONTRACT}",
+    "_buffer/running_sum.py": f"{_BUFFER} tests/test_soak.py",
+    "_buffer/aggregation.py": f"{_BUFFER} {_ORACLES} {_CONTRACT}",
+    "_buffer/resizing.py": "tests/test_inspect.py tests/test_forged_states.py",
+    "_buffer/matching.py": "tests/test_arguments.py tests/test_contract.py",
+    "_tensors/storage.py": "tests/test_storage.py tests/test_buffer.py "
+    f"tests/test_critical_momenta_storage.py tests/test_sm3_bytes.py {_CONTRACT}",
+    "_tensors/norms.py": f"{_BUFFER} tests/test_sm3_range.py",
+    "_critical_gradients.py": "tests/test_critical_gradients.py "
+    f"tests/test_critical_gradients_bases.py {_ORACLES} tests/test_arguments.py",
+    "_critical_momenta.py": "tests/test_critical_momenta.py "
+    f"{_ORACLES} tests/test_arguments.py tests/test_contract.py",
+    "_momentum.py": "tests/test_critical_momenta.py "
+    f"tests/test_critical_momenta_storage.py {_ORACLES} {_CONTRACT}",
+    "_sm3.py": f"{_SM3} tests/test_arguments.py {_CONTRACT}",
+    "_sm3_rules.py": f"{_SM3} tests/test_sm3_range.py tests/test_sm3_bytes.py "
+    f"{_CONTRACT}",
+    "_sm3_momenta.py": "tests/test_sm3_momenta.py tests/test_contract.py",
+    "_bases/pytorch.py": f"tests/test_critical_gradients_bases.py {_ORACLES}",
+    "_bases/precision.py": f"tests/test_critical_gradients_bases.py {_CONTRACT}",
+}
+# Operators of arrays that take each other's place. cosmic-ray has others, such as a
+# shift for a product. Arrays of numbers have none, so every test would notice it.
+KINDS = ({"Add", "Sub", "Mul", "Div"}, {"BitAnd", "BitOr", "BitXor"})
+
+
+def sensible(name):
+    """Whether an operator of cosmic-ray makes a mutant that could survive."""
+    if "ReplaceBinaryOperator" in name:
+        return any(set(name.split("_")[1:]) <= kind for kind in KINDS)
+    # The decorators of the package compile, or make a derivative.
+    return name != "core/RemoveDecorator"
+
+
+def mutants():
+    """Every mutant: its file, its operator, which occurrence of it, and its line."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    found = []
+    for file in TESTS:
+        tree = get_ast((ROOT / "memoptax" / file).read_text())
+        for name in sorted(operator_names()):
+            kind = get_operator(name)
+            if kind.arguments() or not sensible(name):
+                continue
+            places = [
+                start
+                for node in ast_nodes(tree)
+                for start, _ in kind().mutation_positions(node)
+            ]
+            found += [
+                {"file": file, "operator": name, "occurrence": k, "line": line}
+                for k, (line, _) in enumerate(places)
+            ]
+    return found
+
+
+def mutated(mutant):
+    """The text of the file, changed."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    text = (ROOT / "memoptax" / mutant["file"]).read_text()
+    return mutate_code(text, get_operator(mutant["operator"])(), mutant["occurrence"])
+
+
+def is_idle(mutant, text):
+    """Whether nothing but docstrings and annotations has changed."""
+    import ast
+
+    class Bare(ast.NodeTransformer):
+        def visit_arg(self, node):
+            node.annotation = None
+            return node
+
+        def visit_FunctionDef(self, node):
+            node.returns = None
+            return self.generic_visit(node)
+
+        def visit_AnnAssign(self, node):
+            node.annotation = ast.Constant(None)
+            return self.generic_visit(node)
+
+    before = (ROOT / "memoptax" / mutant["file"]).read_text()
+    trees = [Bare().visit(ast.parse(source)) for source in (before, text)]
+    return ast.dump(trees[0]) == ast.dump(trees[1])
+
+
+def fails(copy, tests, limit):
+    """Whether the tests notice: "failed", "hung", or "" if they pass."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+    ]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            [*command, *tests.split()],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        return "hung", ""
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    return "failed" if done.returncode else "", (lines or [""])[0]
+
+
+def key(mutant):
+    return tuple(mutant[k] for k in ("file", "operator", "occurrence"))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=180)
+    parser.add_argument("--limit", type=float, default=900, help="seconds a mutant")
+    parser.add_argument("--show", action="store_true")
+    options = parser.parse_args(argv)
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"mutants": []}
+    if options.show:
+        for mutant in kept["mutants"]:
+            if not mutant["noticed"]:
+                print(mutant)
+        return
+    everything = mutants()
+    sample = random.Random(options.seed).sample(everything, len(everything))
+    known, tried = {key(m) for m in kept["mutants"]}, len(kept["mutants"])
+    end = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "memoptax"
+        ignore = shutil.ignore_patterns(".git", ".venv*", "_build", ".sdist")
+        shutil.copytree(ROOT, copy, ignore=ignore)
+        for mutant in sample:
+            if tried >= options.count or time.monotonic() > end:
+                break
+            text = mutated(mutant)
+            if key(mutant) in known or is_idle(mutant, text):
+                continue
+            place = copy / "memoptax" / mutant["file"]
+            place.write_text(text)
+            how, test = fails(copy, TESTS[mutant["file"]], options.limit)
+            shutil.copy(ROOT / "memoptax" / mutant["file"], place)
+            kept["mutants"].append(mutant | {"noticed": how, "by": test})
+            tried += 1
+            kept |= {"seed": options.seed, "of": len(everything)}
+            RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+            print(tried, mutant, how or "SURVIVED", test, flush=True)
+    score = collections.Counter(bool(m["noticed"]) for m in kept["mutants"])
+    print(f"{score[True]} of {tried} noticed")
+
+
+if __name__ == "__main__":
+    main()
