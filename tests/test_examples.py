@@ -90,7 +90,10 @@ def test_digits_are_the_same_every_time():
 
 
 def logistic_regression(tx, epochs=10):
-    """The best test accuracies of five seeds, as in the authors' label-noise study."""
+    """The best test accuracies of five seeds, as in the authors' label-noise study.
+
+    They have an output for each class, and take the examples one by one, in order.
+    """
     x, y = sklearn.datasets.make_classification(
         n_samples=500,
         n_features=10,
@@ -110,45 +113,41 @@ def logistic_regression(tx, epochs=10):
     x, test_x = jnp.asarray(scaler.transform(x)), jnp.asarray(scaler.transform(test_x))
     y, test_y = jnp.asarray(y), jnp.asarray(test_y)
 
-    def logit(params, x):
+    def logits(params, x):
         return x @ params["weights"] + params["bias"]
 
-    def loss(params, row):
-        return optax.sigmoid_binary_cross_entropy(logit(params, x[row]), y[row])
+    def loss(params, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y)
 
-    def step(carry, row):
+    def step(carry, example):
         params, state = carry
-        updates, state = tx.update(jax.grad(loss)(params, row), state, params)
+        updates, state = tx.update(jax.grad(loss)(params, *example), state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    def epoch(carry, key):
-        carry, _ = jax.lax.scan(step, carry, jax.random.permutation(key, len(y)))
-        return carry, jnp.mean((logit(carry[0], test_x) > 0) == test_y)
+    def epoch(carry, _):
+        carry, _ = jax.lax.scan(step, carry, (x, y))
+        return carry, jnp.mean(logits(carry[0], test_x).argmax(-1) == test_y)
 
     @jax.jit
     @jax.vmap
     def run(seed):
-        *keys, order = jax.random.split(jax.random.key(seed), 3)
         bound = 10**-0.5  # PyTorch's initialisation of a linear layer
-        params = {
-            "weights": jax.random.uniform(keys[0], (10,), float, -bound, bound),
-            "bias": jax.random.uniform(keys[1], (), float, -bound, bound),
-        }
-        keys = jax.random.split(order, epochs)
-        return jnp.max(jax.lax.scan(epoch, (params, tx.init(params)), keys)[1])
+        drawn = jax.random.uniform(jax.random.key(seed), (11, 2), float, -bound, bound)
+        params = {"weights": drawn[:10], "bias": drawn[10]}
+        return jnp.max(jax.lax.scan(epoch, (params, tx.init(params)), None, epochs)[1])
 
     return np.asarray(run(jnp.arange(5)))
 
 
 @pytest.mark.long
 def test_label_noise_gives_the_accuracies_of_the_authors_study():
-    """The draws are not the authors', so only differences above their scatter count."""
+    """The seeds are not the authors', so the means may differ by their scatter."""
     sgd, doubled, sgd_c = (
         logistic_regression(tx).mean()
         for tx in (optax.sgd(1e-3), optax.sgd(2e-3), memoptax.sgd_c(1e-3))
     )
     # Recorded: .808, .820 and .834 (100 test points, five seeds).
-    np.testing.assert_allclose([sgd, doubled, sgd_c], [0.808, 0.820, 0.834], atol=0.03)
+    np.testing.assert_allclose([sgd, doubled, sgd_c], [0.808, 0.820, 0.834], atol=0.015)
     assert sgd_c > sgd
     assert abs(sgd_c - doubled) <= 0.02  # and the control is as good
 
