@@ -152,6 +152,20 @@ def fails(copy, tests, limit):
     return "failed" if done.returncode else "", (lines or [""])[0]
 
 
+def show(kept):
+    """How many mutants of each file were noticed, and those that were not."""
+    tried, noticed = collections.Counter(), collections.Counter()
+    for mutant in kept["mutants"]:
+        tried[mutant["file"]] += 1
+        noticed[mutant["file"]] += bool(mutant["noticed"])
+    for file in sorted(tried):
+        print(f"{file}: {noticed[file]} of {tried[file]} noticed")
+    print(f"all: {noticed.total()} of {tried.total()} noticed")
+    for mutant in kept["mutants"]:
+        if not mutant["noticed"]:
+            print("SURVIVED", mutant)
+
+
 def key(mutant):
     return tuple(mutant[k] for k in ("file", "operator", "occurrence"))
 
@@ -166,9 +180,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"mutants": []}
     if options.show:
-        for mutant in kept["mutants"]:
-            if not mutant["noticed"]:
-                print(mutant)
+        show(kept)
         return
     everything = mutants()
     sample = random.Random(options.seed).sample(everything, len(everything))
@@ -193,8 +205,7 @@ def main(argv=None):
             kept |= {"seed": options.seed, "of": len(everything)}
             RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
             print(tried, mutant, how or "SURVIVED", test, flush=True)
-    score = collections.Counter(bool(m["noticed"]) for m in kept["mutants"])
-    print(f"{score[True]} of {tried} noticed")
+    show(kept)
 
 
 if __name__ == "__main__":
