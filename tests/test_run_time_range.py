@@ -178,8 +178,13 @@ SM3 = [
 ]
 
 
+def named(options):
+    cover = options["cover"]
+    return str(options | {"cover": cover and cover.__name__})
+
+
 @pytest.mark.parametrize("size", LARGE)
-@pytest.mark.parametrize("options", SM3, ids=str)
+@pytest.mark.parametrize("options", SM3, ids=named)
 @pytest.mark.few(3)
 def test_large_gradients_show_in_sm3_and_its_state_stays(options, size):
     tx, params = memoptax.sm3(0.1, **options), params_like({"w": (3, 4), "b": (3,)})
