@@ -192,7 +192,9 @@ def _is_truth(leaf) -> bool:
 def dtype(name: str, value) -> None:
     """Refuse what is neither None nor a real floating-point dtype."""
     try:
-        floating = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
+        floating = value is None or (
+            not _is_array(value) and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+        )
     except (TypeError, ValueError):
         floating = False
     if not floating:
@@ -201,12 +203,17 @@ def dtype(name: str, value) -> None:
         )
 
 
+def _is_array(value) -> bool:
+    """Whether it is one, whose dtype is not what was meant."""
+    return isinstance(value, (jax.Array, np.ndarray, np.generic))
+
+
 def stored_dtype(name: str, value, allowed):
     """A dtype among the names ``allowed``, or None."""
     if value is None:
         return None
     try:
-        found = jnp.dtype(value).name
+        found = None if _is_array(value) else jnp.dtype(value).name
     except (TypeError, ValueError):
         found = value
     if not isinstance(found, str) or found not in allowed:
@@ -263,6 +270,19 @@ def same_dtype(name: str, asked, found, allowed) -> None:
             f"{name} is {asked!r}, but the state has {', '.join(wrong)} there: pass "
             f"the {name} that it was made with, or make a new state with init."
         )
+
+
+def wide(name: str, tree) -> None:
+    """Refuse floating-point arrays of a state in less than float32."""
+    for leaf in jax.tree.leaves(tree):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            continue
+        if dtype not in WIDE:
+            raise ValueError(
+                f"state has {name} in {dtype.name}, but needs float32 or float64: "
+                "restore it in the dtype that init gives."
+            )
 
 
 def same(name: str, value: bool, found: bool) -> None:

@@ -30,6 +30,8 @@ def check(options, updates, state, mu_dtype, params=None):
     found = {leaf.dtype for leaf in jax.tree.leaves(state.mu)}
     allowed = [mu_dtype] if mu_dtype else _check.WIDE
     _check.same_dtype("mu_dtype", mu_dtype, found, allowed)
+    for name in ("nu", "nu_max", "accumulators"):
+        _check.wide(name, getattr(state, name, None))
 
 
 def beside(state, gradients):

@@ -194,6 +194,7 @@ def _check_options(momentum, momentum_dtype, accumulator_dtype, state):
                 f"momentum is {momentum!r}, but the state has {found}: pass the "
                 "momentum that it was made with, or make a new state with init."
             )
+    _check.wide("accumulators", state.accumulators)
     wide = {leaf.dtype for leaf in jax.tree.leaves(state.accumulators)}
     if accumulator_dtype is not None and isinstance(state.accumulators, (tuple, list)):
         asked = accumulator_dtype

@@ -48,7 +48,8 @@ def _decay_of_dense(rate):
             _map(lambda u, x: None if row_sparse.is_row_sparse(u) else x, updates, tree)
             for tree in (updates, params)
         )
-        decayed, state = dense.update(kept, state, decayed)
+        # In a tuple, because a lone None would be no parameters.
+        (decayed,), state = dense.update((kept,), state, (decayed,))
         return _map(
             lambda u, d: u if d is None else d.astype(u.dtype), updates, decayed
         ), state

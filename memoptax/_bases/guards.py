@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from memoptax import _check
-from memoptax._tensors import layout
+from memoptax._tensors import layout, row_sparse
 
 
 def expecting(inner: optax.GradientTransformation, kind: type, **arguments):
@@ -30,7 +30,29 @@ def without_buffer(inner: optax.GradientTransformation, kind: type):
     """``inner`` for a ``topc`` or ``kappa`` of 0, which refuses the ``kind`` of state
     that has a buffer.
     """
-    return checking(inner, lambda state: _check.without_buffer(isinstance(state, kind)))
+    inner = checking(inner, lambda s: _check.without_buffer(isinstance(s, kind)))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        _refuse_row_sparse(updates)
+        return inner.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _refuse_row_sparse(updates):
+    """optax's transformations would scale the indices, and train other rows."""
+    for path, leaf in jax.tree.leaves_with_path(updates, row_sparse.is_row_sparse):
+        if row_sparse.is_row_sparse(leaf):
+            name = jax.tree_util.keystr(path) or "the parameter"
+            raise ValueError(
+                f"The gradient of {name} is row-sparse, which only sm3 and "
+                "scale_by_sm3 take."
+            )
+
+
+def wide(inner: optax.GradientTransformation, name: str):
+    """``inner``, which refuses moments in less than float32: sums in few bits stop."""
+    return checking(inner, lambda state: _check.wide(name, state))
 
 
 def checking(inner: optax.GradientTransformation, check):

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from memoptax import _check
 from memoptax._bases import guards, precision
-from memoptax._tensors import storage
+from memoptax._tensors import layout, storage
 
 
 def weight_decay(
@@ -62,7 +62,7 @@ def scale_by_adam(
     else:
         adam = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
         kind = optax.ScaleByAdamState
-    adam = guards.expecting(adam, kind, amsgrad=amsgrad)
+    adam = guards.expecting(guards.wide(adam, "moments"), kind, amsgrad=amsgrad)
     return precision.stored_moment(adam, "mu", mu_dtype)
 
 
@@ -121,10 +121,11 @@ def scale_by_rms(alpha, eps, initial_scale, centered):
     initial_scale = _check.number("initial_scale", initial_scale, 0)
     _check.flag("centered", centered)
     if centered:
-        inner = scale_by_centered_rms(alpha, eps, initial_scale)
-        return guards.expecting(inner, CenteredRmsState, centered=centered)
-    inner = optax.scale_by_rms(alpha, eps, initial_scale, eps_in_sqrt=False)
-    return guards.expecting(inner, optax.ScaleByRmsState, centered=centered)
+        inner, kind = scale_by_centered_rms(alpha, eps, initial_scale), CenteredRmsState
+    else:
+        inner = optax.scale_by_rms(alpha, eps, initial_scale, eps_in_sqrt=False)
+        kind = optax.ScaleByRmsState
+    return guards.expecting(guards.wide(inner, "moments"), kind, centered=centered)
 
 
 class DampenedTraceState(NamedTuple):
@@ -254,16 +255,19 @@ def normalize(mu, nu, count, b1, b2, eps, eps_root: ArrayLike = 0.0):
 def bias_correction(decay, count):
     """1 − decayᵗ, as −expm1(t·log decay). The plain form is off by 2e-5 in float32."""
     if _check.static(decay):
-        log = math.log(decay) if decay > 0 else -math.inf
+        log, is_zero = math.log(decay) if decay > 0 else 0.0, decay == 0
     else:
-        log = jnp.log(jnp.asarray(decay, jnp.promote_types(decay.dtype, jnp.float32)))
-    return -jnp.expm1(count.astype(jnp.result_type(log, float)) * log)
+        decay = jnp.asarray(decay, jnp.promote_types(decay.dtype, jnp.float32))
+        is_zero = decay == 0
+        log = jnp.log(jnp.where(is_zero, 1, decay))  # a log of 0 is no finite number
+    correction = -jnp.expm1(count.astype(jnp.result_type(log, float)) * log)
+    return jnp.where(is_zero, 1, correction)
 
 
 def _in_range(updates, new, old):
     """A moment after a step, or before it where the square of an update overflows."""
     return jax.tree.map(
-        lambda u, a, b: jnp.where(jnp.isfinite(u * u), a, b.astype(a.dtype)),
+        lambda u, a, b: jnp.where(_squares(u, a), a, b.astype(a.dtype)),
         updates,
         new,
         old,
@@ -273,5 +277,11 @@ def _in_range(updates, new, old):
 def _shown(updates, scaled):
     """What was made of the updates, or NaN where their square overflows."""
     return jax.tree.map(
-        lambda u, x: jnp.where(jnp.isfinite(u * u), x, jnp.nan), updates, scaled
+        lambda u, x: jnp.where(_squares(u, x), x, jnp.nan), updates, scaled
     )
+
+
+def _squares(update, like):
+    """Where the square of an update is finite, with the sharding of a moment."""
+    update = layout.like(update, like)
+    return jnp.isfinite(update * update)

@@ -274,7 +274,7 @@ def _key(seed):
 
 def _slot_dtype(options: Options, param):
     dtype = param.dtype if options.buffer_dtype is None else options.buffer_dtype
-    return jax.ShapeDtypeStruct((), dtype)
+    return jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(dtype))
 
 
 def _check_floating(path, leaf):

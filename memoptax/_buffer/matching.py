@@ -122,11 +122,15 @@ def check_shapes(buffer) -> None:
         raise ValueError(
             f"state has a buffer whose keys have shape {shape}, not (R, C)."
         )
-    for name in ("keys", "ages", "entries", "offered", "accepted"):
-        kind = jnp.floating if name == "keys" else jnp.integer
+    for name, kind in {
+        **dict.fromkeys(("keys", "norms", "error", "total"), jnp.floating),
+        **dict.fromkeys(("ages", "entries", "offered", "accepted"), jnp.integer),
+        "draws": jnp.uint32,
+    }.items():
         for array in jax.tree.leaves(getattr(buffer, name)):
             if not jnp.issubdtype(array.dtype, kind):
                 raise ValueError(f"state has a buffer whose {name} are {array.dtype}.")
+            _check.wide(f"a buffer's {name}", array)
     *batch, rows, topc = shape
     for name, found, wanted in _shapes(buffer, rows, topc, tuple(batch)):
         if found != wanted:
@@ -155,7 +159,8 @@ def _shapes(buffer, rows, topc, batch):
         wanted = None if wanted is None else (*batch, *wanted)
         yield name, getattr(getattr(buffer, name), "shape", None), wanted
     if buffer.draws is not None:
-        yield "draws", buffer.draws.shape, (*batch, *(buffer.draws.shape[-1:] or (2,)))
+        key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        yield "draws", buffer.draws.shape, (*batch, *key.shape)
     if buffer.entries is None:
         yield "slots", (topc,), (1,)
     stack = batch if buffer.entries is None else (*batch, topc + 1)

@@ -1,0 +1,152 @@
+"""What a second attack found: states in few bits, lone tables, odd arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.sparse import BCOO
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import memoptax
+
+PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}
+
+
+def narrow(state, names, dtype):
+    """The state with its arrays of these names in another dtype."""
+
+    def cast(path, leaf):
+        here = any(getattr(key, "name", None) in names for key in path)
+        return leaf.astype(dtype) if here else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, state)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("tx", "name"),
+    [
+        (memoptax.adam_cm(0.1, topc=1), "nu"),
+        (memoptax.adam_cm(0.1, amsgrad=True), "nu_max"),
+        (memoptax.sm3_cm(0.1), "accumulators"),
+        (memoptax.sm3(0.1), "accumulators"),
+        (memoptax.sm3(0.1, beta=0.999), "accumulators"),
+        (memoptax.adam_c(0.1), "nu"),
+        (memoptax.adam_c(0.1, topc=0), "nu"),
+        (memoptax.adam_c(0.1, mu_dtype="int8"), "nu"),
+        (memoptax.adamw_c(0.1, amsgrad=True), "nu_max"),
+        (memoptax.rmsprop_c(0.1), "nu"),
+        (memoptax.rmsprop_c(0.1, centered=True), "mu"),
+        (memoptax.critical_gradients(2), "keys"),
+        (memoptax.sgd_cm(0.1), "keys"),
+        (memoptax.sgd_c(0.1, holding="sum"), "total"),
+        (memoptax.sgd_c(0.1, holding="sum"), "norms"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_sums_in_few_bits_are_refused(tx, name, dtype):
+    state = narrow(tx.init(PARAMS), {name}, dtype)
+    with pytest.raises(ValueError, match=f"state has .* in {dtype}"):
+        tx.update(PARAMS, state, PARAMS)
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_draws_that_are_no_key_are_refused(dtype):
+    tx = memoptax.sgd_c(0.1, topc=2, fifo_probability=0.5)
+    state = narrow(tx.init(PARAMS), {"draws"}, dtype)
+    with pytest.raises(ValueError, match=f"whose draws are {dtype}"):
+        tx.update(PARAMS, state, PARAMS)
+
+
+def test_draws_of_another_generator_are_refused():
+    tx = memoptax.sgd_c(0.1, topc=2, fifo_probability=0.5)
+    with jax.default_prng_impl("rbg"):
+        state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match="draws have shape"):
+        tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")  # of JAX
+@pytest.mark.parametrize("topc", [1, 2, 3, 5, 6, 10])
+@pytest.mark.parametrize("make", [memoptax.sgd_c, memoptax.adam_cm, memoptax.sm3_cm])
+def test_float64_slots_without_x64_are_float32(make, topc):
+    tx = make(0.1, topc=topc, buffer_dtype="float64")
+    state = jax.eval_shape(tx.init, PARAMS)
+    jax.eval_shape(tx.update, PARAMS, state, PARAMS)
+    assert {s.dtype for s in jax.tree.leaves(optax.tree.get(state, "slots"))} == {
+        jnp.dtype("float32")
+    }
+
+
+def table(rows):
+    return BCOO((jnp.ones((1, 2)), jnp.array([[25]])), shape=(rows, 2))
+
+
+@pytest.mark.parametrize("nothing", [{"topc": 0}, {"kappa": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "make", [memoptax.sgd_c, memoptax.adam_c, memoptax.sgd_cm, memoptax.adam_cm]
+)
+def test_row_sparse_gradients_are_refused_without_a_buffer_too(make, nothing):
+    tx, params = make(0.1, **nothing), jnp.zeros((30, 2))
+    with pytest.raises(ValueError, match="row-sparse, which only sm3"):
+        tx.update(table(30), tx.init(params), params)
+
+
+@pytest.mark.parametrize("rate", [0.1, lambda count: 0.1], ids=["number", "schedule"])
+def test_a_lone_row_sparse_table_is_not_decayed(rate):
+    tx = memoptax.sm3(0.1, weight_decay=rate, cover=memoptax.covers.rows)
+    params = jnp.ones((30, 2))
+    updates, _ = tx.update(table(30), tx.init(params), params)
+    params = memoptax.sparse.apply_updates(params, updates)
+    np.testing.assert_allclose(params[25], 0.9, rtol=1e-6)
+    np.testing.assert_array_equal(params[:25], 1)
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
+def test_a_decay_of_0_makes_no_infinity(traced):
+    def update(b1):
+        tx = memoptax.adam_cm(0.1, b1=b1, topc=1)
+        return tx.update(jnp.ones(2), tx.init(jnp.zeros(2)), jnp.zeros(2))[0]
+
+    with jax.debug_infs(True):
+        update = jax.jit(update) if traced else update
+        np.testing.assert_allclose(update(0.0), -0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        memoptax.adam_c(0.1, topc=0, amsgrad=True),
+        memoptax.rmsprop_c(0.1, topc=0, centered=True),
+        memoptax.adam_cm(0.1, kappa=0.0, amsgrad=True),
+    ],
+    ids=["adam_c", "rmsprop_c", "adam_cm"],
+)
+@pytest.mark.cpu_only("a mesh of eight devices")
+def test_bases_follow_a_divided_state_in_explicit_mode(tx):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("x")))
+        whole = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P()))
+        state = jax.eval_shape(tx.init, params)
+        updates, _ = jax.eval_shape(tx.update, whole, state, whole)
+    assert updates.shape == (8, 16)
+
+
+@pytest.mark.parametrize("array", [jnp.ones(3), np.float32(5), jnp.array(5.0)])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (memoptax.sgd_c, "buffer_dtype"),
+        (memoptax.adam_cm, "mu_dtype"),
+        (memoptax.sm3, "momentum_dtype"),
+        (memoptax.sm3, "accumulator_dtype"),
+        (memoptax.sgd_c, "accumulator_dtype"),
+    ],
+)
+def test_an_array_is_no_dtype(make, name, array):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        make(0.1, **{name: array})
