@@ -1,0 +1,157 @@
+"""Write the tables of docs/trust.md from the results that are kept.
+
+    python benchmarks/trust.py
+    python benchmarks/trust.py --faults   # run the faults first (about 20 minutes)
+
+A table named x stands between the comments "<!-- trust: x -->" and "<!-- end -->".
+benchmarks/soak.py and benchmarks/versions.py keep the other results.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import jax
+from tables import table
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs/trust.md"
+RESULTS = ROOT / "benchmarks/results"
+
+
+def kept(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+# Faults in training
+
+
+def run_faults(*selection):
+    """Run the cases of tests/training_faults.py, and keep which of them held.
+
+    What is kept of other cases stays, so a selection may be run at a time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "tests/test_training_faults.py"]
+        command += ["-q", "-m", "long or not long", f"--junitxml={report}", *selection]
+        subprocess.run(command, cwd=ROOT)
+        keep_faults(report)
+
+
+def keep_faults(report):
+    """Add the cases of a report of pytest to those that are kept."""
+    path = RESULTS / "faults.json"
+    cases = kept("faults")["cases"] if path.exists() else {}
+    for case in ET.parse(report).iter("testcase"):
+        name = case.get("name", "").partition("[")[2].removesuffix("]")
+        if name and case.find("skipped") is None:
+            bad = any(case.find(tag) is not None for tag in ("failure", "error"))
+            kind = "without" if "without" in case.get("name", "") else "with"
+            cases[f"{kind}: {name}"] = not bad
+    command = "python benchmarks/trust.py --faults"
+    found = {"jax": jax.__version__, "command": command, "cases": cases}
+    path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+
+
+def faults(results):
+    """The rows of the harness, and how many of their cases held."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import training_faults
+
+    lines = [("fault", "promised", "kept by", "held", "fails without its guard")]
+    for row in training_faults.ROWS:
+        cells = []
+        for kind in ("with", "without"):
+            start = f"{kind}: {row.fault}: "
+            held = [h for case, h in results["cases"].items() if case.startswith(start)]
+            cells.append(f"{sum(held)} of {len(held)}" if held else "")
+        lines.append((row.fault, row.promise, row.guard, *cells))
+    return table(*lines)
+
+
+# The others
+
+
+def soak(results):
+    """The largest error of a run over its bound, by what is stored and by C."""
+    found = {(r["dtype"], r["holding"], r["topc"]): r for r in results["jitted"]}
+    columns = list(dict.fromkeys(key[:2] for key in found))
+    lines = [("C", *map(", ".join, columns))]
+    for topc in dict.fromkeys(key[2] for key in found):
+        rows = [found.get((*column, topc)) for column in columns]
+        lines.append((topc, *(f"{r['error / bound']:.2f}" if r else "" for r in rows)))
+    wrong, rebuilds = (
+        sum(row[key] for row in found.values())
+        for key in ("other decisions", "rebuilds")
+    )
+    steps = min(row["steps"] for row in found.values())
+    return table(*lines) + (
+        f"\n\n{len(found)} runs of {steps:,} steps, jax {results['jax']}. Decisions "
+        f"that differ from the oracle's: {wrong}.\nRebuilds of the sums: {rebuilds:,}."
+    )
+
+
+def eager(results):
+    lines = [("eager, 2,000 steps", "compilations", "arrays", "MiB", "time")]
+    for row in results["eager"]:
+        name, _, rest = row["optimizer"].partition(",")
+        lines.append(
+            (f"`{name}`" + (rest and f",{rest}"), row["compilations"], row["arrays"])
+            + (f"{row['MiB']:.1f}", f"{row['last third / first']:.2f}")
+        )
+    return table(*lines)
+
+
+def versions(results):
+    """What each row ran, and how many states of the others it restored."""
+    names = ("jax", "optax", "flax", "orbax-checkpoint")
+    lines = [("Python", *names, "packages", "fast suite", "states of others")]
+    for row in results["rows"]:
+        tests = "not run"
+        if "passed" in row:
+            tests = f"{row['passed']:,} passed, {row['failed']} failed"
+            tests += f" ({row['selected']})" if row["selected"] else ""
+        lines.append(
+            (row["python"], *(row.get(name, "") for name in names), row["packages"])
+            + (tests, f"{row['states restored']} of {row['states of others']}")
+        )
+    return table(*lines)
+
+
+# A table's results, and the function that writes it from them.
+TABLES = {
+    "faults": ("faults", faults),
+    "soak": ("soak", soak),
+    "eager": ("soak", eager),
+    "versions": ("versions", versions),
+}
+
+
+def fill(text):
+    """The text with its tables as the results have them."""
+
+    def written(match):
+        name, write = TABLES[match["name"]]
+        return f"{match['begin']}\n{write(kept(name))}\n<!-- end -->"
+
+    block = r"(?P<begin><!-- trust: (?P<name>\w+) -->).*?<!-- end -->"
+    return re.sub(block, written, text, flags=re.S)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--faults", action="store_true", help="run the faults first")
+    options, selection = parser.parse_known_args(argv)
+    if options.faults:
+        run_faults(*selection)
+    PAGE.write_text(fill(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()
