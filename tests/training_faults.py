@@ -556,7 +556,7 @@ ROWS = [
         tuple(OPTIMIZERS),
     ),
     Row(
-        "other meshes: 1 device, 4 × 2, 2 × 4, 1",
+        "other meshes: one device, 4 by 2, 2 by 4, one",
         "The run goes on as on one device, to rounding.",
         "`state_shardings`",
         check_mesh,
