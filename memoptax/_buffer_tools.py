@@ -155,7 +155,8 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
     Raises:
       ValueError: if the state has another structure, shape or dtype than
         ``tx.init(params)``, or has a leaf that is not an array; if a floating-point
-        array has a number that is not finite (a scalar may be infinite); if the entries
+        array has a number that is not finite (a scalar may be infinite), or a
+        second moment, a count or a scale is below 0; if the entries
         of a buffer are not a permutation, its counters contradict each other, or its
         keys or norms are negative. The error names the array.
 
@@ -195,8 +196,15 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
             good = ~jnp.isnan(leaf) if leaf.ndim == 0 else jnp.isfinite(leaf)
             if not jnp.all(good):
                 raise ValueError(f"{name} has numbers that are not finite.")
+        field = next((k.name for k in reversed(path) if hasattr(k, "name")), None)
+        if field in _AT_LEAST_0 and jnp.any(leaf < 0):
+            raise ValueError(f"{name} has numbers below 0.")
     for buffer in _found(bare):
         _check_numbers(buffer)
+
+
+# Fields of states, ours and optax's, that are sums of squares, counts or scales.
+_AT_LEAST_0 = ("nu", "nu_max", "accumulators", "scales", "mu_scales", "count")
 
 
 def _check_numbers(buffer):

@@ -150,3 +150,27 @@ def test_bases_follow_a_divided_state_in_explicit_mode(tx):
 def test_an_array_is_no_dtype(make, name, array):
     with pytest.raises(ValueError, match=f"{name} must be"):
         make(0.1, **{name: array})
+
+
+@pytest.mark.parametrize(
+    ("tx", "name"),
+    [
+        (memoptax.adam_cm(0.1), "nu"),
+        (memoptax.sm3(0.1), "accumulators"),
+        (memoptax.sm3_cm(0.1), "accumulators"),
+        (memoptax.adam_c(0.1), "count"),
+        (memoptax.adam_c(0.1, buffer_dtype="int8"), "scales"),
+        (memoptax.adam_cm(0.1, mu_dtype="int8"), "mu_scales"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_cannot_be_negative_is_refused(tx, name):
+    def spoil(path, leaf):
+        here = any(getattr(key, "name", None) == name for key in path)
+        return leaf - 1 if here else leaf
+
+    state = tx.init(PARAMS)
+    memoptax.check_state(tx, PARAMS, state)
+    state = jax.tree_util.tree_map_with_path(spoil, state)
+    with pytest.raises(ValueError, match="numbers below 0"):
+        memoptax.check_state(tx, PARAMS, state)
