@@ -206,7 +206,7 @@ def _check_mesh(mesh):
 
 def _check_memory(kind, mesh):
     _check.choice("slots_memory_kind", kind, ("pinned_host", "device"))
-    if not isinstance(mesh, Mesh):
+    if isinstance(mesh, AbstractMesh):
         raise ValueError(
             f"slots_memory_kind is {kind!r}, which needs a mesh of devices, but mesh "
             f"is {mesh!r}."

@@ -186,4 +186,5 @@ def test_memory_that_is_not_there_is_refused(mesh):
         r"is 'pinned_host', but the devices of the mesh \(abacus\) have only device"
     )
     with pytest.raises(ValueError, match=message):
-        _sharding._check_memory("pinned_host", Device())
+        mesh = types.SimpleNamespace(devices=np.array([Device()]))
+        _sharding._check_memory("pinned_host", mesh)

@@ -257,7 +257,7 @@ def test_sharded_norm_is_the_norm(mesh):
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ("auto", "which it does not know under check_vma=False: name the axes"),
+        ("auto", "does not track this under check_vma=False: name the axes"),
         ({"matrix": BOTH}, "axes for 1 leaves, but the gradients have 3"),
     ],
 )
