@@ -401,9 +401,10 @@ def test_parameters_may_be_numbers(factory):
 def test_the_path_of_what_is_no_parameter_is_named(factory, leaf):
     tx, good = build(factory), {"layers": [jnp.ones(2), jnp.ones(2)]}
     bad = {"layers": [jnp.ones(2), leaf]}
-    with pytest.raises(ValueError, match=r"parameter \['layers'\]\[1\] (has|must be an array)"):
+    problem = r"\['layers'\]\[1\] (has|must be an array)"
+    with pytest.raises(ValueError, match=f"parameter {problem}"):
         tx.init(bad)
-    with pytest.raises(ValueError, match=r"gradient \['layers'\]\[1\] (has|must be an array)"):
+    with pytest.raises(ValueError, match=f"gradient {problem}"):
         tx.update(bad, tx.init(good), good)
 
 
