@@ -1,5 +1,7 @@
 """optax's transformations for trees in which some updates are row-sparse."""
 
+from typing import Any
+
 import jax
 import optax
 
@@ -49,9 +51,10 @@ def _decay_of_dense(rate):
             for tree in (updates, params)
         )
         # In a tuple, because a lone None would be no parameters.
-        (decayed,), state = dense.update((kept,), state, (decayed,))
+        found: Any
+        found, state = dense.update((kept,), state, (decayed,))
         return _map(
-            lambda u, d: u if d is None else d.astype(u.dtype), updates, decayed
+            lambda u, d: u if d is None else d.astype(u.dtype), updates, found[0]
         ), state
 
     return optax.GradientTransformation(dense.init, update_fn)
