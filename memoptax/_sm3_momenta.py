@@ -192,7 +192,7 @@ def _leaf(boxes, x, parts, numbers, b2, taken):
     dtype = numbers[0].dtype
     x, b2 = x.astype(dtype), _sm3_rules.hyperparameter(b2, dtype)
     found = families.Families(boxes, x.shape)
-    parts = None if parts is None else algorithm.joining(parts)
+    parts = None if parts is None else algorithm.joining(parts, dtype)
     nu, floors, raised = _sm3_rules.sm3_ii(x, numbers, found, b2, parts)
     # A number that overflows stays as it was. An infinite one would never come down.
     raised = tuple(

@@ -187,12 +187,12 @@ def parts(options: Options, before: Buffer, after: Buffer, values) -> list:
     return found
 
 
-def joining(parts: Parts):
+def joining(parts: Parts, dtype):
     """A function, entry by entry, and the tensors from which it computes the result."""
 
     def join(value, *terms):
         total = functools.reduce(jnp.add, terms)
-        return aggregation.combine(value, total, parts.weights)
+        return aggregation.combine(value, total, parts.weights).astype(dtype)
 
     zero = jnp.zeros((), parts.weights[0].dtype)
     terms = holding.terms(parts.stack, parts.slots, parts.held, zero)
