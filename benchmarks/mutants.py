@@ -5,15 +5,22 @@
     python benchmarks/mutants.py --show                # the survivors that are kept
 
 cosmic-ray names all mutants of the files below, and a seeded sample of them is tried,
-one after the other, in a copy of the repository. The tests are those chosen for the
-file, cheapest first, until one fails. A mutant that hangs is noticed as well. Results
-are added to benchmarks/results/mutants.json, and what is kept there is not tried again.
+each in a copy of the repository. The tests are those chosen for the file, cheapest
+first, until one fails. A mutant that hangs is noticed as well. What XLA compiles is
+cached on disk, so that a test compiles again only what the mutant changed. Results are
+added to benchmarks/results/mutants.json, and what is kept there is not tried again. A
+mutant counts only while the code of its file stays, so the tool starts over for a file
+whose code has changed.
 """
 
 import argparse
+import ast
 import collections
+import concurrent.futures
+import hashlib
 import json
 import os
+import queue
 import random
 import shutil
 import subprocess
@@ -102,9 +109,8 @@ def mutated(mutant):
     return mutate_code(text, get_operator(mutant["operator"])(), mutant["occurrence"])
 
 
-def is_idle(mutant, text):
-    """Whether nothing but docstrings and annotations has changed."""
-    import ast
+def code(text):
+    """The code of a file, without its docstrings, comments and annotations."""
 
     class Bare(ast.NodeTransformer):
         def visit_arg(self, node):
@@ -119,27 +125,30 @@ def is_idle(mutant, text):
             node.annotation = ast.Constant(None)
             return self.generic_visit(node)
 
-    before = (ROOT / "memoptax" / mutant["file"]).read_text()
-    trees = [Bare().visit(ast.parse(source)) for source in (before, text)]
-    return ast.dump(trees[0]) == ast.dump(trees[1])
+        def visit_Expr(self, node):
+            is_text = isinstance(node.value, ast.Constant)
+            return ast.Pass() if is_text else self.generic_visit(node)
+
+    return ast.dump(Bare().visit(ast.parse(text)))
 
 
-def fails(copy, tests, limit):
-    """Whether the tests notice: "failed", "hung", or "" if they pass."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-n0",
-        "-p",
-        "no:cacheprovider",
-    ]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+def is_idle(mutant, text):
+    """Whether no code has changed."""
+    return code((ROOT / "memoptax" / mutant["file"]).read_text()) == code(text)
+
+
+def fails(copy, cache, tests, limit):
+    """How the tests notice ("failed", "hung", "" if they pass), and the first test."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", *tests.split()]
+    environment = os.environ | {
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     try:
         done = subprocess.run(
-            [*command, *tests.split()],
+            [*command, "-p", "no:cacheprovider"],
             cwd=copy,
             env=environment,
             capture_output=True,
@@ -150,6 +159,19 @@ def fails(copy, tests, limit):
         return "hung", ""
     lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
     return "failed" if done.returncode else "", (lines or [""])[0]
+
+
+def try_one(mutant, copies, cache, limit):
+    """The mutant with how the tests noticed it, tried in a copy that is free."""
+    copy = copies.get()
+    place = copy / "memoptax" / mutant["file"]
+    try:
+        place.write_text(mutated(mutant))
+        how, test = fails(copy, cache, TESTS[mutant["file"]], limit)
+    finally:
+        shutil.copy(ROOT / "memoptax" / mutant["file"], place)
+        copies.put(copy)
+    return mutant | {"noticed": how, "by": test}
 
 
 def show(kept):
@@ -170,41 +192,68 @@ def key(mutant):
     return tuple(mutant[k] for k in ("file", "operator", "occurrence"))
 
 
+def digest(file):
+    """What tells whether the code of a file has changed since a mutant was tried."""
+    text = code((ROOT / "memoptax" / file).read_text())
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def results():
+    """What is kept, without the mutants of files that have changed."""
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"mutants": []}
+    files = {file: digest(file) for file in TESTS}
+    old = kept.get("files", {})
+    kept["mutants"] = [
+        m for m in kept["mutants"] if old.get(m["file"]) == files.get(m["file"])
+    ]
+    return kept | {"files": files}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=180)
+    parser.add_argument("--count", type=int, default=500, help="mutants to keep")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--minutes", type=float, default=180, help="stop after these")
     parser.add_argument("--limit", type=float, default=900, help="seconds a mutant")
-    parser.add_argument("--show", action="store_true")
+    parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
+    parser.add_argument("--cache", help="folder of compiled programs, to use again")
+    parser.add_argument("--show", action="store_true", help="only print what is kept")
     options = parser.parse_args(argv)
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"mutants": []}
+    kept = results()
     if options.show:
         show(kept)
         return
     everything = mutants()
     sample = random.Random(options.seed).sample(everything, len(everything))
-    known, tried = {key(m) for m in kept["mutants"]}, len(kept["mutants"])
+    known = {key(m) for m in kept["mutants"]}
+    missing = max(options.count - len(known), 0)
+    new = (m for m in sample if key(m) not in known and not is_idle(m, mutated(m)))
+    chosen = [mutant for mutant, _ in zip(new, range(missing))]
     end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "memoptax"
+        cache = options.cache or Path(folder) / "compiled"
         ignore = shutil.ignore_patterns(".git", ".venv*", "_build", ".sdist")
-        shutil.copytree(ROOT, copy, ignore=ignore)
-        for mutant in sample:
-            if tried >= options.count or time.monotonic() > end:
-                break
-            text = mutated(mutant)
-            if key(mutant) in known or is_idle(mutant, text):
-                continue
-            place = copy / "memoptax" / mutant["file"]
-            place.write_text(text)
-            how, test = fails(copy, TESTS[mutant["file"]], options.limit)
-            shutil.copy(ROOT / "memoptax" / mutant["file"], place)
-            kept["mutants"].append(mutant | {"noticed": how, "by": test})
-            tried += 1
-            kept |= {"seed": options.seed, "of": len(everything)}
-            RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
-            print(tried, mutant, how or "SURVIVED", test, flush=True)
+        copies = queue.Queue()
+        for k in range(options.workers):
+            copies.put(Path(folder) / f"memoptax-{k}")
+            shutil.copytree(ROOT, Path(folder) / f"memoptax-{k}", ignore=ignore)
+
+        def one(mutant):
+            if time.monotonic() > end:
+                return None
+            return try_one(mutant, copies, cache, options.limit)
+
+        with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
+            for done in concurrent.futures.as_completed(
+                [pool.submit(one, mutant) for mutant in chosen]
+            ):
+                mutant = done.result()
+                if mutant is None:
+                    continue
+                kept["mutants"].append(mutant)
+                kept |= {"seed": options.seed, "of": len(everything)}
+                RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+                print(len(kept["mutants"]), mutant, flush=True)
     show(kept)
 
 

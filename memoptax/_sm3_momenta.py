@@ -56,9 +56,9 @@ def scale_by_sm3_cm(
     never stored.
 
     A κ or C of 0 keeps no buffer, and M is m: momentum over the root of its own second
-    moment. That is not Adam, whose second moment is that of the gradients. The step is
-    about :math:`1 / (1 - \beta_1)` times as long at first. If a gradient is not finite,
-    the whole update is NaN and the whole state does not change.
+    moment. That is not Adam, whose second moment is that of the gradients. The first
+    steps are about :math:`1 / (1 - \beta_1)` times as long as Adam's. If a gradient is
+    not finite, the whole update is NaN and the whole state does not change.
 
     Memory: C + 2 copies of the parameters (2 for C = 1), for the slots and m, and one
     more with a running sum (``holding='sum'``); less with ``buffer_dtype`` and
@@ -173,7 +173,7 @@ def _boxes(cover, updates, accumulators):
 def _second_moment(boxes, joined, parts, state, b2, taken):
     """ν of every entry, and the accumulators after this step.
 
-    ``parts`` says of each leaf of ``joined`` what it is computed from, or None.
+    ``parts`` has what each leaf of ``joined`` is computed from, or None.
     """
     leaves, treedef = jax.tree.flatten(joined)
     if not leaves:

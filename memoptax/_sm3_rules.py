@@ -169,7 +169,7 @@ def _is_finite(g):
 
 
 def _are_finite(raised):
-    """Whether all squares are finite, from the smallest of the new accumulators."""
+    """Whether all squares are finite, from the shortest of the new accumulators."""
     return jnp.all(jnp.isfinite(min(raised, key=jnp.size)))
 
 
@@ -199,13 +199,13 @@ def zero_accumulators(params, cover, dtype=None):
 
 
 def accumulator_dtype(leaf, dtype):
-    """The ``dtype`` of the user, or for None float32 or better."""
+    """The ``dtype`` of the user, or if it is None, float32 or better."""
     wide = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
     return wide if dtype is None else dtype
 
 
 def check_leaves(leaves, accumulators):
-    """Refuse another number of leaves than the accumulators were made for."""
+    """Refuse a number of leaves other than that the accumulators were made for."""
     if leaves and len(leaves) != len(accumulators):
         raise ValueError(
             f"updates have {len(leaves)} leaves, but the state was made for "

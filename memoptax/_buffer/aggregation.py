@@ -25,7 +25,9 @@ WEIGHTS = {"sum": _sum, "mid": _mid, "mean": _mean}
 
 
 def join(updates, totals, fill, kappa, sound, aggr):
-    """Each of the ``updates`` joined with the sum of the values held, in its dtype.
+    """Each of the ``updates`` joined with the sum of the values held.
+
+    The results have the dtypes of the updates.
 
     ``fill`` (R,) is the number of values in that sum. If it or κ is 0, the updates pass
     through for any ``aggr``. If the step is not ``sound``, they are NaN.
@@ -64,7 +66,7 @@ def _weights(fill, kappa, sound, rule, dtype):
 
 
 def combine(update, total, weights):
-    """The update and the sum of what is held, as one in the dtype of the update."""
+    """The update joined with the sum of the values held, in the update's dtype."""
     weight, total_weight = weights
     joined = weight * update.astype(weight.dtype)
     return (joined + total_weight * total.astype(weight.dtype)).astype(update.dtype)

@@ -6,7 +6,8 @@ values with keys::
   read    ΣB_t and |B_t|
   join    u_t = x_t + κ/|B_t| · ΣB_t
   offer   if |B_t| < C, or if ‖g_t‖ is above the least key:
-              store x_t in an empty entry or that of the least key, with the key ‖g_t‖
+              store x_t with the key ‖g_t‖ in an empty entry, or else in place of the
+              entry with the least key
   decay   multiply all keys by the decay
 
 :func:`recall_and_offer` does one step of it.
@@ -34,7 +35,7 @@ class Buffer(NamedTuple):
     three ways: select, read or sum (``holding``).
     """
 
-    slots: Any  # like the params, in the storage's dtype; but for select (C + 1, ...)
+    slots: Any  # (C + 1, ...), or for select like the params, in the storage's dtype
     scales: Any  # int8: per leaf, as slots with a last axis of 1, float32; else None
     keys: jax.Array  # (R, C), float32 or better: decayed priorities
     ages: jax.Array  # (R, C), int32: offers since the entry came in, from 1; 0 is empty
@@ -90,11 +91,12 @@ def recall_and_offer(
 ):
     """``values`` joined with the buffer, and the buffer after ``values`` were offered.
 
-    The buffer is read before it is written, as in the papers, so a value is never
-    averaged with itself. The priority is that of the ``gradients``. The values are only
-    offered if the norms of the gradients are finite, the priority is at least 0, and
-    the step is ``sound``. ``stored`` are the values in storage, if the caller keeps
-    them in storage itself.
+    The sum is that of the values held before, as in the papers, so a value is never
+    averaged with itself. The new value goes to the spare slot, which is not read. The
+    priority is that of the ``gradients``. The values are only offered if the norms of
+    the gradients are finite, the priority is at least 0, and the step is ``sound``.
+    ``stored`` are the values as the slots store them, if the caller has encoded them
+    already.
     """
     matching.check(options, buffer, gradients, params)
     check_scales(options, gradients, buffer.scales)
@@ -135,7 +137,7 @@ def _measured(options: Options, buffer: Buffer, values, gradients):
 
 def _read_and_offer(options: Options, buffer, values, stored, norms, priority, sound):
     """The sum of the values held, per leaf, and the buffer after the offer."""
-    step = _step if options.across is None else _step_on_devices
+    step = _compiled_step if options.across is None else _one_step
     return step(
         buffer,
         values,
@@ -161,11 +163,12 @@ class Parts(NamedTuple):
 
 
 def parts(options: Options, before: Buffer, after: Buffer, values) -> list:
-    """Per leaf, the :class:`Parts` of what :func:`recall_and_offer` returned.
+    """Per leaf, the :class:`Parts` of what :func:`recall_and_offer` returned, or None.
 
-    None if the slots were overwritten, or if ``aggr`` is a function, which may look at
-    other elements. Also None if the slots are as wide as the result. Reading them again
-    would move more bytes than storing the result (sm3_cm with C = 5 on an H100: 88
+    It is None unless the way is read, because other ways overwrite what they read. It
+    is None if ``aggr`` is a function, which may look at other elements. It is None if
+    the slots are as wide as the result. Reading them again would then move more bytes
+    than storing the result (sm3_cm with C = 5 on an H100: 88
     bytes per parameter instead of 68).
     """
     leaves, stacks = jax.tree.leaves(values), holding.stacks_of(after)[0]
@@ -199,7 +202,7 @@ def joining(parts: Parts, dtype):
     return join, (parts.value, *(layout.like(t, parts.value) for t in terms))
 
 
-def _step_on_devices(
+def _one_step(
     buffer: Buffer,
     values,
     stored,
@@ -231,8 +234,8 @@ def _step_on_devices(
 
 
 # Compiled once for all optimizers and steps, so that an eager update compiles nothing.
-# _step_on_devices is called directly only under jax.shard_map, which traces it.
-_step = jax.jit(_step_on_devices, static_argnames=("way", "across"))
+# Under jax.shard_map, which traces it, _one_step is called directly.
+_compiled_step = jax.jit(_one_step, static_argnames=("way", "across"))
 
 
 def is_within(options: Options, gradients, dtype, limit=None) -> jax.Array:
@@ -264,7 +267,7 @@ def _needs_own_norms(options: Options, buffer: Buffer, offers) -> bool:
 
 
 def _key(seed):
-    """The key of a seed, of all of whose bits: JAX alone would take the last 32."""
+    """A key made from all 64 bits of a seed. JAX alone would use the last 32."""
     if isinstance(seed, jax.Array):
         return jax.random.key(seed)
     high, low = divmod(seed % 2**64, 2**32)

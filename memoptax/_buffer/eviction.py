@@ -56,7 +56,7 @@ RULES = {"priority": (least, True), "fifo": (oldest, False)}
 def decide(buffer, priority, finite, fifo) -> Decision:
     """Decide on an offer of this ``priority`` (R,), if it is ``finite`` (R,).
 
-    ``fifo`` says whether this step is first in, first out. None means never. Empty
+    ``fifo`` says whether this step evicts the oldest entry. None means never. Empty
     entries are filled first, in order. A priority equal to the least key is refused.
     """
     entry, gate = _by_rule(buffer, "priority", priority)
@@ -77,8 +77,8 @@ def _by_rule(buffer, name, priority):
 def insert(buffer, decision: Decision, priority, decay):
     """The buffer's keys, ages and counters after a decision.
 
-    The new key comes in first. Then all keys decay, the new one too. A ``decay`` is
-    clipped to [0, 1], and NaN counts as 1.
+    The new key is inserted first. Then all keys decay, including the new one. A
+    ``decay`` is clipped to [0, 1], and NaN counts as 1.
     """
     offered, accepted, _, before = decision
     new = here(decision, buffer.keys.shape)
@@ -96,13 +96,13 @@ def insert(buffer, decision: Decision, priority, decay):
 
 
 def here(decision: Decision, shape) -> jax.Array:
-    """The place of the new entry in (R, C), if it is accepted."""
+    """A mask (R, C) of the place of the new entry, if it is accepted."""
     column = jnp.arange(shape[1], dtype=decision.entry.dtype)
     return (column == decision.entry[:, None]) & decision.accepted[:, None]
 
 
 def draw(draws: Any, probability, finite):
-    """Whether this step is first in, first out (None means never), and the next key."""
+    """Whether this step evicts the oldest entry (None is never), and the next key."""
     if draws is None:
         return None, None
     kept, key = jax.random.split(jax.random.wrap_key_data(draws))

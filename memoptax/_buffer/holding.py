@@ -4,14 +4,14 @@
 
 *read* has C + 1 slots. Every new value is written into the spare slot. Then the slots
 of the entries held before are added up. If the value stays, the slot of the entry that
-leaves becomes the spare one. The reads depend on the write by data, so XLA can update
-the slots in place.
+leaves becomes the spare one. The reads have a data dependency on the write, so XLA can
+update the slots in place.
 
 *sum* writes in the same way and keeps the sum of all values in the state. A step
 touches two slots for any C: :mod:`memoptax._buffer.running_sum`.
 
 ``entries`` of a buffer says which entry each slot holds, with C for the spare one. Only
-the order of those numbers counts, so zeros mean that the entries are in order.
+the order of those numbers is used, so zeros mean that the entries are in order.
 """
 
 import functools
@@ -33,7 +33,7 @@ _READ_BYTES = 20
 
 
 def way(holding: str | None, topc: int, itemsize: int) -> str:
-    """The way that ``holding`` names. None is the default for C and the itemsize."""
+    """The way that ``holding`` names. None chooses by C and the itemsize."""
     if holding is not None:
         return holding
     if topc == 1:
@@ -93,7 +93,7 @@ def rows(entries, decision: eviction.Decision) -> list[Row]:
 
 
 def moved(entries, decision: eviction.Decision):
-    """``entries`` after the new value went into the spare slot, if it stays."""
+    """``entries`` once the value in the spare slot has been accepted, or refused."""
     if entries is None:
         return None
     topc = entries.shape[1] - 1
@@ -216,7 +216,7 @@ def exchange(way, buffer, values, stored, decision, norms, across):
 
 
 def per_leaf(rows: list, leaves) -> list:
-    """A list with an item per row as one with an item per leaf."""
+    """A list of one item per leaf from a list of one item per row."""
     return rows * len(leaves) if len(rows) == 1 else rows[: len(leaves)]
 
 

@@ -11,7 +11,7 @@ _KEEP = "Pass the arguments that the state was made with, or make a new one with
 
 
 def check(options: Options, buffer, updates, params=None) -> None:
-    """Refuse a buffer that other options made, while tracing.
+    """While tracing, refuse a buffer that other options made.
 
     Shapes, dtypes and structures are known then, but values are not.
     :func:`memoptax.check_state` checks the values. The dtype that ``buffer_dtype=None``
@@ -69,7 +69,7 @@ def _check_dtypes(options, buffer, params):
 
 
 def _holds(dtype, param) -> bool:
-    """Whether a dtype has all numbers of that of a parameter."""
+    """Whether a dtype can represent every value of a parameter's dtype."""
     own = jnp.result_type(param)
     if not jnp.issubdtype(own, jnp.floating):
         return True

@@ -53,7 +53,7 @@ class Options(NamedTuple):
     holding: str | None
 
     def way(self, slots) -> str:
-        """The way to hold values in ``slots``, of which only the dtypes count."""
+        """The way to hold values in ``slots``. Only their dtypes matter."""
         return holding_.way(self.holding, self.topc, holding_.itemsize(slots))
 
     def is_sound(self):
@@ -80,7 +80,7 @@ class Options(NamedTuple):
 
     @property
     def rule(self) -> Priority | None:
-        """The user's priority, which may be inside of sharded_norm, or None."""
+        """The user's priority, which may be wrapped in sharded_norm, or None."""
         norm = self.priority_fn
         return norm.rule if isinstance(norm, sharded_norm.ShardedNorm) else norm
 

@@ -10,7 +10,7 @@ from memoptax._tensors import storage
 
 
 def resize(buffer, topc: int, way: str):
-    """The buffer with capacity ``topc``: its most critical entries, in their order."""
+    """The buffer with capacity ``topc``: its most critical entries, in order."""
     rows, before = buffer.keys.shape
     kept = min(topc, before)
     chosen = jnp.sort(jax.lax.top_k(eviction.ranks(buffer), kept)[1], axis=1)
@@ -116,7 +116,7 @@ def _are_norms(numbers) -> bool:
 
 
 def _are_misplaced(entries) -> bool:
-    """Whether a row is neither all zeros nor every entry once."""
+    """Whether a row is neither all zeros nor a permutation of the entries."""
     if entries is None:
         return False
     rows = np.sort(np.asarray(entries), axis=1)

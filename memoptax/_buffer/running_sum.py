@@ -14,7 +14,7 @@ _TOLERANCE = 1e-5 / float(jnp.finfo(jnp.float32).eps / 2)
 
 
 def exchange(buffer, values, stacks, stored, rows, decision, norms, across, write):
-    """The sums before the offer, and after it the slots and the fields of the sums.
+    """The sums before the offer, and the slots and the fields of the sums after it.
 
     ``write`` puts a value into the spare slot of its leaf. ``rows`` has the decision on
     each leaf.
@@ -53,7 +53,7 @@ def _before(total, after, change):
 
     XLA's CPU backend copies a sum that is read after it was overwritten. The copy takes
     a quarter of the parameters in temporaries and a fifth of the step. So on a CPU the
-    change is subtracted from the sum after, which costs 2·eps·|new| of accuracy.
+    change is subtracted from the updated sum, which costs 2·eps·|new| of accuracy.
     """
     return jax.lax.platform_dependent(
         total,
@@ -114,7 +114,7 @@ def from_slots(totals, stacks, spares, wanted=True):
     ``spares`` has an item per leaf. When one leaf needs it, one loop rebuilds the sums
     of all leaves: leaves are accepted together, so their bounds are reached at about
     the same time, and a loop per leaf would take long to compile. Only sums leave the
-    loop, so no stack is copied. If no rebuild is wanted, the loop takes no turn.
+    loop, so no stack is copied. If no rebuild is wanted, the loop does not run.
     """
     topc = max((storage.copies(stack) for stack in stacks), default=1) - 1
     block = _block(topc)

@@ -45,10 +45,13 @@ def sharded_norm(
       A function from gradients to a scalar.
 
     Raises:
-      ValueError: if ``rule`` is not a function; when the result is called, if ``axes``
-        is ``'auto'`` under ``check_vma=False``, where JAX does not track what varies,
-        or a tree with another number of leaves; in ``update``, if a ``PartitionSpec``
-        divides the last axis of a leaf in int8, because a row has one scale.
+      ValueError: in three places.
+        - At once, if ``rule`` is not a function.
+        - When the result is called, if ``axes`` is a tree with another number of
+          leaves, or ``'auto'`` under ``check_vma=False``, where JAX does not track
+          which values vary between devices.
+        - In ``update``, if a ``PartitionSpec`` divides the last axis of a leaf in int8,
+          because a row has one scale.
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax
