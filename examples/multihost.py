@@ -49,7 +49,7 @@ def init_params(seed=0):
 
 
 def specs_of(params):
-    """Specs that divide the first axis over all devices, if their number divides it."""
+    """Specs that divide the first axis over all devices, if it divides evenly."""
     devices = jax.device_count()
     return jax.tree.map(
         lambda p: P("data") if p.shape[0] % devices == 0 else P(), params
@@ -65,8 +65,8 @@ def loss_of(params, images, labels):
 def train(tx, steps):
     """The losses, the parameters in every process, and the bytes of state per device.
 
-    Every process loads all data here and takes its own rows. From files, each would
-    read only these.
+    Every process loads all data here and takes its own rows. With data in files, each
+    would read only its own rows.
     """
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
     over = functools.partial(NamedSharding, mesh)

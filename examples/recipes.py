@@ -93,7 +93,7 @@ def lora(steps=200):
 
 
 def sweep(steps=100, capacities=(1, 5)):
-    """Every rate, decay and κ in one program for each C. C sets shapes, so it loops."""
+    """Every rate, decay and κ in one program for each C, because C sets shapes."""
     data, params = digits(), create_params()
     grid = list(itertools.product((1e-3, 3e-3), (0.7, 0.99), (0.5, 1.0)))
 
@@ -129,7 +129,7 @@ def change_of_task(steps=200):
 
 
 def polyak_average(steps=400, rate=1.0):
-    """An average of the parameters, which may never settle, by ``optax.ema``."""
+    """An average, by ``optax.ema``, of parameters that may never settle."""
     data, params = digits(), create_params()
     tx, average = memoptax.sgd_c(rate), optax.ema(0.98)
 

@@ -24,7 +24,7 @@ def buffer_stats(state: Any, updates: Any = None) -> dict[str, jax.Array]:
     ``opt_state`` of Flax's ``nnx.Optimizer``. It copies no slot. Jit it on its own,
     apart from the training step. Rows and leaves are averaged.
 
-    With :math:`\bar B_l` the mean of the F values stored of leaf l, and g the updates,
+    With :math:`\bar B_l` the mean of the F stored values of leaf l, and g the updates,
 
     .. math::
       \mathrm{coherence} = \sqrt{\frac{\sum_l \lVert \bar B_l \rVert^2}
@@ -81,7 +81,7 @@ def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> Sta
 
     A smaller buffer keeps the most critical entries. A larger one has empty slots.
     Keys, ages and counters stay, and the sums are rebuilt. Restore a checkpoint with
-    the ``topc`` that it was saved with, and resize it then.
+    the ``topc`` that it was saved with, and then resize it.
 
     Args:
       state: the state of an optimizer with critical gradients or momenta.
@@ -116,7 +116,7 @@ def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> Sta
 
 
 def reset_buffer(state: State) -> State:
-    """The state with its buffers emptied, as when the task changes. Moments are kept.
+    """The state with its buffers emptied, for a change of task. Moments are kept.
 
     Args:
       state: the state of an optimizer with critical gradients or momenta.

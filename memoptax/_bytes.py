@@ -107,7 +107,7 @@ def memory_report(
       A :class:`MemoryReport`. The ``slots`` of a buffer and their ``total`` (the sum)
       are fields of their own. A moment has the name that its optimizer gives it. The
       row ``undonated`` is for a step that does not donate the state
-      (``donate_argnums``), and so holds the old one and the new one.
+      (``donate_argnums``), and so holds both the old and the new one.
 
     Raises:
       ValueError: if ``shardings`` is not like the state.

@@ -351,8 +351,8 @@ def adam_c(
     less with ``buffer_dtype``.
 
     Args:
-      learning_rate: η, a number or an optax schedule. The authors retune it, between
-        a tenth of the base's rate and that rate.
+      learning_rate: η, a number or an optax schedule. The authors tune it again, from
+        a tenth of the base's rate up to that rate.
       b1: β₁ in [0, 1).
       b2: β₂ in [0, 1).
       eps: ε ≥ 0, outside the root.

@@ -68,8 +68,8 @@ def state_partition_specs(
 
     Raises:
       ValueError: if a spec is not a ``PartitionSpec``, or has more entries than its
-        parameter has axes, naming the parameter; if ``over`` is not names of axes of
-        the mesh, or names one that divides a parameter already.
+        parameter has axes (the error names the parameter); if ``over`` does not name
+        axes of the mesh, or names one that already divides a parameter.
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax
@@ -157,9 +157,9 @@ def state_shardings(
       A tree like the state.
 
     Raises:
-      ValueError: if the parameters are on no mesh and ``mesh`` is None, or on two; if
-        ``over`` is not names of axes of the mesh, or names one that divides a parameter
-        already; if the devices have no memory of the kind.
+      ValueError: if ``mesh`` is None and the parameters are on no mesh, or on two;
+        if ``over`` does not name axes of the mesh, or names one that already divides a
+        parameter; if the devices have no memory of that kind.
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax

@@ -43,8 +43,8 @@ def scale_by_sm3(
     r"""Divide by the root of the least accumulator among the boxes of each entry.
 
     SM3 covers each tensor with families of boxes r, keeps one number per box, and
-    bounds Adagrad's sum of squares from above by the least of them. SM3-II, the
-    default, and SM3-I do
+    bounds Adagrad's sum of squares from above by the least of them. SM3-II
+    (the default) and SM3-I compute
 
     .. math::
       \text{II:}\quad \nu_t(i) &= \min_{r \ni i} A_{t-1}(r) + g_t(i)^2, &
@@ -67,8 +67,8 @@ def scale_by_sm3(
 
     If a squared gradient of a leaf is not finite, the accumulators and the momentum of
     the leaf do not change. Where every entry has its own accumulator (vectors and
-    scalars, by default), this applies to each entry alone, or to each row alone of an
-    int8 momentum. The update is not finite where the gradient is not, so that
+    scalars, by default), this applies entry by entry, or row by row with an int8
+    momentum. The update is not finite where the gradient is not, so that
     ``optax.apply_if_finite`` can see it.
 
     A gradient leaf may be row-sparse (``jax.experimental.sparse.BCOO`` with one sparse

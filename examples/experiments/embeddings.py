@@ -43,7 +43,7 @@ def read_corpus():
 
 
 def hashed_ngrams(word):
-    """Rows of the word and of its n-grams, filled up with BUCKETS, which is no row."""
+    """Rows of the word and its n-grams, padded with BUCKETS, which is not a row."""
     marked = f"<{word}>"
     grams = [marked] + [
         marked[i : i + n] for n in (3, 4, 5) for i in range(len(marked) - n + 1)
@@ -74,7 +74,7 @@ def batches(text, size, seed=0):
 
 def loss(rows):
     """Negative sampling: the first of the contexts is real, the others are noise."""
-    filled = (jnp.abs(rows["ngrams"]).sum(-1) > 0).sum(1)  # rows outside are zeros
+    filled = (jnp.abs(rows["ngrams"]).sum(-1) > 0).sum(1)  # padding gives zeros
     words = rows["ngrams"].sum(1) / filled[:, None]
     scores = jnp.einsum("bd,bkd->bk", words, rows["contexts"])
     signs = jnp.where(jnp.arange(1 + NEGATIVES) == 0, 1.0, -1.0)

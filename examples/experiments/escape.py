@@ -27,7 +27,7 @@ FLAT_MINIMUM = 1.5
 SMOOTHING = 0.05
 EMA_DECAY = 0.99
 WARMUP = 100
-WEIGHTLESS = 1e-6  # a κ so small that the buffer does nothing, but not Adam's κ = 0
+WEIGHTLESS = 1e-6  # a κ so small that the buffer does nothing; κ = 0 is Adam
 
 
 class Outcome(NamedTuple):

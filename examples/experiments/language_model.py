@@ -4,9 +4,9 @@
     python language_model.py --devices 8 --mesh 4x2 --checkpoint checkpoints
 
 An optimizer is named as in memoptax or optax, with arguments after a colon. Parameters
-and optimizer state are sharded over a mesh, and a batch over its first axis. The batch
-is drawn from the number of the step, so that a run that was killed takes the same steps
-once it resumes.
+and optimizer state are sharded over a mesh, and a batch over its first axis. The number
+of the step determines its batch, so a run that was killed takes the same steps after it
+resumes.
 """
 
 import argparse
@@ -204,7 +204,8 @@ def make_step(nodes, settings, mesh):
     """A function of ``nodes`` (model and optimizer) and the text that takes a step.
 
     Its windows of text are drawn from the seed and the number of the step. Everything
-    keeps its sharding: XLA would change some, and compile again for the next step.
+    keeps its sharding. Otherwise XLA would change some, and compile again for the next
+    step.
     """
     layout = jax.tree.map(lambda x: x.sharding, nnx.state(nodes))
     over_batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
