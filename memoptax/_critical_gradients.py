@@ -215,9 +215,7 @@ def sgd_c(
         store decayed gradients in the buffer, chain ``optax.add_decayed_weights`` in
         front of :func:`critical_gradients`.
       aggr: as in :func:`critical_gradients`.
-      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
-        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
-        :func:`critical_gradients`.
+      **buffer: the other arguments of :func:`critical_gradients`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -286,9 +284,7 @@ def rmsprop_c(
       initial_scale: the initial value of the second moment.
       weight_decay: λ ≥ 0, a number or a schedule, added after aggregation (L2).
       aggr: as in :func:`critical_gradients`.
-      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
-        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
-        :func:`critical_gradients`.
+      **buffer: the other arguments of :func:`critical_gradients`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -365,9 +361,7 @@ def adam_c(
       amsgrad: whether to divide by the maximum of v so far. As in PyTorch, this is the
         maximum of the uncorrected v. It excludes ``nesterov``.
       aggr: as in :func:`critical_gradients`.
-      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
-        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
-        :func:`critical_gradients`.
+      **buffer: the other arguments of :func:`critical_gradients`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -437,9 +431,7 @@ def adamw_c(
       nesterov: whether to use Nesterov momentum.
       amsgrad: as in :func:`adam_c`.
       aggr: as in :func:`critical_gradients`.
-      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
-        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
-        :func:`critical_gradients`.
+      **buffer: the other arguments of :func:`critical_gradients`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.

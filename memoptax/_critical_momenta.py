@@ -197,9 +197,7 @@ def scale_by_adam_cm(
         are. The option costs one temporary copy of the parameters.
       mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
       aggr: as in :func:`critical_gradients`.
-      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
-        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
-        :func:`critical_gradients`.
+      **buffer: the other arguments of :func:`critical_gradients`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. It ignores extra arguments, and its
@@ -308,9 +306,7 @@ def sgd_cm(
       b1: β₁ in [0, 1), the decay of the momentum.
       mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
       aggr: as in :func:`critical_gradients`.
-      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
-        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
-        :func:`critical_gradients`.
+      **buffer: the other arguments of :func:`critical_gradients`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -364,9 +360,7 @@ def adam_cm(
       amsgrad: as in :func:`scale_by_adam_cm`.
       skip_first: as in :func:`scale_by_adam_cm`.
       aggr: as in :func:`critical_gradients`.
-      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
-        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
-        :func:`critical_gradients`.
+      **buffer: the other arguments of :func:`critical_gradients`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -435,9 +429,7 @@ def adamw_cm(
       skip_first: as in :func:`scale_by_adam_cm`. The first step then
         only applies weight decay.
       aggr: as in :func:`critical_gradients`.
-      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
-        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
-        :func:`critical_gradients`.
+      **buffer: the other arguments of :func:`critical_gradients`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.

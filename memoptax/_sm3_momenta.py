@@ -76,9 +76,7 @@ def scale_by_sm3_cm(
         :func:`scale_by_adam_cm`.
       mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
       aggr: as in :func:`critical_gradients`.
-      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
-        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
-        :func:`critical_gradients`.
+      **buffer: the other arguments of :func:`critical_gradients`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. It ignores extra arguments, and its
@@ -250,9 +248,7 @@ def sm3_cm(
         only applies weight decay.
       mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
       aggr: as in :func:`critical_gradients`.
-      **buffer: ``topc``, ``decay``, ``kappa``, ``synced``, ``priority_fn``,
-        ``buffer_dtype``, ``fifo_probability``, ``seed`` and ``holding``, also as in
-        :func:`critical_gradients`.
+      **buffer: the other arguments of :func:`critical_gradients`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.

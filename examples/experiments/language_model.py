@@ -445,7 +445,7 @@ def parse(argv):
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--mesh", default="1x1", help="devices, as in 4x2 (1x1)")
     parser.add_argument(
-        "--devices", type=int, help="simulate so many on the CPU (none)"
+        "--devices", type=int, help="simulate this many on the CPU (none)"
     )
     parser.add_argument(
         "--checkpoint", type=Path, help="folder to save to and resume from (none)"

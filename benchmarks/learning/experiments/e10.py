@@ -93,7 +93,7 @@ def plan():
 
 EXPERIMENT = Experiment(
     name="e10",
-    question="Do critical momenta help where data come once, in the order of time?",
+    question="Do critical momenta help on data seen once, in the order of time?",
     bounds=(
         "327,346 flights in the order of their scheduled departure: late by more than "
         "15 minutes or not, a perceptron with 32 hidden units, batches of 64 (5,114 "
