@@ -252,7 +252,7 @@ def _priority(options: Options, gradients, leaves, norms) -> jax.Array:
     """
     rule = options.rule
     if rule is None:
-        return jnp.sum(norms, keepdims=True) if options.synced else norms
+        return _norms.total(norms) if options.synced else norms
     parts = jax.lax.stop_gradient([gradients] if options.synced else leaves)
     return _norms.vector(
         [options.priority_of(rule(part), norms.dtype) for part in parts], norms.dtype

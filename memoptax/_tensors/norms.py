@@ -14,7 +14,7 @@ def of(leaves, dtype, across=None):
     wide = jnp.result_type(dtype, *leaves)
     squares = [_squares(jax.lax.stop_gradient(x).astype(wide)) for x in leaves]
     squares = squares if across is None else across(squares)
-    return vector([_root(each) for each in squares], dtype).astype(dtype)
+    return _roots(jnp.stack(squares)).astype(dtype) if leaves else vector([], dtype)
 
 
 def vector(scalars, dtype):
@@ -23,6 +23,16 @@ def vector(scalars, dtype):
     Tools that save a state refuse an array without entries.
     """
     return jnp.stack(scalars) if scalars else jnp.zeros((1,), dtype)
+
+
+def total(norms):
+    """The sum of the norms, (1,).
+
+    XLA turns a plain sum of L scalars into L - 1 additions, and its CPU backend repeats
+    these in the code of every leaf. It does not look behind the magnitudes, so a step
+    of 200 leaves compiles in 5 s instead of 26 (sgd_c with C = 1).
+    """
+    return jnp.sum(jnp.abs(norms), keepdims=True)
 
 
 def _bounds(dtype):
@@ -58,24 +68,25 @@ def _squares_by_size(x):
 def _squares_by_case(x):
     edge, scale = _bounds(x.dtype)
     square = jnp.sum(jnp.square(x))
-    zero = jnp.zeros_like(square)
-
-    def plain(x, square):
-        return jnp.stack([zero, square, zero])
-
-    def scaled(x, square):
-        large = jnp.max(jnp.abs(x), initial=0) > 1
-        factor = jnp.where(large, 1 / scale, scale).astype(x.dtype)
-        part = jnp.sum(jnp.square(x * factor))
-        nan = jnp.where(jnp.isnan(square), square, 0)
-        return jnp.stack([jnp.where(large, part, 0), nan, jnp.where(large, 0, part)])
-
     safe = (square > edge**-1.5) & (square < edge**3)
-    return jax.lax.cond(safe, plain, scaled, x, square)
+    large = square > 1
+    factor = jnp.where(large, 1 / scale, scale).astype(x.dtype)
+    # Little is in the conditional, because XLA compiles it for each leaf.
+    square = jax.lax.cond(
+        safe,
+        lambda x, factor, square: square,
+        lambda x, factor, square: jnp.sum(jnp.square(x * factor)),
+        x,
+        factor,
+        square,
+    )
+    ordinary = safe | jnp.isnan(square)
+    chosen = jnp.stack([large & ~ordinary, ordinary, ~(large | ordinary)])
+    return jnp.where(chosen, square, 0)
 
 
-def _root(squares):
-    large, ordinary, small = squares
+def _roots(squares):
+    large, ordinary, small = jnp.moveaxis(squares, -1, 0)
     _, scale = _bounds(squares.dtype)
     return jnp.where(
         large > 0,
