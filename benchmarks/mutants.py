@@ -18,6 +18,7 @@ import ast
 import collections
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
 import queue
@@ -133,8 +134,11 @@ def code(text):
 
 
 def is_idle(mutant, text):
-    """Whether no code has changed."""
-    return code((ROOT / "memoptax" / mutant["file"]).read_text()) == code(text)
+    """Whether no code has changed, or what came out is no Python."""
+    try:
+        return code((ROOT / "memoptax" / mutant["file"]).read_text()) == code(text)
+    except SyntaxError:
+        return True
 
 
 def fails(copy, cache, tests, limit):
@@ -211,12 +215,13 @@ def results():
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=500, help="mutants to keep")
+    parser.add_argument("--count", type=int, default=500, help="size of the sample")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--minutes", type=float, default=180, help="stop after these")
-    parser.add_argument("--limit", type=float, default=900, help="seconds a mutant")
+    parser.add_argument("--limit", type=float, default=240, help="seconds a mutant")
     parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
     parser.add_argument("--cache", help="folder of compiled programs, to use again")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of file names")
     parser.add_argument("--show", action="store_true", help="only print what is kept")
     options = parser.parse_args(argv)
     kept = results()
@@ -226,9 +231,13 @@ def main(argv=None):
     everything = mutants()
     sample = random.Random(options.seed).sample(everything, len(everything))
     known = {key(m) for m in kept["mutants"]}
-    missing = max(options.count - len(known), 0)
-    new = (m for m in sample if key(m) not in known and not is_idle(m, mutated(m)))
-    chosen = [mutant for mutant, _ in zip(new, range(missing))]
+    active = (mutant for mutant in sample if not is_idle(mutant, mutated(mutant)))
+    chosen = [
+        mutant
+        for mutant in itertools.islice(active, options.count)
+        if key(mutant) not in known
+        and any(part in mutant["file"] for part in options.only)
+    ]
     end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
         cache = options.cache or Path(folder) / "compiled"
