@@ -218,7 +218,7 @@ def main(argv=None):
     parser.add_argument("--count", type=int, default=500, help="size of the sample")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--minutes", type=float, default=180, help="stop after these")
-    parser.add_argument("--limit", type=float, default=240, help="seconds a mutant")
+    parser.add_argument("--limit", type=float, default=900, help="seconds a mutant")
     parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
     parser.add_argument("--cache", help="folder of compiled programs, to use again")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of file names")

@@ -153,12 +153,12 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
       None.
 
     Raises:
-      ValueError: if the state has another structure, shape or dtype than
-        ``tx.init(params)``, or has a leaf that is not an array; if a floating-point
-        array has a number that is not finite (a scalar may be infinite), or a
-        second moment, a count or a scale is below 0; if the entries
-        of a buffer are not a permutation, its counters contradict each other, or its
-        keys or norms are negative. The error names the array.
+      ValueError: if the state differs from ``tx.init(params)`` in structure, shape or
+        dtype, or has a leaf that is not an array; if a floating-point array has a
+        number that is not finite (a scalar may be infinite), or a second moment, a
+        count or a scale is below 0; if the entries of a buffer are not a permutation,
+        its counters contradict each other, or its keys or norms are negative. The error
+        names the array.
 
     Examples:
       >>> import memoptax, jax.numpy as jnp

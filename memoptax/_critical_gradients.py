@@ -49,7 +49,7 @@ def critical_gradients(
     refuses a gradient whose norm is not above the least key in the buffer. Among equal
     keys, the entry with the lowest index is replaced. If the gradient or its priority
     is not finite, the buffer does not change. The update is still returned, so that
-    ``optax.apply_if_finite`` can see it.
+    later transformations can see it.
 
     Memory: C + 1 copies of the parameters, or one copy for C = 1. A running sum
     (``holding='sum'``) takes one more. Donate the state
@@ -57,8 +57,8 @@ def critical_gradients(
     step.
 
     At the defaults nearly every gradient is accepted, so the buffer holds about the
-    last C gradients. :func:`memoptax.buffer_stats` reports the acceptance. With a
-    larger ``decay`` or a smaller C the buffer selects more.
+    last C gradients. :func:`memoptax.buffer_stats` reports the acceptance. A larger
+    ``decay`` or a smaller C makes the buffer selective.
 
     Under ``optax.partition`` each group has its own buffer and priority.
     ``optax.MultiSteps`` chooses between the old and the new inner state, buffer
@@ -94,18 +94,18 @@ def critical_gradients(
         refused if its norm exceeds the range of the dtype (65504 in float16). int8 has
         one float32 scale per row of the last axis, or one for a tensor of rank 0 or 1.
         The error of an element is then at most 1/254 of the largest magnitude in its
-        row. Rows below 1.5e-36 become 0. No derivative flows through the slots.
+        row. Rows below 1.5e-36 become 0. No derivative flows through int8.
         ``docs/low_precision.md`` has the measured effect on accuracy.
       fifo_probability: the probability that a step replaces the oldest entry of a full
         buffer without comparing keys, drawn once per step. None means never.
       seed: the seed of those draws.
       holding: how the C values are held. ``'select'`` is for C = 1: one slot with the
         shape of its parameter. ``'read'`` has C + 1 slots and reads C of them on every
-        step. ``'sum'`` has C + 1 slots and their sum, and reads two slots for any C.
+        step. ``'sum'`` has C + 1 slots and their sum, and moves two slots for any C.
         The error of that sum is at most 1e-5 of the summed norms of the leaf's values
         (2e-14 in float64). None means ``'select'`` for C = 1, ``'read'`` for up to 20
-        bytes of slots per parameter, and ``'sum'`` beyond that. On a CPU
-        ``'sum'`` is faster from about C = 5 in float32 and C = 20 in int8.
+        bytes of slots per parameter, and ``'sum'`` beyond that. On a CPU ``'sum'`` is
+        faster from about C = 5 in float32 and C = 20 in int8.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. It ignores extra arguments, and its

@@ -136,7 +136,7 @@ def state_shardings(
 
     With ``over`` each device holds a part of the state that would otherwise be
     replicated (ZeRO-1). In both modes such a state is made as above. The step then also
-    needs the shardings of its results, so that it gathers the updates::
+    needs the shardings of its results, and so gathers the parameters::
 
       of_params = jax.tree.map(lambda p: p.sharding, params)
       step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(of_params, shardings))

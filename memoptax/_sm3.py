@@ -68,8 +68,8 @@ def scale_by_sm3(
     If a squared gradient of a leaf is not finite, the accumulators and the momentum of
     the leaf do not change. Where every entry has its own accumulator (vectors and
     scalars, by default), this applies entry by entry, or row by row with an int8
-    momentum. The update is not finite where the gradient is not, so that
-    ``optax.apply_if_finite`` can see it.
+    momentum. The update is not finite where the gradient is not, so that later
+    transformations see it.
 
     A gradient leaf may be row-sparse (``jax.experimental.sparse.BCOO`` with one sparse
     dimension, see :func:`memoptax.sparse.row_value_and_grad`). Its parameter needs the

@@ -47,7 +47,7 @@ def sharded_norm(
     Raises:
       ValueError: in three places.
         - At once, if ``rule`` is not a function.
-        - When the result is called, if ``axes`` is a tree with another number of
+        - When the result is called, if the tree ``axes`` has the wrong number of
           leaves, or ``'auto'`` under ``check_vma=False``, where JAX does not track
           which values vary between devices.
         - In ``update``, if a ``PartitionSpec`` divides the last axis of a leaf in int8,
