@@ -108,8 +108,8 @@ def or_nan(sound, updates, gradients, squared=None):
     """``updates``, or NaN where the step is not sound, sharded like the gradients.
 
     Also NaN where the square of ``squared`` overflows, if given. Such a step, or entry,
-    does not change the state. The NaN makes it visible to wrappers such as
-    ``optax.apply_if_finite``.
+    does not change the state. The NaN makes it visible to later transformations, and to
+    a training loop that applies finite updates alone.
     """
 
     def leaf(update, gradient, x=None):
