@@ -101,7 +101,8 @@ def _int8_error(x, error):
     off = np.abs(steps) * drift + error / scale
     moved = [np.abs(np.rint(steps + d) - np.rint(steps)) for d in (off, -off)]
     flipped = np.maximum(*moved) * scale * (1 + drift)
-    return error + np.abs(x) * np.where(small, 1, drift) + np.where(small, 0, flipped)
+    most = np.maximum(np.abs(x), np.abs(np.rint(steps)) * scale)
+    return error + np.where(small, np.abs(x), most * drift + flipped)
 
 
 # The buffer

@@ -25,6 +25,7 @@ def test_any_stream_agrees_with_the_oracle(family):
     found = properties.search(family, 40, properties.short(family))
     assert found["examples"] >= 40
     assert found["to the end"] >= 20
+    assert found["configurations"] == len(properties.short(family))
 
 
 @each_family
