@@ -2,17 +2,20 @@
 
     python benchmarks/trust.py
     python benchmarks/trust.py --faults   # run the faults first (about 20 minutes)
+    python benchmarks/trust.py --properties   # search first (15 minutes)
 
 A table named x stands between the comments "<!-- trust: x -->" and "<!-- end -->".
 benchmarks/soak.py and benchmarks/versions.py keep the other results.
 """
 
 import argparse
+import datetime
 import json
 import re
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -75,6 +78,47 @@ def faults(results):
     return table(*lines)
 
 
+# Adversarial properties
+
+
+def run_properties(*families):
+    """Search families of tests/properties.py, and keep what was tried.
+
+    What is kept of other families stays, so one may be searched at a time.
+    """
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import properties
+
+    for family in families or properties.FAMILIES:
+        start = time.process_time()
+        row = properties.search(family, 5000, properties.table(family))
+        row["jax"], row["date"] = jax.__version__, datetime.date.today().isoformat()
+        row["CPU minutes"] = round((time.process_time() - start) / 60, 1)
+        keep_properties(row, properties.FAMILIES)
+
+
+def keep_properties(row, families):
+    path = RESULTS / "properties.json"
+    rows = {r["family"]: r for r in kept("properties")["rows"]} if path.exists() else {}
+    rows[row["family"]] = row
+    found = {
+        "command": "python benchmarks/trust.py --properties",
+        "rows": [rows[family] for family in families if family in rows],
+    }
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def properties(results):
+    """How many examples of each family were tried, and how many did not agree."""
+    names = ("configurations", "examples", "compared to the end", "failures")
+    lines = [("family", *names, "jax", "date")]
+    for row in results["rows"]:
+        numbers = (row[k] for k in ("examples", "to the end", "failures"))
+        numbers = (row["configurations"], *(f"{n:,}" for n in numbers))
+        lines.append((row["family"], *numbers, row["jax"], row["date"]))
+    return table(*lines) + f"\n\nMade by `{results['command']}`."
+
+
 # The others
 
 
@@ -130,6 +174,7 @@ TABLES = {
     "soak": ("soak", soak),
     "eager": ("soak", eager),
     "versions": ("versions", versions),
+    "properties": ("properties", properties),
 }
 
 
@@ -147,9 +192,12 @@ def fill(text):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--faults", action="store_true", help="run the faults first")
+    parser.add_argument("--properties", action="store_true", help="search first")
     options, selection = parser.parse_known_args(argv)
     if options.faults:
         run_faults(*selection)
+    if options.properties:
+        run_properties(*selection)
     PAGE.write_text(fill(PAGE.read_text()))
 
 

@@ -309,7 +309,7 @@ def rmsprop_c(
         pytorch.weight_decay(weight_decay),
         pytorch.scale_by_rms(alpha, eps, initial_scale, centered),
         pytorch.learning_rate(learning_rate),
-        pytorch.trace(momentum, 0.0, nesterov),
+        pytorch.trace(momentum, 0.0, nesterov, finite=centered),
     )
     sound = _check.is_inside(alpha, 0, 1) & _check.is_inside(eps, 0)
     sound &= _check.is_inside(momentum, 0, 1) & _check.is_inside(weight_decay)

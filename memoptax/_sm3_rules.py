@@ -169,8 +169,12 @@ def _is_finite(g):
 
 
 def _are_finite(raised):
-    """Whether all squares are finite, from the shortest of the new accumulators."""
-    return jnp.all(jnp.isfinite(min(raised, key=jnp.size)))
+    """Whether all new accumulators are finite.
+
+    One family does not answer for the others: SM3-I adds up each by itself.
+    """
+    finite = [jnp.all(jnp.isfinite(numbers)) for numbers in raised]
+    return functools.reduce(jnp.logical_and, finite)
 
 
 def _select(condition, yes, no):

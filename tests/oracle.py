@@ -66,7 +66,9 @@ def stored(x, dtype):
     # Ties round as in the package only with the same factor, which has 17 bits.
     mantissa, exponent = np.frexp(np.float32(largest * ((1 - 2**-16) / 127)))
     scale = np.float32(np.ldexp(np.rint(mantissa * 2**17), exponent - 17))
-    inverse = np.float32(1) / np.where(scale > 0, scale, np.float32(1))
+    # Rows below 1.5e-36, whose scale has no inverse in float32, become 0.
+    normal = scale > np.finfo(np.float32).tiny
+    inverse = np.float32(1) / np.where(normal, scale, np.float32(1))
     return np.rint(x * np.float64(inverse)) * np.float64(scale)
 
 

@@ -222,6 +222,7 @@ OWN = [
     (memoptax.adam_c, {"amsgrad": True}),
     (memoptax.adamw_c, {"amsgrad": True, "mu_dtype": "int8"}),
     (memoptax.rmsprop_c, {"centered": True}),
+    (memoptax.rmsprop_c, {"centered": True, "momentum": 0.9}),
     (memoptax.adam_cm, {}),
     (memoptax.adam_cm, {"topc": 0, "amsgrad": True}),
     (memoptax.adamw_cm, {"amsgrad": True}),

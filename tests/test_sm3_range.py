@@ -67,6 +67,18 @@ def test_an_accumulator_does_not_overflow():
     np.testing.assert_allclose(updates, [1, 3**-0.5], rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2)])
+def test_the_sum_of_one_family_alone_does_not_overflow(shape):
+    """SM3-I adds up each family by itself, so one may overflow where others do not."""
+    tx, g = memoptax.scale_by_sm3(variant="I"), jnp.zeros(shape)
+    state = tx.init(g)
+    for at in [(0, 0), (1, 0), (0, 1)]:
+        _, state = tx.update(g.at[at].set(1.5e19), state)
+        assert all(np.isfinite(a).all() for a in state.accumulators[0])
+    updates, _ = tx.update(jnp.ones(shape), state)
+    assert np.isfinite(updates).all()
+
+
 # Numbers that are not finite
 
 

@@ -80,6 +80,16 @@ def test_rows_not_touched_rest():
     np.testing.assert_array_equal(new[0].momentum["table"], 0.0)
 
 
+def test_a_row_that_is_named_decays_even_if_its_gradient_is_zero():
+    """As every row of a dense gradient does. Rows that are not named rest."""
+    tx = memoptax.scale_by_sm3(beta=0.5, cover=memoptax.covers.rows)
+    table = jnp.ones((4, 2))
+    _, state = tx.update(sparse([1, 2], [[8.0, 8.0]] * 2, 4), tx.init(table))
+    _, state = tx.update(sparse([1, 3], [[0.0, 0.0], [2.0, 2.0]], 4), state)
+    (numbers,) = state.accumulators[0]
+    np.testing.assert_array_equal(numbers.ravel(), [0, 16, 32, 2])
+
+
 def test_bad_gradients_leave_no_trace():
     tx = memoptax.scale_by_sm3(cover=memoptax.covers.rows)
     state = tx.init(jnp.ones((5, 2)))

@@ -111,6 +111,15 @@ def test_no_stored_value_is_longer_than_its_bound(shape, scale, dtype):
     assert bound <= 1.1 * np.linalg.norm(x) + 3e-8 * np.sqrt(x.size)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e37])
+def test_the_bound_of_int8_covers_the_range_of_its_scales(scale):
+    """Their squares do not."""
+    x = jnp.asarray(normal((5, 40)) * np.float32(scale))
+    stored, norm = storage.encode(x, like(x, "int8")), np.linalg.norm(np.float64(x))
+    (bound,) = storage.norm_bounds(jnp.float32([norm]), [x], [stored])
+    assert 1.0001 * norm < bound < 1.1 * norm
+
+
 @pytest.mark.parametrize("dtype", storage.DTYPES[1:])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e6])
 @pytest.mark.parametrize("at", [0, 3, 63])

@@ -2,6 +2,7 @@
 
 import trust
 
+import properties
 import training_faults
 
 
@@ -18,6 +19,14 @@ def test_every_row_of_the_faults_was_tried_and_held():
         kinds = ("with", "without") if row.without else ("with",)
         for kind in kinds:
             assert any(case.startswith(f"{kind}: {row.fault}: ") for case in cases), row
+
+
+def test_five_thousand_examples_of_each_family_agreed():
+    rows = trust.kept("properties")["rows"]
+    assert [row["family"] for row in rows] == list(properties.FAMILIES)
+    for row in rows:
+        assert row["examples"] >= 5000 and row["failures"] == 0
+        assert row["configurations"] == len(properties.table(row["family"]))
 
 
 def test_every_version_restored_the_states_of_all_others():

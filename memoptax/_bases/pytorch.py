@@ -90,8 +90,12 @@ def trace(
     dampening: ArrayLike = 0.0,
     nesterov: bool = False,
     accumulator_dtype: DTypeLike | None = None,
+    finite: bool = False,
 ) -> optax.GradientTransformation:
-    """``optax.trace``, or a dampened one, or nothing for a momentum of None."""
+    """``optax.trace``, or a dampened one, or nothing for a momentum of None.
+
+    If ``finite``, its entries stay where an update is not finite.
+    """
     momentum = _check.number("momentum", momentum, 0, 1, optional=True)
     dampening = _check.number("dampening", dampening, 0, 1)
     _check.flag("nesterov", nesterov)
@@ -110,8 +114,25 @@ def trace(
         allowed = [accumulator_dtype] if accumulator_dtype else _check.WIDE
         _check.same_dtype("accumulator_dtype", accumulator_dtype, found, allowed)
 
+    inner = _of_finite(inner) if finite else inner
     inner = guards.checking(inner, check_dtype)
     return guards.expecting(inner, kind, momentum=momentum, dampening=dampening)
+
+
+def _of_finite(inner):
+    """``inner``, whose trace stays where an update is not finite."""
+
+    def update_fn(updates, state, params=None):
+        found, new = inner.update(updates, state, params)
+        trace = jax.tree.map(
+            lambda u, a, b: jnp.where(jnp.isfinite(u), a, b),
+            updates,
+            new.trace,
+            state.trace,
+        )
+        return found, new._replace(trace=trace)
+
+    return optax.GradientTransformation(inner.init, update_fn)
 
 
 def scale_by_rms(alpha, eps, initial_scale, centered):

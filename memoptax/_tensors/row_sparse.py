@@ -55,7 +55,7 @@ def merged(gradient, name: str) -> Any:
     if rows and gradient.nse:
         # Indices that are marked as unique may still have -1 and the last row.
         once = BCOO((data, indices), shape=gradient.shape)
-        once = once.sum_duplicates(nse=gradient.nse)
+        once = once.sum_duplicates(nse=gradient.nse, remove_zeros=False)
         data, indices = once.data, once.indices
     return BCOO(
         (data, indices),

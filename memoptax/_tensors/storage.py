@@ -208,24 +208,32 @@ def _limit(dtype, stored) -> float:
 
 def norm_bounds(norms, leaves, stored: list[Stored], across=None):
     """Upper bounds (L,) of the L2 norms (L,) after storage."""
-    roundings = list(map(_rounding, leaves, stored))
+    roundings = list(map(_rounding, leaves, stored, norms))
     squares = [rounding[1] for rounding in roundings]
     squares = squares if across is None else across(squares)
     factors = jnp.asarray([rounding[0] for rounding in roundings] or [1], norms.dtype)
-    return norms * factors + jnp.sqrt(jnp.asarray(squares or [0], norms.dtype))
+    units = jnp.asarray([rounding[2] for rounding in roundings] or [1], norms.dtype)
+    return norms * factors + units * jnp.sqrt(jnp.asarray(squares or [0], norms.dtype))
 
 
-def _rounding(x, stored):
-    """A factor and a square: a stored norm is at most factor * norm + √square."""
+def _rounding(x, stored, norm):
+    """A factor, a square and a unit, which bound a stored norm.
+
+    It is at most factor * norm + unit * √square.
+    """
     if stored.scale is not None:
-        return 1, jnp.sum(jnp.square(stored.scale)) * math.prod(x.shape[-1:]) / 4
+        # The square of a scale may overflow, but not that of its share of the norm.
+        # XLA divides by multiplying, so the inverse of the unit must be a number too.
+        unit = jnp.clip(norm, 2.0**-100, 2.0**120)
+        squares = jnp.square(stored.scale / unit)
+        return 1, jnp.sum(squares) * math.prod(x.shape[-1:]) / 4, unit
     info = jnp.finfo(stored.values.dtype)
     if info.bits >= jnp.finfo(x.dtype).bits:
-        return 1, 0
+        return 1, 0, 1
     # The sum of no elements is a 0 that shard_map tracks as belonging to this shard.
     lost = jnp.sum(jnp.atleast_1d(x)[:0], dtype=jnp.float32)
     lost += float(info.smallest_subnormal) ** 2 / 4 * x.size
-    return 1 + float(info.eps) / 2, lost
+    return 1 + float(info.eps) / 2, lost, 1
 
 
 def _precision(stored):
