@@ -673,8 +673,8 @@ class Critical:
             u, error = base.scale(u, error, *squared)
         elif base is not None:
             u, error = base(u, error)
-        if self.trace[name] is not None:
-            u, error = self.trace[name](u, error)
+        if (trace := self.trace[name]) is not None:
+            u, error = trace(u, error)
         if decoupled and self.wd:
             u = u + self.wd * param
             error = (
