@@ -30,6 +30,7 @@ from jax.experimental.sparse import BCOO
 import memoptax
 
 import error_bars
+import error_bars_sm3
 import oracle
 import oracle_sm3_cm
 from error_bars import Precision, Unsure, stored_error
@@ -711,7 +712,7 @@ class Covers:
         )
         cover = COVERS[config.static["cover"]]
         self.leaves = {
-            name: error_bars.SM3(
+            name: error_bars_sm3.SM3(
                 self.p,
                 shape,
                 [tuple(max(b, 1) for b in box) for box in cover((), np.empty(shape))],
@@ -722,7 +723,7 @@ class Covers:
             )
             for name, shape in config.shapes.items()
         }
-        self.table = error_bars.RowSparseSM3(
+        self.table = error_bars_sm3.RowSparseSM3(
             self.p, Precision.of(config.dtype), ROWS, **rule
         )
         start = {n: np.full(s, 0.5) for n, s in config.shapes.items()}

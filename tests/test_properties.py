@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import error_bars
+import error_bars_sm3
 import oracle
 import oracle_sm3
 import properties
@@ -151,7 +152,7 @@ def test_a_bound_is_small_where_nothing_cancels():
     p, shape = error_bars.Precision.of("float32"), (3,)
     rng = np.random.default_rng(0)
     adam = error_bars.Adam(p, 0.9, 0.999, 1e-8)
-    sm3 = error_bars.SM3(p, shape, [(1,)])
+    sm3 = error_bars_sm3.SM3(p, shape, [(1,)])
     for _ in range(16):
         g = rng.normal(size=shape)
         for bars in (lambda g: adam(g, np.zeros(shape)), sm3):
