@@ -82,19 +82,20 @@ def faults(results):
 
 
 def run_properties(*families):
-    """Search families of tests/properties.py, and keep what was tried.
+    """Search families of tests/property_configs.py, and keep what was tried.
 
     What is kept of other families stays, so one may be searched at a time.
     """
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import properties
+    import property_configs
 
-    for family in families or properties.FAMILIES:
+    for family in families or property_configs.FAMILIES:
         start = time.process_time()
-        row = properties.search(family, 5000, properties.table(family))
+        row = properties.search(family, 5000, property_configs.table(family))
         row["jax"], row["date"] = jax.__version__, datetime.date.today().isoformat()
         row["CPU minutes"] = round((time.process_time() - start) / 60, 1)
-        keep_properties(row, properties.FAMILIES)
+        keep_properties(row, property_configs.FAMILIES)
 
 
 def keep_properties(row, families):

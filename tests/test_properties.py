@@ -1,7 +1,8 @@
 """Adversarial streams against the oracles: few examples here, 5,000 in the long form.
 
-``properties.py`` has the configurations and streams, and ``error_bars.py`` the bounds.
-``python benchmarks/trust.py --properties`` keeps the results of the long form.
+``property_configs.py`` has the configurations, ``property_streams.py`` the streams, and
+``error_bars.py`` the bounds. ``python benchmarks/trust.py --properties`` keeps the
+results of the long form.
 """
 
 import collections
@@ -11,31 +12,33 @@ import numpy as np
 import pytest
 
 import error_bars
+import error_bars_sm3
 import oracle
 import oracle_sm3
 import properties
+import property_configs
 
 pytestmark = pytest.mark.cpu_only("bounds of numbers that a CPU takes for 0")
 
-each_family = pytest.mark.parametrize("family", properties.FAMILIES)
+each_family = pytest.mark.parametrize("family", property_configs.FAMILIES)
 
 
 @each_family
 def test_any_stream_agrees_with_the_oracle(family):
-    found = properties.search(family, 40, properties.short(family))
+    found = properties.search(family, 40, property_configs.short(family))
     assert found["examples"] >= 40
     assert found["to the end"] >= 20
-    assert found["configurations"] == len(properties.short(family))
+    assert found["configurations"] == len(property_configs.short(family))
 
 
 @each_family
 @pytest.mark.long
 @pytest.mark.exhaustive
 def test_five_thousand_streams_agree_with_the_oracle(family):
-    found = properties.search(family, 5000, properties.table(family))
+    found = properties.search(family, 5000, property_configs.table(family))
     assert found["examples"] >= 5000
     assert found["to the end"] >= 2500
-    assert found["configurations"] == len(properties.table(family))
+    assert found["configurations"] == len(property_configs.table(family))
 
 
 # What the tables have
@@ -50,7 +53,7 @@ BUFFER = {
     "fifo_probability": {None, 0.0, 1.0},
     "amsgrad": {True, False},
 }
-COVERS = {"cover": set(properties.COVERS)}
+COVERS = {"cover": set(property_configs.COVERS)}
 OPTIONS = {
     "critical gradients": {
         **BUFFER,
@@ -80,7 +83,7 @@ NAMES = {
 
 @each_family
 def test_a_table_has_every_option(family):
-    configs = properties.table(family)
+    configs = property_configs.table(family)
     assert 60 <= len(configs) <= 100
     seen = collections.defaultdict(set)
     for config in configs:
@@ -88,7 +91,7 @@ def test_a_table_has_every_option(family):
             seen[key].add(value)
     assert seen == OPTIONS[family]
     assert {config.name for config in configs} == set(NAMES[family].split())
-    assert {config.tree for config in configs} == set(properties.TREES)
+    assert {config.tree for config in configs} == set(property_configs.TREES)
     dtypes = {config.dtype for config in configs}
     assert dtypes == {"float32", "float64", "bfloat16", "float16"}
     assert any(config.sparse for config in configs) == (family == "SM3")
@@ -139,7 +142,7 @@ FAULTS = [
 def test_a_search_sees_a_small_fault(family, owner, name, fault, monkeypatch):
     monkeypatch.setattr(owner, name, fault)
     with pytest.raises(AssertionError):
-        configs = properties.short(family)
+        configs = property_configs.short(family)
         properties.search(family, 60, configs, [hypothesis.Phase.generate])
 
 
@@ -151,7 +154,7 @@ def test_a_bound_is_small_where_nothing_cancels():
     p, shape = error_bars.Precision.of("float32"), (3,)
     rng = np.random.default_rng(0)
     adam = error_bars.Adam(p, 0.9, 0.999, 1e-8)
-    sm3 = error_bars.SM3(p, shape, [(1,)])
+    sm3 = error_bars_sm3.SM3(p, shape, [(1,)])
     for _ in range(16):
         g = rng.normal(size=shape)
         for bars in (lambda g: adam(g, np.zeros(shape)), sm3):

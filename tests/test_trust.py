@@ -2,7 +2,7 @@
 
 import trust
 
-import properties
+import property_configs
 import training_faults
 
 
@@ -23,10 +23,10 @@ def test_every_row_of_the_faults_was_tried_and_held():
 
 def test_five_thousand_examples_of_each_family_agreed():
     rows = trust.kept("properties")["rows"]
-    assert [row["family"] for row in rows] == list(properties.FAMILIES)
+    assert [row["family"] for row in rows] == list(property_configs.FAMILIES)
     for row in rows:
         assert row["examples"] >= 5000 and row["failures"] == 0
-        assert row["configurations"] == len(properties.table(row["family"]))
+        assert row["configurations"] == len(property_configs.table(row["family"]))
 
 
 def test_every_version_restored_the_states_of_all_others():
