@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import memoptax
 
-from training_faults import NAMED, is_finite, loop
+from training_loop import NAMED, is_finite, loop
 
 pytestmark = pytest.mark.slow
 

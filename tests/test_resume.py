@@ -25,7 +25,7 @@ from contract import (
 import memoptax
 
 from compiled import step_of
-from training_faults import NAMED, STANDARD, is_finite, same
+from training_loop import NAMED, STANDARD, is_finite, same
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,8 @@
 import pytest
 
 import training_faults
-from training_faults import NAMED, ROWS
+from training_faults import ROWS
+from training_loop import NAMED
 
 pytestmark = pytest.mark.slow
 
