@@ -120,6 +120,47 @@ def properties(results):
     return table(*lines) + f"\n\nMade by `{results['command']}`."
 
 
+# Coverage
+
+
+def keep_coverage(report):
+    """Keep the totals of a report of ``coverage json``, and the files below 100 %."""
+    measured = json.loads(Path(report).read_text())
+    below = {
+        name: [summary["covered"], summary["of"]]
+        for name, file in measured["files"].items()
+        for summary in [_covered(file["summary"])]
+        if summary["covered"] < summary["of"]
+    }
+    found = {
+        "command": "python -m coverage run -m pytest -n 2; python -m coverage combine; "
+        "python -m coverage json; python benchmarks/trust.py --coverage coverage.json",
+        "date": measured["meta"]["timestamp"][:10],
+        "all": list(_covered(measured["totals"]).values()),
+        "files": len(measured["files"]),
+        "below": below,
+    }
+    (RESULTS / "coverage.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _covered(summary):
+    return {
+        "covered": summary["covered_lines"] + summary["covered_branches"],
+        "of": summary["num_statements"] + summary["num_branches"],
+    }
+
+
+def coverage(results):
+    """Lines and branches that the fast suite runs, of each file and of all."""
+    lines = [("file", "lines and branches run", "of", "%")]
+    for name, (covered, of) in sorted(results["below"].items()):
+        lines.append((f"`{name}`", covered, of, f"{100 * covered / of:.1f}"))
+    covered, of = results["all"]
+    lines.append(("all", f"{covered:,}", f"{of:,}", f"{100 * covered / of:.1f}"))
+    full = results["files"] - len(results["below"])
+    return table(*lines) + f"\n\nThe other {full} files are run in full."
+
+
 # The others
 
 
@@ -175,6 +216,7 @@ TABLES = {
     "soak": ("soak", soak),
     "eager": ("soak", eager),
     "versions": ("versions", versions),
+    "coverage": ("coverage", coverage),
     "properties": ("properties", properties),
 }
 
@@ -194,7 +236,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--faults", action="store_true", help="run the faults first")
     parser.add_argument("--properties", action="store_true", help="search first")
+    parser.add_argument("--coverage", metavar="JSON", help="keep this report first")
     options, selection = parser.parse_known_args(argv)
+    if options.coverage:
+        keep_coverage(options.coverage)
     if options.faults:
         run_faults(*selection)
     if options.properties:

@@ -178,7 +178,7 @@ def state_shardings(
     meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding)}
     if mesh is None and len(meshes) != 1:
         raise ValueError(
-            f"params must lie on one mesh, but lie on {len(meshes)}: place them with "
+            f"params must be on one mesh, but are on {len(meshes)}: place them with "
             "jax.device_put and a NamedSharding, or pass mesh."
         )
     mesh = meshes.pop() if mesh is None else mesh

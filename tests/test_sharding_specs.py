@@ -122,7 +122,7 @@ def test_a_spec_that_does_not_fit_is_refused(specs, message):
 
 def test_shardings_need_one_mesh(mesh):
     tx = memoptax.sgd_c(0.1)
-    with pytest.raises(ValueError, match="params must lie on one mesh, but lie on 0"):
+    with pytest.raises(ValueError, match="params must be on one mesh, but are on 0"):
         memoptax.state_shardings(tx, jnp.zeros(8))
     other = jax.make_mesh((8,), ("all",), axis_types=(AxisType.Auto,))
     two = [

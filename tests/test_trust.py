@@ -37,6 +37,11 @@ def test_every_version_restored_the_states_of_all_others():
         assert row.get("failed", 0) == 0
 
 
+def test_the_fast_suite_covers_the_package():
+    covered, of = trust.kept("coverage")["all"]
+    assert covered / of >= 0.98
+
+
 def test_what_is_written_of_a_table_follows_its_results(monkeypatch):
     """A page does not keep an older table."""
     monkeypatch.setattr(trust, "TABLES", {"x": ("x", lambda results: str(results))})

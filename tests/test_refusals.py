@@ -1,0 +1,142 @@
+"""Refusals, and odd but good arguments, that the other fast tests do not meet."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import memoptax
+
+SHAPES = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
+ONES = {"w": jnp.ones((8, 8))}
+
+
+def test_a_name_that_the_package_has_not():
+    with pytest.raises(AttributeError, match="'memoptax' has no attribute 'adam_x'"):
+        memoptax.adam_x  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ({"w": "data"}, r"must hold PartitionSpecs, but has 'data' for .*\['w'\]"),
+        ({"w": P(None, None, "data")}, r"whose shape \(8, 8\) has only 2 axes"),
+        ({"w": P(3)}, r"must name mesh axes, but has .*3,?\) for"),
+    ],
+)
+def test_specs_that_do_not_fit(specs, message):
+    with pytest.raises(ValueError, match=message):
+        memoptax.state_partition_specs(memoptax.sgd_c(0.1), SHAPES, specs)
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        (["data"], r"over must be a name of a mesh axis or a tuple .* is \['data'\]"),
+        (("data", "data"), r"over is \('data', 'data'\), but must name each .* once"),
+        (
+            "dat",
+            "over is 'dat', but the mesh has no axis 'dat': it has 'data', 'model'",
+        ),
+        ("data", r"over is .*, but parameter \['w'\] is divided over 'data'"),
+    ],
+)
+def test_axes_that_cannot_be_divided_over(over, message, mesh):
+    tx, specs = memoptax.sgd_c(0.1), {"w": P("data")}
+    with pytest.raises(ValueError, match=message):
+        memoptax.state_partition_specs(tx, SHAPES, specs, mesh, over=over)
+
+
+def test_slots_in_host_memory_are_summed(mesh):
+    params = {"w": jax.device_put(ONES["w"], jax.NamedSharding(mesh, P("data")))}
+    for holding in ("read", "sum"):
+        tx = memoptax.sgd_c(0.1, topc=3, holding=holding)
+
+        def shardings(tx=tx):
+            return memoptax.state_shardings(tx, params, slots_memory_kind="pinned_host")
+
+        if holding == "sum":
+            buffer = shardings()[0].buffer
+            assert buffer.slots["w"].memory_kind == "pinned_host"
+            assert buffer.total["w"].memory_kind != "pinned_host"
+        else:
+            with pytest.raises(ValueError, match="by 'read', .* pass holding='sum'"):
+                shardings()
+
+
+def test_one_slot_without_an_axis_is_for_one_value():
+    with pytest.raises(ValueError, match="'select' is for topc=1, but topc is 3"):
+        memoptax.sgd_c(0.1, topc=3, holding="select")
+    state = memoptax.sgd_c(0.1, topc=1).init(ONES)
+    with pytest.raises(ValueError, match="'select' is for topc=1, but topc is 3"):
+        memoptax.resize_buffer(state, 3, holding="select")
+
+
+@pytest.mark.parametrize("topc", [1, 3])
+def test_one_slot_is_resized_and_emptied(topc):
+    tx = memoptax.critical_gradients(topc=1)
+    _, state = tx.update(ONES, tx.init(ONES))
+    larger = memoptax.resize_buffer(state, topc)
+    updates, _ = memoptax.critical_gradients(topc=topc).update(ONES, larger)
+    np.testing.assert_array_equal(updates["w"], 2.0)
+    updates, _ = tx.update(ONES, memoptax.reset_buffer(state))
+    np.testing.assert_array_equal(updates["w"], 1.0)
+
+
+def test_the_moment_of_another_optimizer():
+    tx = memoptax.critical_momenta(kappa=0.0, mu_dtype="int8")
+    state = tx.init(ONES)
+    other = collections.namedtuple("OtherState", ["count"])(state.inner.count)
+    with pytest.raises(ValueError, match="OtherState, which has no ema"):
+        tx.update(ONES, state._replace(inner=other))
+
+
+def test_a_norm_without_devices_is_the_rule():
+    norm = memoptax.sharded_norm("data", rule=optax.tree.norm)
+    np.testing.assert_allclose(norm(ONES), 8.0, rtol=1e-6)
+
+
+def test_functions_without_a_signature_and_integers_without_a_float():
+    memoptax.sgd_c(0.1, priority_fn=max)  # Python does not know what it takes
+    with pytest.raises(ValueError, match="kappa must be finite|kappa must"):
+        memoptax.sgd_c(0.1, kappa=10**400)
+
+
+def test_a_dtype_of_another_library():
+    class Foreign:
+        shape, dtype = (2,), "a dtype of another library"
+
+    with pytest.raises(ValueError, match="parameter"):
+        memoptax.sm3(0.1).init({"w": Foreign()})
+
+
+def test_sm3_of_nothing_counts():
+    tx = memoptax.scale_by_sm3()
+    _, state = tx.update({}, tx.init({}))
+    assert state.count == 1
+
+
+def test_accumulators_of_another_dtype():
+    params = {"w": jnp.ones((4, 4))}
+    wide = memoptax.scale_by_sm3(accumulator_dtype="float32")
+    with jax.enable_x64(True):
+        state = memoptax.scale_by_sm3(accumulator_dtype="float64").init(params)
+        with pytest.raises(ValueError, match="accumulator_dtype is .*float32"):
+            wide.update(params, state)
+
+
+def test_ids_of_64_bits_and_tables_without_rows():
+    def total(rows):
+        return jnp.sum(rows)
+
+    table, ids = jnp.zeros((4, 3)), np.array([2**63 + 5, 1], np.uint64)
+    _, gradient = memoptax.sparse.row_value_and_grad(total, table, ids)
+    moved = memoptax.sparse.apply_updates(table, gradient)
+    np.testing.assert_array_equal(moved.sum(axis=1), [0, 3, 0, 0])
+    empty = jnp.zeros((0, 3))
+    _, nothing = memoptax.sparse.row_value_and_grad(total, empty, np.array([1]))
+    assert memoptax.sparse.apply_updates(empty, nothing).shape == (0, 3)
