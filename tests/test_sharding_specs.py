@@ -129,7 +129,7 @@ def test_shardings_need_one_mesh(mesh):
         jax.device_put(jnp.zeros(8), NamedSharding(m, P(m.axis_names[0])))
         for m in (mesh, other)
     ]
-    with pytest.raises(ValueError, match="lie on 2"):
+    with pytest.raises(ValueError, match="are on 2"):
         memoptax.state_shardings(tx, two)
     mixed = [two[0], jnp.zeros(3)]
     slots = memoptax.state_shardings(tx, mixed)[0].buffer.slots
