@@ -81,7 +81,7 @@ def number(
         left = "(" if above or low == -math.inf else "["
         right = ")" if below or high == math.inf else "]"
         raise ValueError(
-            f"{name} must lie in {left}{low}, {high}{right}, but is {value!r}."
+            f"{name} must be in {left}{low}, {high}{right}, but is {value!r}."
         )
     if finite and abs(found) > _LARGEST:
         raise ValueError(

@@ -54,8 +54,8 @@ def test_polyak_averaging_with_optax():
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        ((1.0, 10, 0), r"total_steps must lie in \(0, inf\), but is 0"),
-        ((1.0, -1, 10), r"warmup_steps must lie in \[0, 10\], but is -1"),
+        ((1.0, 10, 0), r"total_steps must be in \(0, inf\), but is 0"),
+        ((1.0, -1, 10), r"warmup_steps must be in \[0, 10\], but is -1"),
         ((1.0, 11, 10), "warmup_steps .* but is 11"),
         ((-1.0, 1, 10), "peak .* but is -1.0"),
         ((np.float32("nan"), 1, 10), r"peak .* but is np.float32\(nan\)"),

@@ -282,11 +282,11 @@ def test_half_precision_is_widened_before_it_is_averaged():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"learning_rate": -1.0}, "learning_rate must lie .* is -1.0"),
-        ({"b1": 1.0}, "b1 must lie .* is 1.0"),
-        ({"b2": -0.1}, "b2 must lie .* is -0.1"),
-        ({"eps": -1e-8}, "eps must lie .* is -1e-08"),
-        ({"weight_decay": -0.1}, "weight_decay must lie .* is -0.1"),
+        ({"learning_rate": -1.0}, "learning_rate must be .* is -1.0"),
+        ({"b1": 1.0}, "b1 must be .* is 1.0"),
+        ({"b2": -0.1}, "b2 must be .* is -0.1"),
+        ({"eps": -1e-8}, "eps must be .* is -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay must be .* is -0.1"),
         ({"cover": 3}, "cover must be None, a function .* but is 3"),
         ({"skip_first": 1}, "skip_first must be True or False, but is 1"),
         ({"mu_dtype": "int4"}, "mu_dtype must be one of .* is 'int4'"),
