@@ -51,7 +51,7 @@ def step(rule, path, boxes, gradient, numbers, memory):
         raised = _select(jnp.isfinite(raised[0]) & sound, raised, numbers)
         nu, floors = functools.partial(_adagrad, beta), raised
     else:
-        finite = _are_finite(raised) & sound
+        finite = _are_finite(raised, rule.precondition) & sound
         raised = _select(finite, raised, numbers)
     direction = functools.partial(_direction, nu, eps)
     if memory is None:
@@ -168,11 +168,14 @@ def _is_finite(g):
     return jnp.isfinite(g * g)
 
 
-def _are_finite(raised):
+def _are_finite(raised, precondition):
     """Whether all new accumulators are finite.
 
-    One family does not answer for the others: SM3-I adds up each by itself.
+    SM3-I adds up each family by itself. Those of SM3-II are maxima of one nu, so the
+    shortest answers for all.
     """
+    if precondition is sm3_ii:
+        raised = [min(raised, key=jnp.size)]
     finite = [jnp.all(jnp.isfinite(numbers)) for numbers in raised]
     return functools.reduce(jnp.logical_and, finite)
 
