@@ -92,11 +92,11 @@ def recall_and_offer(
     """``values`` joined with the buffer, and the buffer after ``values`` were offered.
 
     The sum is that of the values held before, as in the papers, so a value is never
-    averaged with itself. The new value goes to the spare slot, which is not read. The
-    priority is that of the ``gradients``. The values are only offered if the norms of
-    the gradients are finite, the priority is at least 0, and the step is ``sound``.
-    ``stored`` are the values as the slots store them, if the caller has encoded them
-    already.
+    averaged with itself. The new value goes to a slot that is not in that sum, or to
+    the only slot after it was read. The priority is that of the ``gradients``. The
+    values are only offered if the norms of the gradients are finite, the priority is at
+    least 0, and the step is ``sound``. ``stored`` are the values as the slots store
+    them, if the caller has encoded them already.
     """
     matching.check(options, buffer, gradients, params)
     check_scales(options, gradients, buffer.scales)
