@@ -98,7 +98,7 @@ def _parabola(best, largest=False):
     )
     made = []
 
-    def train(task, make, runs, schedule):
+    def train(task, make, runs, schedule, loss):
         made.extend(runs)
         sign = -1 if largest else 1
         for run in runs:

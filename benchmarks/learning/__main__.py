@@ -25,7 +25,15 @@ def main(argv=None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("experiments", nargs="*", help="e7 to e13; none means all")
+    parser.add_argument(
+        "experiments", nargs="*", help="e7 to e13 and e8_more to e13_more; none: all"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="TEXT",
+        help="make the runs of rows whose first words are one of them",
+    )
     parser.add_argument("--quick", action="store_true", help="20 steps, kept nowhere")
     parser.add_argument(
         "--cost", action="store_true", help="measure the time of a step"
@@ -48,6 +56,8 @@ def main(argv=None) -> None:
         page.write(list(known.values()), args.results)
         return
     for each in chosen:
+        if args.quick and not each.quick:
+            continue  # its tasks are those of another experiment
         if args.quick:
             with tempfile.TemporaryDirectory() as folder:
                 show(each, Path(folder), quick=True)
@@ -56,7 +66,7 @@ def main(argv=None) -> None:
         if args.cost:
             cost.measure(each, args.results / f"{each.name}-cost.csv")
         elif not args.table:
-            experiment.run(each, results, lanes=args.lanes)
+            experiment.run(each, results, lanes=args.lanes, only=args.only)
         print(page.tables(each, args.results))
 
 

@@ -139,10 +139,13 @@ def text() -> Text:
     from pydoc_data import topics
 
     paragraphs = re.split(r"\n\s*\n", "\n\n".join(topics.topics.values()))
-    characters = np.array(list("\n\n".join(dict.fromkeys(paragraphs))))
-    known, numbers = np.unique(characters, return_inverse=True)
+    alphabet = "\n" + "".join(map(chr, range(32, 127)))
+    # Every other character is the last number. So a model has one size for all Pythons.
+    known = {character: number for number, character in enumerate(alphabet)}
+    joined = "\n\n".join(dict.fromkeys(paragraphs))
+    numbers = np.array([known.get(x, len(known)) for x in joined], np.uint8)
     cuts = [len(numbers) * 8 // 10, len(numbers) * 9 // 10]
-    return Text(len(known), *np.split(numbers.astype(np.uint8), cuts))
+    return Text(len(known) + 1, *np.split(numbers, cuts))
 
 
 def covtype(folder=None) -> tuple[np.ndarray, np.ndarray]:

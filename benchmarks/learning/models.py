@@ -33,6 +33,78 @@ def mlp(*sizes: int) -> Model:
 
 
 @functools.cache
+def convolutional(channels: int, classes: int) -> Model:
+    """Three convolutions of stride 2 over a row of 40 numbers, then a linear map.
+
+    A convolution is written as a product with the windows of its input. Many runs at
+    once are then batched products.
+    """
+    widths, kernels = (1, channels, channels, channels), (5, 3, 3)
+
+    def windows(x, kernel):
+        x = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
+        count = (x.shape[1] - kernel) // 2 + 1
+        parts = [x[:, k : k + 2 * count - 1 : 2] for k in range(kernel)]
+        return jnp.concatenate(parts, axis=-1)
+
+    def init(key):
+        keys = jax.random.split(key, 4)
+        layers = []
+        for k, n, m, kernel in zip(keys, widths, widths[1:], kernels):
+            n = n * kernel
+            w = jax.random.normal(k, (n, m)) * (2 / n) ** 0.5
+            layers.append({"w": w, "b": jnp.zeros(m)})
+        inputs = 5 * channels  # 40 numbers are 19, 10 and 5 after the convolutions
+        w = jax.random.normal(keys[3], (inputs, classes)) * (2 / inputs) ** 0.5
+        return [*layers, {"w": w, "b": jnp.zeros(classes)}]
+
+    def apply(params, x):
+        x = x[..., None]
+        for layer, kernel in zip(params[:-1], kernels):
+            x = jax.nn.relu(windows(x, kernel) @ layer["w"] + layer["b"])
+        return x.reshape(len(x), -1) @ params[-1]["w"] + params[-1]["b"]
+
+    return Model(init, apply)
+
+
+@functools.cache
+def lstm(vocabulary: int, embedding: int, hidden: int) -> Model:
+    """Logits of each next character, (batch, length, V), from (batch, length)."""
+
+    def init(key):
+        keys = jax.random.split(key, 4)
+
+        def normal(key, n, m):
+            return jax.random.normal(key, (n, m)) * n**-0.5
+
+        # The gates are input, forget, output and candidate. Forget starts near 1.
+        bias = jnp.zeros((4, hidden)).at[1].set(1.0)
+        return {
+            "characters": 0.1 * jax.random.normal(keys[0], (vocabulary, embedding)),
+            "inputs": normal(keys[1], embedding, 4 * hidden),
+            "hidden": normal(keys[2], hidden, 4 * hidden),
+            "bias": bias.reshape(-1),
+            "readout": normal(keys[3], hidden, vocabulary),
+        }
+
+    def apply(params, text):
+        pulls = params["characters"][text] @ params["inputs"] + params["bias"]
+
+        def step(carry, pull):
+            h, cell = carry
+            i, f, o, new = jnp.split(pull + h @ params["hidden"], 4, axis=-1)
+            cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(new)
+            h = jax.nn.sigmoid(o) * jnp.tanh(cell)
+            return (h, cell), h
+
+        zero = jnp.zeros((len(text), hidden))
+        _, states = jax.lax.scan(step, (zero, zero), jnp.moveaxis(pulls, 1, 0))
+        return jnp.moveaxis(states, 0, 1) @ params["readout"]
+
+    return Model(init, apply)
+
+
+@functools.cache
 def transformer(
     vocabulary: int, width: int, layers: int, heads: int, context: int
 ) -> Model:

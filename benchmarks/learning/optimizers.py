@@ -26,6 +26,7 @@ class Row(NamedTuple):
     fifo: str = ""  # the row with the same buffer that forgets the oldest
     numbers: dict[str, float] = {}
     schedule: Callable | None = None  # instead of the task's
+    loss: Callable | None = None  # task's loss -> the loss that it trains on
 
 
 def _alone(optimizer, **static):
@@ -57,6 +58,58 @@ def averaged_adam(rate, steps):
 
 def averaged_sgd(rate, steps):
     return with_average(optax.sgd(rate, momentum=0.9), 1 - 20 / steps)
+
+
+def averaged_plain_sgd(rate, steps):
+    return with_average(optax.sgd(rate), 1 - 20 / steps)
+
+
+def sharpness_aware(loss, radius=0.05):
+    """The loss at the worst of the parameters near by, for two gradients (SAM)."""
+
+    def worst(params, batch):
+        slope = jax.grad(loss)(params, batch)
+        scale = radius / jnp.maximum(optax.tree.norm(slope), 1e-12)
+        move = jax.lax.stop_gradient(jax.tree.map(lambda g: scale * g, slope))
+        return loss(jax.tree.map(jnp.add, params, move), batch)
+
+    return worst
+
+
+@functools.cache
+def clipped(make, norm):
+    """``make`` behind a clip of the gradient's norm."""
+
+    def clipping(rate, steps, **numbers):
+        clip = optax.clip_by_global_norm(norm)
+        return optax.chain(clip, make(rate, steps, **numbers))
+
+    return clipping
+
+
+def clip(rows, norm) -> list[Row]:
+    """The rows behind a clip, compared with one another."""
+    end = f", clip {norm:g}"
+    return [
+        row._replace(
+            name=row.name + end,
+            make=clipped(row.make, norm),
+            base=row.base and row.base + end,
+            fifo=row.fifo and row.fifo + end,
+        )
+        for row in rows
+    ]
+
+
+def unwarmed(rows, schedule) -> list[Row]:
+    """The rows with a schedule that has no warm-up, compared with one another."""
+    end = ", no warm-up"
+    return [
+        row._replace(
+            name=row.name + end, base=row.base and row.base + end, schedule=schedule
+        )
+        for row in rows
+    ]
 
 
 @functools.cache
@@ -113,9 +166,10 @@ def buffered_rows(name, base, start, optimizer, settings, **static) -> list[Row]
 
 
 ADAM, SGD, SM3 = 4e-3, 0.064, 0.128
+_adam, _sgd = _alone(optax.adam), _alone(optax.sgd, momentum=0.9)
 BASES = {
-    "adam": Row("adam", _alone(optax.adam), ADAM),
-    "sgd": Row("sgd", _alone(optax.sgd, momentum=0.9), SGD),
+    "adam": Row("adam", _adam, ADAM),
+    "sgd": Row("sgd", _sgd, SGD),
     "plain sgd": Row("plain sgd", _alone(optax.sgd), 4 * SGD),
     "ademamix": Row("ademamix", ademamix, ADAM / 4, "adam"),
     "adam, averaged": Row("adam, averaged", averaged_adam, ADAM, "adam"),
@@ -166,9 +220,56 @@ BASES = {
         "adam",
     ),
 }
-if hasattr(memoptax, "sm3_cm"):
-    _sm3_cm: Any = memoptax.sm3_cm  # type: ignore[attr-defined]
-    BASES["sm3_cm"] = Row("sm3_cm", _alone(_sm3_cm), SM3, "adam")
+_SM3_CM = {"topc": 1, "decay": 0.9, "buffer_dtype": "int8", "mu_dtype": "int8"}
+BASES |= {
+    "sm3_cm": Row("sm3_cm", _alone(memoptax.sm3_cm), SM3 / 16, "adam"),
+    "sm3_cm, C=1, int8": Row(
+        "sm3_cm, C=1, int8", _alone(memoptax.sm3_cm, **_SM3_CM), SM3 / 16, "adam"
+    ),
+    "sm3_cm, own schedule": Row(
+        "sm3_cm, SM3's schedule",
+        _alone(memoptax.sm3_cm),
+        SM3 / 16,
+        "adam, SM3's schedule",
+        schedule=tasks.cooldown,
+    ),
+    "sm3, β .99": Row("sm3, β .99", _alone(memoptax.sm3, beta=0.99), SM3 / 16, "adam"),
+    "sm3, β .999": Row(
+        "sm3, β .999", _alone(memoptax.sm3, beta=0.999), SM3 / 16, "adam"
+    ),
+    "sm3 momentum, own schedule": Row(
+        "sm3 momentum, SM3's schedule",
+        _alone(memoptax.sm3, momentum=0.9),
+        SM3,
+        "adam, SM3's schedule",
+        schedule=tasks.cooldown,
+    ),
+    "ademamix, own schedule": Row(
+        "ademamix, SM3's schedule",
+        ademamix,
+        ADAM / 4,
+        "adam, SM3's schedule",
+        schedule=tasks.cooldown,
+    ),
+    "adafactor, own schedule": Row(
+        "adafactor, SM3's schedule",
+        _alone(optax.adafactor, min_dim_size_to_factor=16),
+        0.032,
+        "adam, SM3's schedule",
+        schedule=tasks.cooldown,
+    ),
+    "adagrad from 0": Row(
+        "adagrad from 0",
+        _alone(optax.adagrad, initial_accumulator_value=0.0),
+        0.032,
+        "adam",
+    ),
+    "plain sgd, averaged": Row(
+        "plain sgd, averaged", averaged_plain_sgd, 4 * SGD, "plain sgd"
+    ),
+    "adam, SAM": Row("adam, SAM", _adam, ADAM, "adam", loss=sharpness_aware),
+    "sgd, SAM": Row("sgd, SAM", _sgd, SGD, "sgd", loss=sharpness_aware),
+}
 
 FULL = (
     (1, 0.9),
@@ -185,7 +286,7 @@ SHORT = ((5, 0.7), (5, 0.99), (5, "FIFO"), (5, "random"), (5, "κ=1e-6"))
 
 
 def bases(*names) -> list[Row]:
-    return [BASES[name] for name in names if name in BASES]
+    return [BASES[name] for name in names]
 
 
 def sgd_c(settings=SHORT, momentum: float | None = 0.9) -> list[Row]:
@@ -224,6 +325,36 @@ def _relative(rate, **options):
     return optax.chain(scaled, memoptax.adam_c(rate, **options))
 
 
+class _Offer(NamedTuple):
+    """What the buffer of ``_aligned`` stores: a gradient with its score."""
+
+    gradient: Any
+    score: jax.Array
+
+
+def _aligned(rate, priority_fn=None, **options):
+    """``adam_c`` that keeps the gradients most aligned with the momentum.
+
+    The key of a gradient is 1 plus the cosine of its angle to an average of the earlier
+    gradients. The score travels with the gradient as one more leaf.
+    """
+    inner = memoptax.adam_c(rate, priority_fn=lambda offer: offer.score, **options)
+
+    def init_fn(params):
+        return inner.init(_Offer(params, jnp.zeros(()))), optax.tree.zeros_like(params)
+
+    def update_fn(updates, state, params=None):
+        state, mean = state
+        lengths = optax.tree.norm(updates) * optax.tree.norm(mean)
+        cosine = optax.tree.vdot(updates, mean) / jnp.maximum(lengths, 1e-30)
+        offer = _Offer(updates, 1 + cosine)
+        made, state = inner.update(offer, state, _Offer(params, jnp.zeros(())))
+        mean = optax.tree.update_moment(updates, mean, 0.9, 1)
+        return made.gradient, (state, mean)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
 def _warming(rate, steps, decay, kappa, fifo, random):
     """``adam_c`` with κ from 0 to 1 over the first half of the run."""
     del kappa, random
@@ -243,20 +374,35 @@ def variants() -> list[Row]:
         "adam_c by leaf", "adam", start, memoptax.adam_c, of_one, synced=False
     )
     relative = buffered_rows("adam_c relative", "adam", start, _relative, of_one)
-    rows = [row._replace(fifo="adam_c C=5 FIFO") for row in (*apart, *relative)]
-    warming = buffered_rows("adam_c", "adam", start, memoptax.adam_c, ((5, 0.7),))[0]
-    name = "adam_c C=5 .7, κ from 0"
-    return [*rows, warming._replace(name=name, make=_warming, fifo="adam_c C=5 FIFO")]
+    aligned = buffered_rows("adam_c aligned", "adam", start, _aligned, of_one)
+    rows = [
+        row._replace(fifo="adam_c C=5 FIFO") for row in (*apart, *relative, *aligned)
+    ]
+    settings = ((5, 0.7), (5, "FIFO"))
+    critical, fifo = buffered_rows("adam_c", "adam", start, memoptax.adam_c, settings)
+    end = ", κ from 0"
+    rows.append(
+        critical._replace(name=critical.name + end, make=_warming, fifo=fifo.name + end)
+    )
+    rows.append(fifo._replace(name=fifo.name + end, make=_warming))
+    return rows
 
 
-def int8_adam_cm() -> list[Row]:
-    """CM with one momentum in int8."""
+def int8_adam_cm(settings=((1, 0.9),)) -> list[Row]:
+    """CM with slots and momentum in int8."""
     return buffered_rows(
         "int8 adam_cm",
         "adam",
         ADAM / 4,
         memoptax.adam_cm,
-        ((1, 0.9),),
+        settings,
         buffer_dtype="int8",
         mu_dtype="int8",
+    )
+
+
+def int8_adam_c(settings) -> list[Row]:
+    """CG with slots in int8."""
+    return buffered_rows(
+        "int8 adam_c", "adam", ADAM / 2, memoptax.adam_c, settings, buffer_dtype="int8"
     )

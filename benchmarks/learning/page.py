@@ -15,6 +15,7 @@ EXTRAS = {
     "rare": "five rarest, %",
     "share": "tagged share of slots",
     "top": "log10 top eigenvalue",
+    "adaptive": "log10 adaptive",
     "trace": "log10 trace",
     "train_loss": "train loss",
     "moving": "share of steps taken",

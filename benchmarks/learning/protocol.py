@@ -109,15 +109,16 @@ def _make(task, wanted, results, title):
     ]
     programs: dict = {}
     for row, rate, seed in missing:
-        programs.setdefault((row.make, row.schedule), []).append((row, rate, seed))
+        program = row.make, row.schedule, row.loss
+        programs.setdefault(program, []).append((row, rate, seed))
     with tqdm(total=len(missing), unit="run", disable=not missing) as bar:
-        for (make, schedule), runs in programs.items():
+        for program, runs in programs.items():
             bar.set_description(f"{task.name}, {title}, {runs[0][0].name}")
             lanes = [
                 {"rate": rate, "seed": seed, **row.numbers} for row, rate, seed in runs
             ]
             done = 0
-            for records in train(task, make, lanes, schedule):
+            for records in train(task, program[0], lanes, *program[1:]):
                 part = runs[done : done + len(records)]
                 results.append(
                     [

@@ -43,12 +43,15 @@ def with_average(tx, decay) -> optax.GradientTransformation:
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def train(task: tasks.Task, make: Callable, runs: list[dict], schedule=None):
+def train(task: tasks.Task, make: Callable, runs: list[dict], schedule=None, loss=None):
     """Train ``runs``, each a dict of ``rate``, ``seed`` and the numbers of ``make``.
 
+    ``schedule`` stands for the task's, and ``loss`` makes another loss of the task's.
     Yields a list of records for each ``task.lanes`` of them.
     """
     task = task._replace(name="", schedule=schedule or task.schedule)
+    if loss is not None:
+        task = task._replace(loss=_other_loss(loss, task.loss))
     data, task = task.data, task._replace(data=None)
     begin, run, score = _begin(_common(task)), _run(task, make), _score(_common(task))
     for first in range(0, len(runs), task.lanes):
@@ -69,6 +72,11 @@ def train(task: tasks.Task, make: Callable, runs: list[dict], schedule=None):
         ]
 
 
+@functools.cache
+def _other_loss(change, loss):
+    return change(loss)
+
+
 def _plain(value):
     if value.ndim:
         return " ".join(f"{number:.5g}" for number in value)
@@ -77,7 +85,7 @@ def _plain(value):
 
 def _common(task):
     """The functions that all optimizers of a task share, and that compile once."""
-    return task._replace(schedule=None, watch=None, curve=None, until=None)
+    return task._replace(schedule=None, watch=None, curve=None, until=None, loss=None)
 
 
 def _compiled(function):

@@ -2,7 +2,9 @@
 
 import importlib
 
-NAMES = ("e7", "e8", "e9", "e10", "e11", "e12", "e13")
+CORE = ("e7", "e8", "e9", "e10", "e11", "e12", "e13")
+MORE = ("e8_more", "e9_more", "e10_more", "e11_more", "e12_more", "e13_more")
+NAMES = (*CORE, *MORE)
 
 
 def load() -> dict:

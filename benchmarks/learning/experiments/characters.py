@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from benchmarks.learning import data
 from benchmarks.learning import task as tasks
-from benchmarks.learning.models import cross_entropy, transformer
+from benchmarks.learning.models import Model, cross_entropy, lstm, transformer
 
-CONTEXT, SCORED = 32, 256  # SCORED is the number of windows in a score
+CONTEXT, SCORED = 64, 256  # SCORED is the number of windows in a score
 
 
 @functools.cache
@@ -38,10 +38,19 @@ def batch(text, starts):
     return windows(text.train, starts)
 
 
+def of_width(width, layers=2, heads=2) -> Model:
+    """The transformer: 2 layers of width 64 have 115,072 parameters."""
+    return transformer(int(arrays().vocabulary), width, layers, heads, CONTEXT)
+
+
+def recurrent() -> Model:
+    """An LSTM like that of the CG paper's experiments."""
+    return lstm(int(arrays().vocabulary), 64, 128)
+
+
 @functools.cache
-def functions(vocabulary, width, layers, heads):
-    """The initial parameters, the loss and the score of a transformer."""
-    model = transformer(vocabulary, width, layers, heads, CONTEXT)
+def functions(model: Model):
+    """The loss and the score of a model."""
 
     def loss(params, batch):
         text, following = batch
@@ -58,16 +67,15 @@ def functions(vocabulary, width, layers, heads):
             "test": held_out(params, text.test),
         }
 
-    return model.init, loss, score
+    return loss, score
 
 
-def task(name, steps, size, width, layers=1, heads=2) -> tasks.Task:
-    text = arrays()
-    init, loss, score = functions(int(text.vocabulary), width, layers, heads)
+def task(name, steps, size, model: Model) -> tasks.Task:
+    loss, score = functions(model)
     return tasks.Task(
         name=name,
-        data=text,
-        init=init,
+        data=arrays(),
+        init=model.init,
         draw=draw(size),
         batch=batch,
         loss=loss,

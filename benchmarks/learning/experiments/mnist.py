@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from benchmarks.learning import data
 from benchmarks.learning import task as tasks
-from benchmarks.learning.models import accuracy, cross_entropy, mlp
+from benchmarks.learning.models import Model, accuracy, cross_entropy, mlp
 
 MODEL = mlp(40, 100, 100, 10)
 
@@ -16,11 +16,6 @@ MODEL = mlp(40, 100, 100, 10)
 def arrays():
     """The three parts as JAX arrays."""
     return jax.tree.map(jnp.asarray, data.mnist1d())
-
-
-def loss(params, batch):
-    x, y = batch
-    return cross_entropy(MODEL.apply(params, x), y)
 
 
 @functools.cache
@@ -39,22 +34,40 @@ def batch(split, rows):
     return x[rows], y[rows]
 
 
-def score(split, params, losses, key):
-    del losses, key
-    return {
-        "validation": accuracy(
-            MODEL.apply(params, split.validation[0]), split.validation[1]
-        ),
-        "test": accuracy(MODEL.apply(params, split.test[0]), split.test[1]),
-        "test_loss": loss(params, split.test),
-    }
+@functools.cache
+def functions(model: Model):
+    """The loss and the score of a model."""
+
+    def loss(params, batch):
+        x, y = batch
+        return cross_entropy(model.apply(params, x), y)
+
+    def score(split, params, losses, key):
+        del losses, key
+
+        def correct(part):
+            return accuracy(model.apply(params, part[0]), part[1])
+
+        return {
+            "validation": correct(split.validation),
+            "test": correct(split.test),
+            "test_loss": loss(params, split.test),
+        }
+
+    return loss, score
 
 
-def task(name, steps, size=100, schedule=tasks.cosine) -> tasks.Task:
+loss, score = functions(MODEL)
+
+
+def task(
+    name, steps, size=100, schedule=tasks.cosine, model: Model = MODEL
+) -> tasks.Task:
+    loss, score = functions(model)
     return tasks.Task(
         name=name,
         data=arrays(),
-        init=MODEL.init,
+        init=model.init,
         draw=draw(size),
         batch=batch,
         loss=loss,

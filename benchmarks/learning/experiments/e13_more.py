@@ -1,0 +1,90 @@
+"""E13, more: longer runs, no warm-up, averages instead of sums, and a spike."""
+
+import jax.numpy as jnp
+
+from benchmarks.learning import optimizers as o
+from benchmarks.learning import task as tasks
+from benchmarks.learning.experiment import Experiment
+from benchmarks.learning.experiments import characters
+from benchmarks.learning.experiments.e13 import BATCH, LARGE, SMALL, STEPS
+from benchmarks.learning.protocol import Size
+
+WINDOW = 20  # steps before and after a spike
+
+
+def spiked(task: tasks.Task, factor: float) -> tasks.Task:
+    """The task with one gradient, in the middle of the run, ``factor`` times as large.
+
+    The score is the jump: the mean training loss of the steps after it, minus that of
+    the steps before it. Rates are still chosen by the loss of the validation text.
+    """
+    middle, draw, batch, loss, score = (
+        task.steps // 2,
+        task.draw,
+        task.batch,
+        task.loss,
+        task.score,
+    )
+
+    def drawn(data, key, count):
+        return draw(data, key, count), count
+
+    def with_count(data, both):
+        return batch(data, both[0]), both[1]
+
+    def scaled(params, both):
+        return loss(params, both[0]) * jnp.where(both[1] == middle, factor, 1.0)
+
+    def jump(data, params, losses, key):
+        after = losses[middle + 1 : middle + 1 + WINDOW]
+        before = losses[middle - WINDOW : middle]
+        found = score(data, params, losses, key)
+        return found | {"test": jnp.mean(after) - jnp.mean(before)}
+
+    return task._replace(
+        name=f"{task.name}, one gradient × {factor:g}",
+        draw=drawn,
+        batch=with_count,
+        loss=scaled,
+        score=jump,
+        schedule=tasks.warmup,
+        unit="jump of the training loss, nats",
+    )
+
+
+def plan():
+    small, large = characters.of_width(SMALL), characters.of_width(LARGE)
+    task = characters.task("characters", STEPS, BATCH, small)
+    longer = characters.task("characters, 8,000 steps", 8000, BATCH, small)
+    more = "characters, 8,000 steps, twice the parameters"
+    wider = characters.task(more, 8000, BATCH, large)
+    rows = o.bases("adam", "sm3", "ademamix", "adafactor", "adagrad")
+    rows += o.bases("adam, own schedule", "sm3, own schedule")
+    averages = o.bases("adam", "sm3", "sm3, β .99", "sm3, β .999")
+    averages += o.unwarmed(o.bases("adam", "sm3"), tasks.half_cosine)
+    spikes = o.bases("adam", "sm3", "sm3, β .999", "adagrad", "adafactor")
+    spikes += [*o.adam_cm(((5, 0.7), (5, "FIFO"))), *o.adam_c(((5, 0.7), (5, "FIFO")))]
+    return [
+        (longer, rows),
+        (wider, o.bases("adam", "sm3", "sm3, own schedule", "adafactor")),
+        (task._replace(name="characters, averages and no warm-up"), averages),
+        (spiked(task, 10.0), spikes),
+        (spiked(task, 1000.0), spikes),
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="e13_more",
+    question="Does SM3 hold in longer runs, without a warm-up, and after a spike?",
+    bounds=(
+        "as E13, and 8,000 steps; sums replaced by averages; no warm-up; one gradient "
+        "10 or 1,000 times as large as it was; ten fresh seeds"
+    ),
+    plan=plan,
+    size=Size(seeds=10),
+    not_run=("wider models", "silent rows before the spike"),
+    quick=(),
+    against={
+        "characters, 8,000 steps, twice the parameters": "characters, 8,000 steps"
+    },
+)

@@ -1,0 +1,39 @@
+"""E9, more: other shares of wrong labels, and other batches."""
+
+from benchmarks.learning import optimizers as o
+from benchmarks.learning.experiment import Experiment
+from benchmarks.learning.experiments import e9
+from benchmarks.learning.protocol import Size
+
+EXAMPLES = e9.BATCH * e9.STEPS
+
+
+def plan():
+    settings = ((5, 0.7), (5, 0.99), (5, "FIFO"))
+    rows = [
+        *o.bases("adam", "sm3"),
+        *o.adam_c(settings),
+        *o.adam_cm(settings),
+    ]
+    shares = {"no flips": 0.0, "flips of one in ten": 0.1, "flips of two in five": 0.4}
+    sizes = {f"flips of one in five, batch {size}": size for size in (1, 64)}
+    return [
+        *((e9.flips(name, e9.BATCH, share), rows) for name, share in shares.items()),
+        *(
+            (e9.flips(name, size, e9.FLIPS, EXAMPLES // size), rows)
+            for name, size in sizes.items()
+        ),
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="e9_more",
+    question="Does the answer depend on the share of wrong labels, or on the batch?",
+    bounds=(
+        "as E9, with no flips, one in ten, two in five; and one in five at batch 1 for "
+        "24,000 steps and at batch 64 for 375; ten fresh seeds"
+    ),
+    plan=plan,
+    size=Size(seeds=10),
+    quick=(),
+)
