@@ -68,43 +68,6 @@ def convolutional(channels: int, classes: int) -> Model:
 
 
 @functools.cache
-def lstm(vocabulary: int, embedding: int, hidden: int) -> Model:
-    """Logits of each next character, (batch, length, V), from (batch, length)."""
-
-    def init(key):
-        keys = jax.random.split(key, 4)
-
-        def normal(key, n, m):
-            return jax.random.normal(key, (n, m)) * n**-0.5
-
-        # The gates are input, forget, output and candidate. Forget starts near 1.
-        bias = jnp.zeros((4, hidden)).at[1].set(1.0)
-        return {
-            "characters": 0.1 * jax.random.normal(keys[0], (vocabulary, embedding)),
-            "inputs": normal(keys[1], embedding, 4 * hidden),
-            "hidden": normal(keys[2], hidden, 4 * hidden),
-            "bias": bias.reshape(-1),
-            "readout": normal(keys[3], hidden, vocabulary),
-        }
-
-    def apply(params, text):
-        pulls = params["characters"][text] @ params["inputs"] + params["bias"]
-
-        def step(carry, pull):
-            h, cell = carry
-            i, f, o, new = jnp.split(pull + h @ params["hidden"], 4, axis=-1)
-            cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(new)
-            h = jax.nn.sigmoid(o) * jnp.tanh(cell)
-            return (h, cell), h
-
-        zero = jnp.zeros((len(text), hidden))
-        _, states = jax.lax.scan(step, (zero, zero), jnp.moveaxis(pulls, 1, 0))
-        return jnp.moveaxis(states, 0, 1) @ params["readout"]
-
-    return Model(init, apply)
-
-
-@functools.cache
 def transformer(
     vocabulary: int, width: int, layers: int, heads: int, context: int
 ) -> Model:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from benchmarks.learning import data
 from benchmarks.learning import task as tasks
-from benchmarks.learning.models import Model, cross_entropy, lstm, transformer
+from benchmarks.learning.models import Model, cross_entropy, transformer
 
 CONTEXT, SCORED = 64, 256  # SCORED is the number of windows in a score
 
@@ -41,11 +41,6 @@ def batch(text, starts):
 def of_width(width, layers=2, heads=2) -> Model:
     """The transformer: 2 layers of width 64 have 115,072 parameters."""
     return transformer(int(arrays().vocabulary), width, layers, heads, CONTEXT)
-
-
-def recurrent() -> Model:
-    """An LSTM like that of the CG paper's experiments."""
-    return lstm(int(arrays().vocabulary), 64, 128)
 
 
 @functools.cache
