@@ -1,6 +1,5 @@
 """benchmarks/learning: its statistics, its protocol, its data and its page."""
 
-import sys
 import urllib.error
 
 import jax
@@ -25,7 +24,7 @@ from benchmarks.learning import (
     training,
 )
 from benchmarks.learning import task as tasks
-from benchmarks.learning.experiments import NAMES, e7, e9, e11, load
+from benchmarks.learning.experiments import CORE, NAMES, e7, e9, e11, load
 from benchmarks.learning.results import FOLDER, Results
 
 pytestmark = pytest.mark.slow
@@ -35,8 +34,8 @@ pytestmark = pytest.mark.slow
 def test_all_experiments_run_in_their_quick_form(capsys):
     command.main(["--quick"])
     printed = capsys.readouterr().out
-    assert printed.count("Bounds: ") == len(NAMES)
-    assert printed.count("| optimizer |") == len(NAMES)
+    assert printed.count("Bounds: ") == len(CORE)
+    assert printed.count("| optimizer |") == len(CORE)
     assert printed.count("C=5 FIFO |") >= 5
 
 
@@ -361,18 +360,15 @@ def test_numbers_are_written_as_far_as_they_are_known():
     assert page.difference(intervals.Interval(0.01, 0.5)) == "+0.01 ± 0.50"
 
 
-@pytest.mark.skipif(
-    sys.version_info[:2] != (3, 11), reason="E13 reads the help of Python 3.11"
-)
-def test_the_page_is_that_of_the_results():
-    text = page.PAGE.read_text()
+def test_the_pages_are_those_of_the_results():
+    texts = [path.read_text() for path in page.PAGES]
     known = load()
     run = [known[name] for name in NAMES if (FOLDER / f"{name}.csv").exists()]
     made = {each.name: page.tables(each, FOLDER) for each in run}
-    assert page.fill(text, made) == text
+    assert [page.fill(text, made) for text in texts] == texts
     for each in run:
-        assert f"<!-- evidence: {each.name} -->" in text
-        assert (page.PAGE.parent / "evidence" / f"{each.name}.png").exists()
+        assert sum(text.count(f"<!-- evidence: {each.name} -->") for text in texts) == 1
+        assert (page.DOCS / "evidence" / f"{each.name}.png").exists()
 
 
 def test_lines_pair_with_the_base_and_with_fifo(tmp_path):

@@ -39,7 +39,7 @@ def main(argv=None) -> None:
         "--cost", action="store_true", help="measure the time of a step"
     )
     parser.add_argument("--table", action="store_true", help="print the tables")
-    parser.add_argument("--docs", action="store_true", help="write docs/evidence.md")
+    parser.add_argument("--docs", action="store_true", help="write the pages of docs/")
     parser.add_argument(
         "--results", type=Path, default=FOLDER, help="where results are kept"
     )

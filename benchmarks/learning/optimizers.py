@@ -77,42 +77,6 @@ def sharpness_aware(loss, radius=0.05):
 
 
 @functools.cache
-def clipped(make, norm):
-    """``make`` behind a clip of the gradient's norm."""
-
-    def clipping(rate, steps, **numbers):
-        clip = optax.clip_by_global_norm(norm)
-        return optax.chain(clip, make(rate, steps, **numbers))
-
-    return clipping
-
-
-def clip(rows, norm) -> list[Row]:
-    """The rows behind a clip, compared with one another."""
-    end = f", clip {norm:g}"
-    return [
-        row._replace(
-            name=row.name + end,
-            make=clipped(row.make, norm),
-            base=row.base and row.base + end,
-            fifo=row.fifo and row.fifo + end,
-        )
-        for row in rows
-    ]
-
-
-def unwarmed(rows, schedule) -> list[Row]:
-    """The rows with a schedule that has no warm-up, compared with one another."""
-    end = ", no warm-up"
-    return [
-        row._replace(
-            name=row.name + end, base=row.base and row.base + end, schedule=schedule
-        )
-        for row in rows
-    ]
-
-
-@functools.cache
 def buffered(optimizer, topc, **static):
     """``make`` of an optimizer with a buffer of ``topc``."""
 
@@ -232,10 +196,6 @@ BASES |= {
         SM3 / 16,
         "adam, SM3's schedule",
         schedule=tasks.cooldown,
-    ),
-    "sm3, β .99": Row("sm3, β .99", _alone(memoptax.sm3, beta=0.99), SM3 / 16, "adam"),
-    "sm3, β .999": Row(
-        "sm3, β .999", _alone(memoptax.sm3, beta=0.999), SM3 / 16, "adam"
     ),
     "sm3 momentum, own schedule": Row(
         "sm3 momentum, SM3's schedule",

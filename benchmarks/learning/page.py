@@ -1,4 +1,4 @@
-"""Tables in Markdown, and the page docs/evidence.md, from the results only."""
+"""Tables in Markdown, and the pages of docs/ that have them, from results only."""
 
 import math
 import re
@@ -8,7 +8,8 @@ from benchmarks.learning import pictures, summary
 from benchmarks.learning.experiment import Experiment
 from benchmarks.learning.intervals import Interval
 
-PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = (DOCS / "evidence.md", DOCS / "evidence_more.md")
 # The columns of a run beside its score, with their titles.
 EXTRAS = {
     "test_loss": "test loss",
@@ -131,11 +132,11 @@ def fill(page: str, made: dict[str, str]) -> str:
     return re.sub(pattern, new, page, flags=re.S)
 
 
-def write(experiments: list[Experiment], folder: Path, page: Path = PAGE) -> None:
-    """Draw all tables and pictures of the page again."""
+def write(experiments: list[Experiment], folder: Path, pages=PAGES) -> None:
+    """Draw all tables and pictures of the pages again."""
     run = [each for each in experiments if (folder / f"{each.name}.csv").exists()]
-    page.write_text(
-        fill(page.read_text(), {each.name: tables(each, folder) for each in run})
-    )
+    made = {each.name: tables(each, folder) for each in run}
+    for path in pages:
+        path.write_text(fill(path.read_text(), made))
     for each in run:
-        pictures.draw(each, folder, page.parent / "evidence" / f"{each.name}.png")
+        pictures.draw(each, folder, DOCS / "evidence" / f"{each.name}.png")

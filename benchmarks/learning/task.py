@@ -53,11 +53,6 @@ def cosine(steps):
     return factor
 
 
-def half_cosine(steps):
-    """Half a cosine down to 0, without a warm-up."""
-    return lambda count: 0.5 * (1 + jnp.cos(jnp.pi * count / steps))
-
-
 def cooldown(steps):
     """SM3's own: a quadratic warm-up over a twentieth, a cool-down over a tenth."""
     import memoptax
