@@ -3,8 +3,8 @@
     python benchmarks/smoke.py               # needs build and twine
     python benchmarks/smoke.py --installed   # only try what is installed here
 
-The wheel and the sdist are each installed in a new environment of every Python that
-benchmarks/versions.py finds, and tried from an empty folder.
+The sdist and the wheel are installed one after the other in a new environment of every
+Python that benchmarks/versions.py finds, and tried from an empty folder.
 """
 
 import argparse
@@ -87,13 +87,16 @@ def main(argv=None):
             if python is None:
                 print(f"Python {version} is not here.")
                 continue
+            venv = folder / version
+            subprocess.run([python, "-m", "venv", venv], check=True)
+            inside = venv / "bin/python"
+            again = []
             for file in files:
-                venv = folder / f"{version}-{file.suffix}"
-                subprocess.run([python, "-m", "venv", venv], check=True)
-                inside = venv / "bin/python"
-                subprocess.run([inside, "-m", "pip", "install", "-q", file], check=True)
+                install = [inside, "-m", "pip", "install", "-q", *again, file]
+                subprocess.run(install, check=True)
                 script = [inside, Path(__file__).absolute(), "--installed"]
                 subprocess.run(script, cwd=away, check=True)
+                again = ["--force-reinstall", "--no-deps"]
 
 
 if __name__ == "__main__":
