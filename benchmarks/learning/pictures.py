@@ -102,7 +102,7 @@ def _forest(axis, task, lines, column, title):
     axis.set_yticks(range(len(shown)), names, fontsize=8)
     axis.set_ylim(-0.6, len(shown) - 0.4)
     better = "better to the right" if task.largest else "better to the left"
-    label = PANELS.get(column, f"{task.unit}: difference, {better}")
+    label = PANELS.get(column, f"{task.unit}:\ndifference, {better}")
     axis.set_xlabel(label, fontsize=8)
     axis.set_title(title, fontsize=10)
     axis.grid(axis="x", alpha=0.3)
