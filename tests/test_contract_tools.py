@@ -221,6 +221,13 @@ def test_strict_promotion_of_dtypes_is_no_error(opt):
             trace_all(opt, *dtypes)
 
 
+@each_optimizer
+@pytest.mark.few(5)
+def test_promotion_of_ranks_may_be_an_error(opt):
+    with jax.numpy_rank_promotion("raise"):
+        trace_all(opt, "float32", "float32")
+
+
 @each_factory
 def test_float64_of_numpy_gives_no_warning(opt):
     """JAX has 32 bits here. A warning is an error in these tests."""

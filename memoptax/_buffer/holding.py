@@ -98,7 +98,7 @@ def moved(entries, decision: eviction.Decision):
         return None
     topc = entries.shape[1] - 1
     slots = slots_of(entries)
-    slot = jnp.arange(topc + 1, dtype=slots.dtype)
+    slot = jnp.arange(topc + 1, dtype=slots.dtype)[None]
     spare = slot == slots[:, -1:]
     evicted = slot == jnp.take_along_axis(slots, decision.entry[:, None], axis=1)
     new = decision.entry[:, None].astype(slots.dtype)
