@@ -156,9 +156,9 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
       ValueError: if the state differs from ``tx.init(params)`` in structure, shape or
         dtype, or has a leaf that is not an array; if a floating-point array has a
         number that is not finite (a scalar may be infinite), or a second moment, a
-        count or a scale is below 0; if the entries of a buffer are not a permutation,
-        its counters contradict each other, or its keys or norms are negative. The error
-        names the array.
+        count or a scale is below 0 in a state of memoptax, or in one of optax's common
+        ones; if the entries of a buffer are not a permutation, its counters contradict
+        each other, or its keys or norms are negative. The error names the array.
 
     Examples:
       >>> import memoptax, jax.numpy as jnp
@@ -196,15 +196,40 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
             good = ~jnp.isnan(leaf) if leaf.ndim == 0 else jnp.isfinite(leaf)
             if not jnp.all(good):
                 raise ValueError(f"{name} has numbers that are not finite.")
-        field = next((k.name for k in reversed(path) if hasattr(k, "name")), None)
-        if field in _AT_LEAST_0 and jnp.any(leaf < 0):
-            raise ValueError(f"{name} has numbers below 0.")
+    for path, leaf in _at_least_0(bare):
+        if jnp.any(jnp.less(leaf, 0)):
+            raise ValueError(f"state{path} has numbers below 0.")
     for buffer in _found(bare):
         _check_numbers(buffer)
 
 
-# Fields of states, ours and optax's, that are sums of squares, counts or scales.
+# Fields that are sums of squares, counts or scales in the states of this package, and
+# in these of optax. In others, a name may mean another thing: optax.sm3 keeps its
+# momentum in nu. Parameters may have such names too.
 _AT_LEAST_0 = ("nu", "nu_max", "accumulators", "scales", "mu_scales", "count")
+_OF_OPTAX = (
+    *(optax.ScaleByAdamState, optax.ScaleByAmsgradState, optax.ScaleByBeliefState),
+    *(optax.ScaleByNovogradState, optax.ScaleByRmsState, optax.ScaleByRStdDevState),
+    *(optax.EmaState, optax.ScaleByLionState, optax.ScaleByScheduleState),
+    optax.InjectStatefulHyperparamsState,
+)
+
+
+def _at_least_0(state):
+    """The paths and arrays of a state that cannot have numbers below 0."""
+    found = []
+
+    def descend(path, node):
+        kind = type(node)
+        if kind in _OF_OPTAX or kind.__module__.startswith(f"{__package__}."):
+            above = jax.tree_util.keystr(path)
+            for field in sorted({*_AT_LEAST_0} & {*getattr(node, "_fields", ())}):
+                for rest, leaf in jax.tree.leaves_with_path(getattr(node, field)):
+                    found.append((f"{above}.{field}{jax.tree_util.keystr(rest)}", leaf))
+        return False
+
+    jax.tree.leaves_with_path(state, is_leaf=descend, is_leaf_takes_path=True)
+    return found
 
 
 def _check_numbers(buffer):
