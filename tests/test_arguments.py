@@ -390,6 +390,14 @@ def test_parameters_may_be_numbers(factory):
             for found, wanted in ((updates, expected), (state, want)):
                 jax.tree.map(np.testing.assert_array_equal, found, wanted)
             optax.apply_updates(params, updates)
+            of_numbers, of_arrays = (
+                (
+                    str(memoptax.memory_report(tx, p)),
+                    memoptax.state_partition_specs(tx, p, jax.P()),
+                )
+                for p in (params, array)
+            )
+            assert of_numbers == of_arrays
 
 
 @each_factory
