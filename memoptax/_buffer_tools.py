@@ -101,9 +101,7 @@ def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> Sta
       >>> state = memoptax.resize_buffer(small.init(jnp.zeros(3)), 20)
       >>> _, state = large.update(jnp.ones(3), state)
     """
-    topc = _options.capacity(topc)
-    if topc == 0:
-        raise ValueError("topc must be at least 1 to resize a buffer, but is 0.")
+    topc = _options.capacity(topc, 1)
     _check.choice("holding", holding, (None, *_holding.WAYS))
 
     def resized(buffer):
