@@ -12,7 +12,7 @@ from memoptax import _check, _flax_metadata
 from memoptax._buffer import algorithm, eviction, matching, resizing
 from memoptax._buffer import holding as _holding
 from memoptax._buffer import options as _options
-from memoptax._tensors import norms
+from memoptax._tensors import dtypes, norms
 
 State = TypeVar("State")
 
@@ -53,7 +53,8 @@ def buffer_stats(state: Any, updates: Any = None) -> dict[str, jax.Array]:
       ``optax.partition``, names start with ``0/``, ``1/`` and so on.
 
     Raises:
-      ValueError: if the state holds no buffer, or if ``updates`` lack a leaf of it.
+      ValueError: if the state holds no buffer, or if ``updates`` lack a leaf of it or
+        are not real.
 
     Examples:
       >>> import memoptax, jax.numpy as jnp
@@ -320,6 +321,8 @@ def _leaves_like(buffer, updates):
                 f"updates have a leaf of shape {np.shape(leaf)} at {name}, but the "
                 f"state was made for {rest}."
             )
+        if not dtypes.is_real(dtype := jnp.result_type(leaf)):
+            raise ValueError(f"updates must be real, but have {dtype} at {name}.")
         found.append(leaf)
     return found
 

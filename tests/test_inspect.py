@@ -373,6 +373,10 @@ def test_updates_of_another_shape_are_refused():
     for wrong in ({**TREE, "a": jnp.ones(4)}, {**TREE, "b": np.ones(1)}):
         with pytest.raises(ValueError, match="updates have a leaf of shape"):
             memoptax.buffer_stats(state, wrong)
+    with pytest.raises(
+        ValueError, match=r"updates must be real, .* complex64 at \['b'"
+    ):
+        memoptax.buffer_stats(state, {**TREE, "b": jnp.array(1j)})
     members = jax.vmap(lambda key: memoptax.sgd_c(0.1).init(TREE))(jnp.arange(2))
     with pytest.raises(ValueError, match="updates have a leaf of shape"):
         memoptax.buffer_stats(members, TREE)

@@ -80,12 +80,12 @@ def _called(aggr, update, total, fill, kappa, sound):
     x = update.astype(dtype)
     mean = total.astype(dtype) * (k / jnp.maximum(fill, 1).astype(dtype))
     joined = aggr(x, mean, fill)
-    if getattr(joined, "shape", None) != x.shape:
+    if getattr(joined, "shape", None) != x.shape or not dtypes.is_real(joined.dtype):
         raise ValueError(
-            f"aggr must return an array of the shape {x.shape} of its update, but "
-            f"returned {joined!r}."
+            f"aggr must return an array of the shape {x.shape} of its update, of real "
+            f"numbers, but returned {joined!r}."
         )
-    joined = jnp.where(untouched, x, joined)
+    joined = jnp.where(untouched, x, jnp.asarray(joined, dtype))
     return jnp.where(sound, joined, jnp.nan).astype(update.dtype)
 
 

@@ -22,6 +22,11 @@ def widest(*dtypes) -> jnp.dtype:
     return next(every, jnp.dtype(jnp.float32))
 
 
+def is_real(dtype) -> bool:
+    """Whether numbers of this dtype are real. Booleans are not numbers."""
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
+
+
 def holds(dtype, other) -> bool:
     """Whether a dtype can represent every value of the other one."""
     wide, narrow = jnp.finfo(dtype), jnp.finfo(other)
