@@ -12,7 +12,7 @@ from memoptax import _check, _flax_metadata
 from memoptax._buffer import algorithm, eviction, matching, resizing
 from memoptax._buffer import holding as _holding
 from memoptax._buffer import options as _options
-from memoptax._tensors import norms
+from memoptax._tensors import dtypes, norms
 
 State = TypeVar("State")
 
@@ -53,7 +53,8 @@ def buffer_stats(state: Any, updates: Any = None) -> dict[str, jax.Array]:
       ``optax.partition``, names start with ``0/``, ``1/`` and so on.
 
     Raises:
-      ValueError: if the state holds no buffer, or if ``updates`` lack a leaf of it.
+      ValueError: if the state holds no buffer, or if ``updates`` lack a leaf of it or
+        are not real.
 
     Examples:
       >>> import memoptax, jax.numpy as jnp
@@ -101,9 +102,7 @@ def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> Sta
       >>> state = memoptax.resize_buffer(small.init(jnp.zeros(3)), 20)
       >>> _, state = large.update(jnp.ones(3), state)
     """
-    topc = _options.capacity(topc)
-    if topc == 0:
-        raise ValueError("topc must be at least 1 to resize a buffer, but is 0.")
+    topc = _options.capacity(topc, 1)
     _check.choice("holding", holding, (None, *_holding.WAYS))
 
     def resized(buffer):
@@ -156,9 +155,9 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
       ValueError: if the state differs from ``tx.init(params)`` in structure, shape or
         dtype, or has a leaf that is not an array; if a floating-point array has a
         number that is not finite (a scalar may be infinite), or a second moment, a
-        count or a scale is below 0; if the entries of a buffer are not a permutation,
-        its counters contradict each other, or its keys or norms are negative. The error
-        names the array.
+        count or a scale is below 0 in a state of memoptax, or in one of optax's common
+        ones; if the entries of a buffer are not a permutation, its counters contradict
+        each other, or its keys or norms are negative. The error names the array.
 
     Examples:
       >>> import memoptax, jax.numpy as jnp
@@ -196,15 +195,40 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
             good = ~jnp.isnan(leaf) if leaf.ndim == 0 else jnp.isfinite(leaf)
             if not jnp.all(good):
                 raise ValueError(f"{name} has numbers that are not finite.")
-        field = next((k.name for k in reversed(path) if hasattr(k, "name")), None)
-        if field in _AT_LEAST_0 and jnp.any(leaf < 0):
-            raise ValueError(f"{name} has numbers below 0.")
+    for path, leaf in _at_least_0(bare):
+        if jnp.any(jnp.less(leaf, 0)):
+            raise ValueError(f"state{path} has numbers below 0.")
     for buffer in _found(bare):
         _check_numbers(buffer)
 
 
-# Fields of states, ours and optax's, that are sums of squares, counts or scales.
+# Fields that are sums of squares, counts or scales in the states of this package, and
+# in these of optax. In others, a name may mean another thing: optax.sm3 keeps its
+# momentum in nu. Parameters may have such names too.
 _AT_LEAST_0 = ("nu", "nu_max", "accumulators", "scales", "mu_scales", "count")
+_OF_OPTAX = (
+    *(optax.ScaleByAdamState, optax.ScaleByAmsgradState, optax.ScaleByBeliefState),
+    *(optax.ScaleByNovogradState, optax.ScaleByRmsState, optax.ScaleByRStdDevState),
+    *(optax.EmaState, optax.ScaleByLionState, optax.ScaleByScheduleState),
+    optax.InjectStatefulHyperparamsState,
+)
+
+
+def _at_least_0(state):
+    """The paths and arrays of a state that cannot have numbers below 0."""
+    found = []
+
+    def descend(path, node):
+        kind = type(node)
+        if kind in _OF_OPTAX or kind.__module__.startswith(f"{__package__}."):
+            above = jax.tree_util.keystr(path)
+            for field in sorted({*_AT_LEAST_0} & {*getattr(node, "_fields", ())}):
+                for rest, leaf in jax.tree.leaves_with_path(getattr(node, field)):
+                    found.append((f"{above}.{field}{jax.tree_util.keystr(rest)}", leaf))
+        return False
+
+    jax.tree.leaves_with_path(state, is_leaf=descend, is_leaf_takes_path=True)
+    return found
 
 
 def _check_numbers(buffer):
@@ -297,6 +321,8 @@ def _leaves_like(buffer, updates):
                 f"updates have a leaf of shape {np.shape(leaf)} at {name}, but the "
                 f"state was made for {rest}."
             )
+        if not dtypes.is_real(dtype := jnp.result_type(leaf)):
+            raise ValueError(f"updates must be real, but have {dtype} at {name}.")
         found.append(leaf)
     return found
 

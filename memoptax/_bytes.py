@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 
@@ -171,7 +172,7 @@ def memory_report(
     return MemoryReport(
         fields=dict(fields.most_common()),
         total=fields.total(),
-        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
+        parameters=sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(params)),
         per_device=None if shardings is None else dict(per_device),
         whole=None if shardings is None else dict(whole),
     )

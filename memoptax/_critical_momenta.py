@@ -77,7 +77,7 @@ def critical_momenta(
         ``buffer_dtype``). The arithmetic stays in float32 or better. m is rounded to
         nearest and clipped to the range of the dtype. The buffer joins and stores the
         rounded m. Rounding stalls m. With b1 = .9, m approaches a constant gradient
-        only to within 2.6 % in bfloat16 and .3 % in float16. In int8 an element stays 0
+        only to within 4 % in bfloat16 and .5 % in float16. In int8 an element stays 0
         while its gradients are below 4 % of the largest m in its row. Without a buffer
         (a concrete κ or C of 0) the update uses m before rounding, and int8 takes a
         temporary copy of the parameters. No derivative flows through

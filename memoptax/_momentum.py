@@ -1,7 +1,5 @@
 """The momentum m, whose past values a buffer holds: its zeros, average and checks."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,7 +7,7 @@ import optax
 from memoptax import _check
 from memoptax._buffer import algorithm, matching
 from memoptax._buffer import options as _options
-from memoptax._tensors import layout, storage
+from memoptax._tensors import dtypes, layout, storage
 
 
 def zeros(params, dtype):
@@ -82,10 +80,13 @@ def average(gradients, state, b1, taken):
     """
     leaves, treedef = jax.tree.flatten(gradients)
     before = storage.unpack(treedef, state.mu, state.mu_scales)
-    dtypes = [_wide(old.values.dtype, g.dtype) for old, g in zip(before, leaves)]
+    wide = [
+        dtypes.widest(jnp.float32, old.values.dtype, g.dtype)
+        for old, g in zip(before, leaves)
+    ]
     done = [
         _blended(g.astype(dtype), old, b1, 1 - b1, taken)
-        for g, old, dtype in zip(leaves, before, dtypes)
+        for g, old, dtype in zip(leaves, before, wide)
     ]
     m, after = [d[0] for d in done], [d[1] for d in done]
     return treedef.unflatten(m), after, storage.pack(treedef, after, state.mu_scales)
@@ -128,9 +129,3 @@ def where(condition, chosen, other):
         chosen,
         other,
     )
-
-
-def _wide(*dtypes):
-    """float32, or the widest of the floating ones."""
-    floating = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
-    return functools.reduce(jnp.promote_types, floating, jnp.dtype(jnp.float32))

@@ -11,6 +11,8 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import (
     AbstractMesh,
@@ -88,6 +90,7 @@ def state_partition_specs(
     _check_mesh(mesh)
     over = _checked_over(over, mesh)
     leaves, treedef = jax.tree.flatten_with_path(params)
+    leaves = [(path, _shaped(leaf)) for path, leaf in leaves]
     every = treedef.flatten_up_to(jax.tree.broadcast(specs, params, is_leaf=_is_spec))
     every = [
         _divided_further(*leaf, _checked(*leaf, spec, mesh), over, mesh)
@@ -98,8 +101,7 @@ def state_partition_specs(
     tracing = AbstractMesh((1,) * len(names), names, (AxisType.Explicit,) * len(names))
 
     def carrying(leaf, spec):
-        sharding = NamedSharding(tracing, spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return leaf.update(sharding=NamedSharding(tracing, spec))
 
     found = []
 
@@ -235,6 +237,11 @@ def _with_slots_in(kind, node):
         )
     slots = jax.tree.map(lambda s: s.with_memory_kind(kind), node.slots)
     return node._replace(slots=slots)
+
+
+def _shaped(leaf):
+    """The shape and dtype of a leaf, which may be a number."""
+    return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
 
 
 def _is_spec(node):

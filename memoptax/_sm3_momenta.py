@@ -13,7 +13,7 @@ from memoptax._bases import precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
 from memoptax._buffer.options import Aggregate, BufferArguments
-from memoptax._tensors import families
+from memoptax._tensors import dtypes, families
 
 
 class ScaleBySM3CmState(NamedTuple):
@@ -134,7 +134,8 @@ def scale_by_sm3_cm(
     def update_fn(updates, state, params=None):
         check(updates, state, params)
         boxes = _boxes(cover, updates, state.accumulators)
-        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(state.accumulators))
+        accumulators = jax.tree.leaves(state.accumulators)
+        dtype = dtypes.widest(jnp.float32, *(a.dtype for a in accumulators))
         g = _momentum.beside(state, updates)
         sound = _momentum.is_sound(options, g, dtype, numbers, squares=True)
         parts = [None] * len(boxes)

@@ -44,6 +44,7 @@ def step(rule, path, boxes, gradient, numbers, memory):
     g = _beside(gradient, numbers, memory).astype(dtype)
     families = _families.Families(boxes, g.shape)
     nu, floors, raised = rule.precondition(g, numbers, families, beta)
+    raised = tuple(map(layout.like, raised, numbers))
     if len(raised) == 1 and raised[0].shape == g.shape:
         # Adagrad rejects non-finite entries one at a time. Testing only the new sum
         # lets XLA reuse the memory of the old sum.

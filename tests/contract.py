@@ -146,6 +146,8 @@ each_memory = pytest.mark.parametrize(
 )
 
 STEPS = 8
+# Of parameters and of gradients.
+HALVES = [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float16")]
 SHAPES = {"scalar": (), "vector": (3,), "rank 4": (2, 1, 2, 1)}
 
 

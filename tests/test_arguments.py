@@ -297,10 +297,13 @@ def test_a_priority_may_be_any_real_scalar(priority):
 @pytest.mark.parametrize("factory", BUFFERED, ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     "aggr",
-    [lambda u, b, n: u[0], lambda u, b, n: None, lambda u, b, n: "x"],
-    ids=["shape", "None", "string"],
+    [
+        *(lambda u, b, n: u[0], lambda u, b, n: None, lambda u, b, n: "x"),
+        *(lambda u, b, n: u + 1j, lambda u, b, n: u > 0),
+    ],
+    ids=["shape", "None", "string", "complex", "bool"],
 )
-def test_an_aggregate_must_have_the_shape_of_its_update(factory, aggr):
+def test_an_aggregate_must_be_real_and_have_the_shape_of_its_update(factory, aggr):
     tx, params = build(factory, aggr=aggr), {"w": jnp.ones(2)}
     state = jax.eval_shape(tx.init, params)
     with pytest.raises(ValueError, match="aggr must return an array of the shape"):
@@ -390,6 +393,14 @@ def test_parameters_may_be_numbers(factory):
             for found, wanted in ((updates, expected), (state, want)):
                 jax.tree.map(np.testing.assert_array_equal, found, wanted)
             optax.apply_updates(params, updates)
+            of_numbers, of_arrays = (
+                (
+                    str(memoptax.memory_report(tx, p)),
+                    memoptax.state_partition_specs(tx, p, jax.P()),
+                )
+                for p in (params, array)
+            )
+            assert of_numbers == of_arrays
 
 
 @each_factory

@@ -14,6 +14,7 @@ import pytest
 from contract import (
     ADAM,
     CG,
+    HALVES,
     RMS,
     SHAPES,
     STEPS,
@@ -111,7 +112,6 @@ def test_a_mesh_changes_nothing(opt, mesh):
 
 # Dtypes
 
-HALVES = [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float16")]
 DOUBLES = [("float16", "float64"), ("float64", "float32"), ("float32", "float64")]
 
 

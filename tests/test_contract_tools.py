@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from contract import (
+    HALVES,
     SHAPES,
     Donating,
     at,
@@ -197,16 +198,34 @@ def test_sharpness_aware_minimization_keeps_the_memory():
 # JAX's modes
 
 
-@each_factory
+def trace_all(opt, of_params, of_gradients):
+    """Trace ``init`` and ``update``, and what the package does with a buffer."""
+    params, tx = params_like(SHAPES, of_params), opt.build()
+    gradient = params_like(SHAPES, of_gradients)
+    state = jax.eval_shape(tx.init, params)
+    _, state = jax.eval_shape(tx.update, gradient, state, params)
+    if opt.memory == "buffer":
+        jax.eval_shape(memoptax.buffer_stats, state, gradient)
+        for topc in (1, 3, 20):
+            memoptax.resize_buffer(state, topc)
+
+
+@each_optimizer
+@pytest.mark.few(5)
 def test_strict_promotion_of_dtypes_is_no_error(opt):
     if opt.factory in (memoptax.adam_c, memoptax.adamw_c):
         pytest.skip("optax.adam itself mixes dtypes")
-    params, tx = params_like(SHAPES), opt.build()
     with jax.numpy_dtype_promotion("strict"):
-        state = jax.eval_shape(tx.init, params)
-        jax.eval_shape(tx.update, params, state, params)
-        if opt.memory == "buffer":
-            jax.eval_shape(memoptax.buffer_stats, state)
+        trace_all(opt, "float32", "float32")
+        for dtypes in HALVES:
+            trace_all(opt, *dtypes)
+
+
+@each_optimizer
+@pytest.mark.few(5)
+def test_promotion_of_ranks_may_be_an_error(opt):
+    with jax.numpy_rank_promotion("raise"):
+        trace_all(opt, "float32", "float32")
 
 
 @each_factory

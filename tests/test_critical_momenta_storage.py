@@ -68,6 +68,18 @@ def test_a_stored_momentum_stays_close(dtype, off):
         chex.assert_trees_all_equal(got, want)
 
 
+@pytest.mark.parametrize(("dtype", "stated"), [("bfloat16", 0.04), ("float16", 0.005)])
+def test_a_stored_momentum_stalls_as_close_as_stated(dtype, stated):
+    """b1 = .9 stops where a tenth of the distance is half a unit in the last place."""
+    tx = memoptax.critical_momenta(0.9, topc=1, mu_dtype=dtype)
+    gradient = jnp.linspace(1, 2, 1000, endpoint=False)
+    state = jax.lax.fori_loop(
+        0, 300, lambda _, s: tx.update(gradient, s)[1], tx.init(gradient)
+    )
+    off = np.abs(np.float32(state.mu) / gradient - 1).max()
+    assert 0.9 * stated <= off <= stated
+
+
 @pytest.mark.parametrize(
     ("off", "dtype"), [({"topc": 0}, "bfloat16"), ({"kappa": 0.0}, "int8")]
 )

@@ -1,5 +1,7 @@
 """Statistics, resizing and emptying of the buffers inside a state."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,10 +190,12 @@ def test_a_state_without_a_buffer_is_refused(call, tx):
         getattr(memoptax, call)(tx.init(jnp.zeros(2)), *arguments)
 
 
-@pytest.mark.parametrize("topc", [0, -1, 2.0, True])
+@pytest.mark.parametrize("topc", [0, -1, 2.0, True, None])
+@pytest.mark.few(5)
 def test_a_bad_size_is_refused(topc):
     state = memoptax.sgd_c(0.1).init(jnp.zeros(2))
-    with pytest.raises(ValueError, match=f"topc must be .*{topc}"):
+    message = f"topc must be an integer of at least 1, but is {topc}"
+    with pytest.raises(ValueError, match=message):
         memoptax.resize_buffer(state, topc)
 
 
@@ -249,6 +253,31 @@ def test_an_infinity_in_a_new_state_of_optax_is_no_fault():
     tx = optax.chain(memoptax.sgd_c(0.1), optax.contrib.reduce_on_plateau())
     params = jnp.ones(3)
     memoptax.check_state(tx, params, tx.init(params))
+
+
+class Named(NamedTuple):
+    """Parameters named like fields of states that are never negative."""
+
+    scales: jax.Array
+    count: jax.Array
+    nu: jax.Array
+
+
+@pytest.mark.parametrize(
+    ("tx", "params"),
+    [
+        (memoptax.adam_c(0.1), Named(*[jnp.ones(3)] * 3)),
+        (memoptax.adam_cm(0.1, mu_dtype="int8"), {"a": Named(*[jnp.ones(3)] * 3)}),
+        (optax.adam(0.1), Named(*[jnp.ones(3)] * 3)),
+        (optax.chain(memoptax.critical_gradients(2), optax.sm3(0.1)), jnp.ones((2, 3))),
+    ],
+    ids=["adam_c", "adam_cm", "optax.adam", "optax.sm3, whose nu is a momentum"],
+)
+@pytest.mark.few(4)
+def test_a_name_of_a_field_may_mean_another_thing(tx, params):
+    gradients = jax.tree.map(lambda x: -x, params)
+    _, state = tx.update(gradients, tx.init(params), params)
+    memoptax.check_state(tx, params, state)
 
 
 def test_what_is_no_array_is_named():
@@ -344,6 +373,10 @@ def test_updates_of_another_shape_are_refused():
     for wrong in ({**TREE, "a": jnp.ones(4)}, {**TREE, "b": np.ones(1)}):
         with pytest.raises(ValueError, match="updates have a leaf of shape"):
             memoptax.buffer_stats(state, wrong)
+    with pytest.raises(
+        ValueError, match=r"updates must be real, .* complex64 at \['b'"
+    ):
+        memoptax.buffer_stats(state, {**TREE, "b": jnp.array(1j)})
     members = jax.vmap(lambda key: memoptax.sgd_c(0.1).init(TREE))(jnp.arange(2))
     with pytest.raises(ValueError, match="updates have a leaf of shape"):
         memoptax.buffer_stats(members, TREE)

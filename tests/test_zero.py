@@ -254,10 +254,14 @@ OTHERS = {
     "amsgrad": lambda: clipped(memoptax.adam_c(0.1, amsgrad=True, synced=False)),
     "nesterov": lambda: memoptax.adamw_c(0.1, nesterov=True, aggr=lambda u, m, n: u),
     "centered": lambda: memoptax.rmsprop_c(0.1, centered=True, weight_decay=0.1),
+    "centered momentum": lambda: memoptax.rmsprop_c(
+        0.1, momentum=0.9, centered=True, weight_decay=0.1
+    ),
     "dampened": lambda: memoptax.sgd_c(0.1, 0.9, dampening=0.5, fifo_probability=0.5),
     "skip_first": lambda: memoptax.adamw_cm(0.1, amsgrad=True, skip_first=True),
     "sgd_cm": lambda: memoptax.sgd_cm(0.1, mu_dtype="bfloat16"),
     "no buffer": lambda: memoptax.adam_cm(0.1, kappa=0.0),
+    "no buffer, amsgrad": lambda: memoptax.adam_c(0.1, topc=0, amsgrad=True),
     "no buffer in int8": lambda: memoptax.adam_c(0.1, kappa=0.0, mu_dtype="int8"),
     "no buffer, sm3_cm": lambda: memoptax.sm3_cm(0.1, kappa=0.0, skip_first=True),
     "SM3-I": lambda: memoptax.sm3(0.1, beta=0.9, variant="I", weight_decay=0.1),
@@ -294,6 +298,26 @@ def test_types_stay_in_explicit_mode(name, sizes):
         assert any("data" in s.spec for s in jax.tree.leaves(of_state))
         state = typed(jax.eval_shape(tx.init, params), of_state)
         jax.eval_shape(update, params, state, params)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.few(6)
+def test_a_state_on_every_device_is_taken_beside_divided_gradients(name):
+    """As one is restored. Nothing runs."""
+    tx, mesh = OTHERS[name](), mesh_of(TWO_BY_FOUR, AxisType.Explicit)
+
+    def typed(specs):
+        return {
+            k: x.update(sharding=NamedSharding(mesh, specs[k]))
+            for k, x in abstract().items()
+        }
+
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(tx.init, typed(dict.fromkeys(SHAPES, P())))
+        gradients = typed(SPECS)
+        updates, _ = jax.eval_shape(tx.update, gradients, state, gradients)
+    for k, update in updates.items():
+        assert _sharding._trimmed(update.sharding.spec) == SPECS[k]
 
 
 # --- Flax, Orbax ----------------------------------------------------------------------

@@ -8,7 +8,7 @@ import optax
 
 from memoptax import _check, _flax_metadata, _parameters
 from memoptax._bases import guards
-from memoptax._tensors import layout, storage
+from memoptax._tensors import dtypes, layout, storage
 
 
 def in_float32(inner: optax.GradientTransformation):
@@ -113,7 +113,7 @@ def _wide(params):
 
 def _widen(leaf):
     """``leaf`` in float32 or better and not weakly typed, as a state needs it."""
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    dtype = dtypes.widest(leaf.dtype, jnp.float32)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.update(dtype=dtype, weak_type=False)
     weak = getattr(leaf, "weak_type", False)

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from memoptax import _check
 from memoptax._bases import guards, precision
-from memoptax._tensors import layout, storage
+from memoptax._tensors import dtypes, layout, storage
 
 
 def weight_decay(
@@ -125,7 +125,9 @@ def _of_finite(inner):
     def update_fn(updates, state, params=None):
         found, new = inner.update(updates, state, params)
         trace = jax.tree.map(
-            lambda u, a, b: jnp.where(jnp.isfinite(u), a, b),
+            lambda u, a, b: jnp.where(
+                jnp.isfinite(layout.like(u, b)), layout.like(a, b), b
+            ),
             updates,
             new.trace,
             state.trace,
@@ -278,7 +280,7 @@ def bias_correction(decay, count):
     if _check.static(decay):
         log, is_zero = math.log(decay) if decay > 0 else 0.0, decay == 0
     else:
-        decay = jnp.asarray(decay, jnp.promote_types(decay.dtype, jnp.float32))
+        decay = jnp.asarray(decay, dtypes.widest(decay.dtype, jnp.float32))
         is_zero = decay == 0
         log = jnp.log(jnp.where(is_zero, 1, decay))  # a log of 0 is no finite number
     correction = -jnp.expm1(count.astype(jnp.result_type(log, float)) * log)
@@ -288,7 +290,7 @@ def bias_correction(decay, count):
 def _in_range(updates, new, old):
     """A moment after a step, or before it where the square of an update overflows."""
     return jax.tree.map(
-        lambda u, a, b: jnp.where(_squares(u, a), a, b.astype(a.dtype)),
+        lambda u, a, b: jnp.where(_squares(u, b), layout.like(a, b), b.astype(a.dtype)),
         updates,
         new,
         old,

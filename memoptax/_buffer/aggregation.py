@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from memoptax._tensors import dtypes
+
 
 def _sum(fill, kappa):
     """u = g + κ ΣB/|B|: the weights of g and of ΣB."""
@@ -47,7 +49,7 @@ def _weighted(updates, totals, fills, kappa, sound, *, aggr):
 
 
 def _leaf(update, total, fill, kappa, sound, rule):
-    dtype = jnp.promote_types(update.dtype, total.dtype)
+    dtype = dtypes.widest(update.dtype, total.dtype)
     return combine(update, total, _weights(fill, kappa, sound, rule, dtype))
 
 
@@ -73,17 +75,17 @@ def combine(update, total, weights):
 
 
 def _called(aggr, update, total, fill, kappa, sound):
-    dtype = jnp.promote_types(update.dtype, total.dtype)
+    dtype = dtypes.widest(update.dtype, total.dtype)
     k, untouched = _weight(fill, kappa, dtype)
     x = update.astype(dtype)
     mean = total.astype(dtype) * (k / jnp.maximum(fill, 1).astype(dtype))
     joined = aggr(x, mean, fill)
-    if getattr(joined, "shape", None) != x.shape:
+    if getattr(joined, "shape", None) != x.shape or not dtypes.is_real(joined.dtype):
         raise ValueError(
-            f"aggr must return an array of the shape {x.shape} of its update, but "
-            f"returned {joined!r}."
+            f"aggr must return an array of the shape {x.shape} of its update, of real "
+            f"numbers, but returned {joined!r}."
         )
-    joined = jnp.where(untouched, x, joined)
+    joined = jnp.where(untouched, x, jnp.asarray(joined, dtype))
     return jnp.where(sound, joined, jnp.nan).astype(update.dtype)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from memoptax import _flax_metadata
 from memoptax._buffer import aggregation, eviction, holding, matching
 from memoptax._buffer.options import Options, check_scales
-from memoptax._tensors import layout, storage
+from memoptax._tensors import dtypes, layout, storage
 from memoptax._tensors import norms as _norms
 
 
@@ -53,7 +53,7 @@ def empty(options: Options, params) -> Buffer:
     """An empty buffer for these options and parameters."""
     jax.tree_util.tree_map_with_path(_check_floating, params)
     leaves, topc = jax.tree.leaves(params), options.topc
-    dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+    dtype = dtypes.widest(jnp.float32, *(leaf.dtype for leaf in leaves))
     rows = 1 if options.synced else max(len(leaves), 1)
     way = options.way(jax.tree.map(lambda p: _slot_dtype(options, p), params))
     copies = holding.copies(way, topc)
@@ -181,7 +181,7 @@ def parts(options: Options, before: Buffer, after: Buffer, values) -> list:
             found.append(None)
             continue
         row = 0 if options.synced else leaf
-        dtype = jnp.promote_types(value.dtype, before.keys.dtype)
+        dtype = dtypes.widest(value.dtype, before.keys.dtype)
         weights = aggregation.weights(
             fill[row], options.kappa, sound, options.aggr, dtype
         )

@@ -97,7 +97,7 @@ def insert(buffer, decision: Decision, priority, decay):
 
 def here(decision: Decision, shape) -> jax.Array:
     """A mask (R, C) of the place of the new entry, if it is accepted."""
-    column = jnp.arange(shape[1], dtype=decision.entry.dtype)
+    column = jnp.arange(shape[1], dtype=decision.entry.dtype)[None]
     return (column == decision.entry[:, None]) & decision.accepted[:, None]
 
 

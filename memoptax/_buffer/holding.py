@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from memoptax._buffer import eviction, running_sum
-from memoptax._tensors import layout, storage
+from memoptax._tensors import dtypes, layout, storage
 
 WAYS = ("select", "read", "sum")
 
@@ -98,10 +98,10 @@ def moved(entries, decision: eviction.Decision):
         return None
     topc = entries.shape[1] - 1
     slots = slots_of(entries)
-    slot = jnp.arange(topc + 1, dtype=slots.dtype)
+    slot = jnp.arange(topc + 1, dtype=slots.dtype)[None]
     spare = slot == slots[:, -1:]
     evicted = slot == jnp.take_along_axis(slots, decision.entry[:, None], axis=1)
-    new = decision.entry[:, None].astype(entries.dtype)
+    new = decision.entry[:, None].astype(slots.dtype)
     after = jnp.where(spare, new, jnp.where(evicted, topc, jnp.argsort(slots, axis=1)))
     taken = decision.accepted[:, None]
     return jnp.where(taken, after.astype(entries.dtype), entries)
@@ -202,7 +202,7 @@ def exchange(way, buffer, values, stored, decision, norms, across):
     placed = [
         layout.like(x, s.values, s.values.ndim - x.ndim) for x, s in zip(values, stacks)
     ]
-    dtypes = [jnp.promote_types(x.dtype, buffer.keys.dtype) for x in values]
+    wide = [dtypes.widest(x.dtype, buffer.keys.dtype) for x in values]
     fields: dict[str, Any] = {}
     if way == "sum":
         totals, stacks, fields = running_sum.exchange(
@@ -210,7 +210,7 @@ def exchange(way, buffer, values, stored, decision, norms, across):
         )
     else:
         one = _compiled_select if way == "select" else _compiled_read
-        done = [one(*leaf) for leaf in zip(placed, stacks, stored, each, dtypes)]
+        done = [one(*leaf) for leaf in zip(placed, stacks, stored, each, wide)]
         totals, stacks = [d[0] for d in done], [d[1] for d in done]
     totals = [layout.like(t, x) for t, x in zip(totals, values)]
     slots, scales = storage.pack(treedef, stacks, buffer.scales)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from memoptax import _check
 from memoptax._buffer import holding
 from memoptax._buffer.options import Options
+from memoptax._tensors import dtypes
 
 _KEEP = "Pass the arguments that the state was made with, or make a new one with init."
 
@@ -73,8 +74,7 @@ def _holds(dtype, param) -> bool:
     own = jnp.result_type(param)
     if not jnp.issubdtype(own, jnp.floating):
         return True
-    slot, own = jnp.finfo(dtype), jnp.finfo(own)
-    return slot.nmant >= own.nmant and slot.maxexp >= own.maxexp
+    return dtypes.holds(dtype, own)
 
 
 def _check_way(options, buffer):

@@ -98,7 +98,7 @@ def options(
     holding: str | None = None,
 ) -> Options:
     """The record of these arguments, once they have been checked."""
-    topc = capacity(topc)
+    topc = capacity(5 if topc is None else topc, 0)
     decay = _check.number("decay", decay, 0, 1)
     kappa = _check.number("kappa", kappa)
     if not callable(aggr):
@@ -165,17 +165,15 @@ def flat(function: Function) -> Function:
     return flattened
 
 
-def capacity(topc) -> int:
+def capacity(topc, least: int) -> int:
     """``topc`` as an integer, once it has been checked."""
-    if topc is None:
-        return 5
     if isinstance(topc, jax.Array):
         raise ValueError(
             f"topc must be a static integer, but is traced or an array ({topc!r}): it "
             "sets the shape of the state. Under optax.inject_hyperparams pass "
             "static_args='topc'."
         )
-    return _check.integer("topc", topc, 0)
+    return _check.integer("topc", topc, least)
 
 
 def storage_dtype(name: str, dtype):

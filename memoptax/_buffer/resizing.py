@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoptax._buffer import eviction, holding, running_sum
+from memoptax._tensors import dtypes, storage
 from memoptax._tensors import norms as _norms
-from memoptax._tensors import storage
 
 
 def resize(buffer, topc: int, way: str):
@@ -56,7 +56,7 @@ def _summed(buffer, like, rebuilds):
         # Slots of one dtype may be narrower than the parameters. Keys never are.
         known = dtype if len({x.dtype for x in leaves}) == 1 else jnp.float32
         wide = [
-            dtype if x.dtype == jnp.int8 else jnp.promote_types(x.dtype, known)
+            dtype if x.dtype == jnp.int8 else dtypes.widest(x.dtype, known)
             for x in leaves
         ]
         like = treedef.unflatten(

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from memoptax._tensors import dtypes
+
 Names = tuple[Any, ...]
 
 
@@ -164,7 +166,7 @@ def _devices(name) -> int:
 
 
 def _wide(x):
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return dtypes.widest(x.dtype, jnp.float32)
 
 
 def _is_entry(node) -> bool:

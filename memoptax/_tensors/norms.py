@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from memoptax._tensors import dtypes
+
 
 def of(leaves, dtype, across=None):
     """The L2 norm of every leaf, (L,), in ``dtype``.
@@ -11,7 +13,7 @@ def of(leaves, dtype, across=None):
     ``across`` adds up the squares of a leaf over devices. It is None where one device
     sees whole leaves.
     """
-    wide = jnp.result_type(dtype, *leaves)
+    wide = dtypes.widest(dtype, *(x.dtype for x in leaves))
     squares = [_squares(jax.lax.stop_gradient(x).astype(wide)) for x in leaves]
     squares = squares if across is None else across(squares)
     return _roots(jnp.stack(squares)).astype(dtype) if leaves else vector([], dtype)

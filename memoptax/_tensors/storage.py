@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from memoptax import _flax_metadata
-from memoptax._tensors import tiles
+from memoptax._tensors import dtypes, tiles
 
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
 
@@ -60,7 +60,7 @@ def zero_scales(params, copies: int | None = None, dtype=None):
 
 def zero_sum(leaf):
     """Zeros like the leaf, in the dtype of a sum of its values."""
-    return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
+    return jnp.zeros_like(leaf, dtype=dtypes.widest(leaf.dtype, jnp.float32))
 
 
 def copies(stack: Stored) -> int:
@@ -142,7 +142,7 @@ def _rounded_to(info, x):
     A GPU skips a conversion there and back. The running sum would then add a number
     that differs from the one in the slot.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(dtypes.widest(x.dtype, jnp.float32))
     rounded = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
     # reduce_precision has no subnormal numbers, which float16 needs below 6e-5.
     step = float(info.smallest_subnormal)
@@ -161,14 +161,16 @@ def _rounded_to_jvp(info, primals, tangents):
 
 def _quantized(x, largest) -> Stored:
     x, largest = jax.lax.stop_gradient((x, largest))
-    wide = largest.astype(jnp.promote_types(largest.dtype, jnp.float32))
+    dtype = dtypes.widest(x.dtype, jnp.float32)
     # The scale has 17 bits, so its products with 7 bits are exact. A slot then adds to
     # the sum exactly what it will subtract, however XLA fuses the products. It is a
     # little less than a 127th, so that no row overflows.
-    scale = jax.lax.reduce_precision((wide * _STEP).astype(jnp.float32), 8, 16)
+    scale = jax.lax.reduce_precision(
+        (largest.astype(dtype) * _STEP).astype(jnp.float32), 8, 16
+    )
     # XLA's CPU backend flushes subnormal numbers to 0, which has no inverse.
     inverse = 1 / jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1)
-    return Stored(jnp.round(x * inverse), scale)
+    return Stored(jnp.round(x.astype(dtype) * inverse.astype(dtype)), scale)
 
 
 def as_in(stored: Stored, like: Stored, dtype) -> Stored:
@@ -181,7 +183,7 @@ def as_in(stored: Stored, like: Stored, dtype) -> Stored:
 def saturate(x, like: Stored):
     """``x``, or the largest number of its sign that ``like`` can store."""
     dtype = _precision(like)
-    if jnp.promote_types(x.dtype, dtype) == dtype:
+    if dtypes.holds(dtype, x.dtype):
         return x
     largest = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -largest, largest)
@@ -225,7 +227,7 @@ def _rounding(x, stored, norm):
         # The square of a scale may overflow, but not that of its share of the norm.
         # XLA divides by multiplying, so the inverse of the unit must be a number too.
         unit = jnp.clip(norm, 2.0**-100, 2.0**120)
-        squares = jnp.square(stored.scale / unit)
+        squares = jnp.square(stored.scale.astype(norm.dtype) / unit)
         return 1, jnp.sum(squares) * math.prod(x.shape[-1:]) / 4, unit
     info = jnp.finfo(stored.values.dtype)
     if info.bits >= jnp.finfo(x.dtype).bits:
@@ -251,9 +253,7 @@ def decode(stored: Stored, dtype):
 
 def choose(wanted, stored: Stored, other: Stored | None = None) -> Stored:
     """The stored value if ``wanted``, and if not, ``other`` or zero."""
-    wide = jax.tree.map(
-        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), stored
-    )
+    wide = jax.tree.map(lambda x: x.astype(dtypes.widest(x.dtype, jnp.float32)), stored)
     return _chosen(wide, stored, wanted, other)
 
 
