@@ -106,13 +106,13 @@ def recall_and_offer(
     stored = [None] * len(leaves) if stored is None else stored
     norms, priority, finite = _measured(options, buffer, values, gradients)
     sound = sound & finite & options.is_sound()
-    totals, after = _read_and_offer(
+    totals, fill, after = _read_and_offer(
         options, buffer, leaves, stored, norms, priority, sound
     )
     joined = aggregation.join(
         leaves,
         totals,
-        eviction.fill(buffer),
+        fill,
         options.kappa,
         options.is_sound(),
         options.aggr,
@@ -136,7 +136,7 @@ def _measured(options: Options, buffer: Buffer, values, gradients):
 
 
 def _read_and_offer(options: Options, buffer, values, stored, norms, priority, sound):
-    """The sum of the values held, per leaf, and the buffer after the offer."""
+    """The sum of the values held, per leaf, their number, and the buffer afterwards."""
     step = _compiled_step if options.across is None else _one_step
     return step(
         buffer,
@@ -158,7 +158,6 @@ class Parts(NamedTuple):
     value: jax.Array
     stack: storage.Stored
     slots: list  # C integers and the spare slot
-    held: list  # C bools
     weights: tuple  # of the value, and of the sum of the slots
 
 
@@ -174,19 +173,15 @@ def parts(options: Options, before: Buffer, after: Buffer, values) -> list:
     leaves, stacks = jax.tree.leaves(values), holding.stacks_of(after)[0]
     if options.way(before.slots) != "read" or callable(options.aggr):
         return [None] * len(leaves)
-    columns = holding.slots_of(before.entries), eviction.held(before)
+    slots = holding.slots_of(before.entries)
     fill, sound, found = eviction.fill(before), options.is_sound(), []
     for leaf, (value, stack) in enumerate(zip(leaves, stacks)):
         if stack.values.dtype.itemsize >= value.dtype.itemsize:
             found.append(None)
             continue
         row = 0 if options.synced else leaf
-        dtype = jnp.promote_types(value.dtype, before.keys.dtype)
-        weights = aggregation.weights(
-            fill[row], options.kappa, sound, options.aggr, dtype
-        )
-        slots, held = (list(column[row]) for column in columns)
-        found.append(Parts(value, stack, slots, held, weights))
+        weights = aggregation.weights(fill[row], options.kappa, sound, options.aggr)
+        found.append(Parts(value, stack, list(slots[row]), weights))
     return found
 
 
@@ -198,7 +193,7 @@ def joining(parts: Parts, dtype):
         return aggregation.combine(value, total, parts.weights).astype(dtype)
 
     zero = jnp.zeros((), parts.weights[0].dtype)
-    terms = holding.terms(parts.stack, parts.slots, parts.held, zero)
+    terms = holding.terms(parts.stack, parts.slots, zero)
     return join, (parts.value, *(layout.like(t, parts.value) for t in terms))
 
 
@@ -222,6 +217,10 @@ def _one_step(
     finite = fit & jnp.isfinite(priority) & (priority >= 0)
     fifo, draws = eviction.draw(buffer.draws, fifo_probability, finite)
     decision = eviction.decide(buffer, priority, finite, fifo)
+    # The barrier completes the decision before any leaf is touched. Otherwise a GPU
+    # fuses the update with the norm, and the slot takes a pass of its own (adam_c,
+    # C = 1: 44 bytes instead of 40).
+    decision, fill = jax.lax.optimization_barrier((decision, eviction.fill(buffer)))
     stored = [
         None if s is None else storage.as_in(s, stack, x.dtype)
         for s, stack, x in zip(stored, stacks, values)
@@ -230,7 +229,7 @@ def _one_step(
         way, buffer, values, stored, decision, norms, across
     )
     after = eviction.insert(after, decision, priority, decay)
-    return totals, after._replace(draws=draws)
+    return totals, fill, after._replace(draws=draws)
 
 
 # Compiled once for all optimizers and steps, so that an eager update compiles nothing.
