@@ -88,6 +88,7 @@ def recall_and_offer(
     sound: Any = True,
     stored=None,
     params=None,
+    norms=None,
 ):
     """``values`` joined with the buffer, and the buffer after ``values`` were offered.
 
@@ -96,7 +97,8 @@ def recall_and_offer(
     the only slot after it was read. The priority is that of the ``gradients``. The
     values are only offered if the norms of the gradients are finite, the priority is at
     least 0, and the step is ``sound``. ``stored`` are the values as the slots store
-    them, if the caller has encoded them already.
+    them, if the caller has encoded them already, and ``norms`` those of the gradients,
+    if it has taken them.
     """
     matching.check(options, buffer, gradients, params)
     check_scales(options, gradients, buffer.scales)
@@ -104,7 +106,7 @@ def recall_and_offer(
         values = gradients = holding.beside(buffer, gradients)
     leaves, treedef = jax.tree.flatten(values)
     stored = [None] * len(leaves) if stored is None else stored
-    norms, priority, finite = _measured(options, buffer, values, gradients)
+    norms, priority, finite = _measured(options, buffer, values, gradients, norms)
     sound = sound & finite & options.is_sound()
     totals, fill, after = _read_and_offer(
         options, buffer, leaves, stored, norms, priority, sound
@@ -120,7 +122,7 @@ def recall_and_offer(
     return treedef.unflatten(joined), after
 
 
-def _measured(options: Options, buffer: Buffer, values, gradients):
+def _measured(options: Options, buffer: Buffer, values, gradients, norms):
     """The norms (L,) of the values, the priority (R,), and which gradients are finite.
 
     A momentum is a mean of finite gradients, so it is finite itself. Its own norms are
@@ -128,10 +130,12 @@ def _measured(options: Options, buffer: Buffer, values, gradients):
     """
     offers, treedef = jax.tree.flatten(values)
     leaves = treedef.flatten_up_to(gradients)
-    dtype, across = buffer.keys.dtype, options.across
-    norms = own = _norms.of(leaves, dtype, across)
+    dtype = buffer.keys.dtype
+    if norms is None:
+        norms = norms_of(options, leaves, dtype)
+    norms = own = norms.astype(dtype)
     if values is not gradients and _needs_own_norms(options, buffer, offers):
-        own = _norms.of(offers, dtype, across)
+        own = norms_of(options, offers, dtype)
     return own, _priority(options, gradients, leaves, norms), jnp.isfinite(norms)
 
 
@@ -237,11 +241,9 @@ def _one_step(
 _compiled_step = jax.jit(_one_step, static_argnames=("way", "across"))
 
 
-def is_within(options: Options, gradients, dtype, limit=None) -> jax.Array:
-    """Whether every gradient is finite and no leaf's norm is above the ``limit``."""
-    limit = jnp.finfo(dtype).max if limit is None else limit
-    norms = _norms.of(jax.tree.leaves(gradients), dtype, options.across)
-    return jnp.all(norms <= limit)
+def norms_of(options: Options, tree, dtype) -> jax.Array:
+    """The L2 norms of the leaves, (L,), over all devices that share them."""
+    return _norms.of(jax.tree.leaves(tree), dtype, options.across)
 
 
 def _priority(options: Options, gradients, leaves, norms) -> jax.Array:
