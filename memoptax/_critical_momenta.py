@@ -148,10 +148,10 @@ def critical_momenta(
         _check.state(state, CriticalMomentaState)
         _momentum.check(options, updates, state, mu_dtype, params)
         g = _momentum.beside(state, updates)
-        sound = _momentum.is_sound(options, g, state.buffer.keys.dtype, numbers)
+        sound, norms = _momentum.is_sound(options, g, state.buffer.keys.dtype, numbers)
         m, stored, mu = _momentum.average(g, state, b1, sound)  # m_t
         M, buffer = algorithm.recall_and_offer(  # M_t, B_{t+1}
-            options, state.buffer, m, g, sound, stored
+            options, state.buffer, m, g, sound, stored, norms=norms
         )
         return _momentum.or_nan(sound, M, updates), CriticalMomentaState(*mu, buffer)
 
@@ -263,15 +263,15 @@ def scale_by_adam_cm(
     def update_fn(updates, state, params=None):
         check(updates, state, params)
         g = _momentum.beside(state, updates)
-        sound = _momentum.is_sound(
+        sound, norms = _momentum.is_sound(
             options, g, state.buffer.keys.dtype, numbers, squares=True
         )
         if skip_first:
-            M, mu, buffer = _momentum.as_released(options, g, state, b1, sound)
+            M, mu, buffer = _momentum.as_released(options, g, state, b1, sound, norms)
         else:
             m, stored, mu = _momentum.average(g, state, b1, sound)  # m_t
             M, buffer = algorithm.recall_and_offer(  # M_t, B_{t+1}
-                options, state.buffer, m, g, sound, stored
+                options, state.buffer, m, g, sound, stored, norms=norms
             )
         squared = _momentum.where(jnp.equal(options.kappa, 0), g, M)  # Adam's v is of g
         nu, nu_max = _second_moment(squared, state, b2, sound)  # v_t

@@ -42,21 +42,21 @@ def beside(state, gradients):
 
 def is_sound(options, gradients, dtype, numbers, squares=False):
     """Whether gradients are finite, and the traced ``numbers`` in their ranges, so that
-    the state may move.
+    the state may move; and the norms of the gradients, (L,).
 
     ``dtype`` is that of the state's arithmetic. With ``squares`` the square of the
     aggregate M must be finite too. M is at most 1 + |κ| times the largest gradient that
     was let through, so this needs no pass over M. With an ``aggr`` of the user, or a κ
     that changes, M may be larger: :func:`or_nan` shows that.
     """
-    limit = None
+    norms = algorithm.norms_of(options, gradients, dtype)
+    limit = jnp.finfo(dtype).max
     if squares:
-        limit = jnp.sqrt(jnp.finfo(dtype).max) / (2 * (1 + jnp.abs(options.kappa)))
-    sound = algorithm.is_within(options, gradients, dtype, limit)
-    return sound & options.is_sound() & numbers
+        limit = jnp.sqrt(limit) / (2 * (1 + jnp.abs(options.kappa)))
+    return jnp.all(norms <= limit) & options.is_sound() & numbers, norms
 
 
-def as_released(options, gradients, state, b1, sound):
+def as_released(options, gradients, state, b1, sound, norms):
     """M, the two fields of m, and the buffer, as the authors' released code has them.
 
     The first step offers the bare gradient to the buffer, and m and M are 0. With a κ
@@ -66,7 +66,7 @@ def as_released(options, gradients, state, b1, sound):
     m, _, mu = average(gradients, state, b1, sound & ~first)
     offered = where(first, gradients, m)
     joined, buffer = algorithm.recall_and_offer(
-        options, state.buffer, offered, gradients, sound
+        options, state.buffer, offered, gradients, sound, norms=norms
     )
     return where(first, optax.tree.zeros_like(joined), joined), mu, buffer
 

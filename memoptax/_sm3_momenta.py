@@ -137,17 +137,17 @@ def scale_by_sm3_cm(
         accumulators = jax.tree.leaves(state.accumulators)
         dtype = dtypes.widest(jnp.float32, *(a.dtype for a in accumulators))
         g = _momentum.beside(state, updates)
-        sound = _momentum.is_sound(options, g, dtype, numbers, squares=True)
+        sound, norms = _momentum.is_sound(options, g, dtype, numbers, squares=True)
         parts = [None] * len(boxes)
         if options.keeps_nothing:
             M, _, mu = _momentum.average(g, state, b1, sound)  # M_t is m_t
             buffer = None
         elif skip_first:
-            M, mu, buffer = _momentum.as_released(options, g, state, b1, sound)
+            M, mu, buffer = _momentum.as_released(options, g, state, b1, sound, norms)
         else:
             m, stored, mu = _momentum.average(g, state, b1, sound)  # m_t
             M, buffer = algorithm.recall_and_offer(  # M_t, B_{t+1}
-                options, state.buffer, m, g, sound, stored
+                options, state.buffer, m, g, sound, stored, norms=norms
             )
             parts = algorithm.parts(options, state.buffer, buffer, m)
         nu, accumulators = _second_moment(boxes, M, parts, state, b2, sound)  # ν_t, A_t

@@ -9,20 +9,21 @@ from memoptax._tensors import dtypes
 
 
 def _sum(fill, kappa):
-    """u = g + κ ΣB/|B|: the weights of g and of ΣB."""
-    return 1.0, kappa / fill
+    """u = g + κ ΣB/|B|."""
+    return fill, kappa, fill
 
 
 def _mid(fill, kappa):
     """u = (g + κ ΣB/|B|) / 2."""
-    return 0.5, 0.5 * kappa / fill
+    return fill / 2, kappa / 2, fill
 
 
 def _mean(fill, kappa):
     """u = (g + κ ΣB) / (|B| + 1)."""
-    return 1 / (fill + 1), kappa / (fill + 1)
+    return 1, kappa, fill + 1
 
 
+# Each gives the numerators of the weights of g and of ΣB, and their denominator.
 WEIGHTS = {"sum": _sum, "mid": _mid, "mean": _mean}
 
 
@@ -34,44 +35,36 @@ def join(updates, totals, fill, kappa, sound, aggr):
     ``fill`` (R,) is the number of values in that sum. If it or κ is 0, the updates pass
     through for any ``aggr``. If the step is not ``sound``, they are NaN.
     """
-    fills = list(fill) * (len(updates) if len(fill) == 1 else 1)
     if isinstance(aggr, str):
-        return _weighted(updates, totals, fills, kappa, sound, aggr=aggr)
+        return _weighted(updates, totals, fill, kappa, sound, aggr=aggr)
+    fills = list(fill) * (len(updates) if len(fill) == 1 else 1)
     return [_called(aggr, *leaf, kappa, sound) for leaf in zip(updates, totals, fills)]
 
 
 @functools.partial(jax.jit, static_argnames="aggr")
-def _weighted(updates, totals, fills, kappa, sound, *, aggr):
-    return [
-        _leaf(*each, kappa, sound, WEIGHTS[aggr])
-        for each in zip(updates, totals, fills)
-    ]
+def _weighted(updates, totals, fill, kappa, sound, *, aggr):
+    rows = list(zip(*weights(fill, kappa, sound, aggr)))
+    rows *= len(updates) if len(rows) == 1 else 1
+    return list(map(combine, updates, totals, rows))
 
 
-def _leaf(update, total, fill, kappa, sound, rule):
-    dtype = dtypes.widest(update.dtype, total.dtype)
-    return combine(update, total, _weights(fill, kappa, sound, rule, dtype))
-
-
-def weights(fill, kappa, sound, aggr, dtype):
+def weights(fill, kappa, sound, aggr):
     """The weights of an update and of the sum of what is held, by a named ``aggr``."""
-    return _weights(fill, kappa, sound, WEIGHTS[aggr], dtype)
-
-
-def _weights(fill, kappa, sound, rule, dtype):
-    k, untouched = _weight(fill, kappa, dtype)
+    k, untouched = _weight(fill, kappa, fill.dtype)
+    weight, total_weight, of = WEIGHTS[aggr](jnp.maximum(fill, 1), k)
     # The choice is between scalars. Consumers recompute that at no cost, but not a
-    # choice between tensors.
-    weight, total_weight = rule(jnp.maximum(fill, 1).astype(dtype), k)
-    weight = jnp.where(sound, jnp.where(untouched, 1, weight), jnp.nan).astype(dtype)
-    return weight, jnp.where(untouched, 0, total_weight).astype(dtype)
+    # choice between tensors. The division comes last, because XLA's CPU backend repeats
+    # the rest in the code of every leaf (adam_c: 130 instructions a leaf, not 106).
+    weight = jnp.where(sound, jnp.where(untouched, of, weight), jnp.nan)
+    return weight / of, jnp.where(untouched, 0, total_weight) / of
 
 
 def combine(update, total, weights):
     """The update joined with the sum of the values held, in the update's dtype."""
-    weight, total_weight = weights
-    joined = weight * update.astype(weight.dtype)
-    return (joined + total_weight * total.astype(weight.dtype)).astype(update.dtype)
+    dtype = dtypes.widest(update.dtype, total.dtype)
+    weight, total_weight = (x.astype(dtype) for x in weights)
+    joined = weight * update.astype(dtype) + total_weight * total.astype(dtype)
+    return joined.astype(update.dtype)
 
 
 def _called(aggr, update, total, fill, kappa, sound):

@@ -88,6 +88,7 @@ def recall_and_offer(
     sound: Any = True,
     stored=None,
     params=None,
+    norms=None,
 ):
     """``values`` joined with the buffer, and the buffer after ``values`` were offered.
 
@@ -96,7 +97,8 @@ def recall_and_offer(
     the only slot after it was read. The priority is that of the ``gradients``. The
     values are only offered if the norms of the gradients are finite, the priority is at
     least 0, and the step is ``sound``. ``stored`` are the values as the slots store
-    them, if the caller has encoded them already.
+    them, if the caller has encoded them already, and ``norms`` those of the gradients,
+    if it has taken them.
     """
     matching.check(options, buffer, gradients, params)
     check_scales(options, gradients, buffer.scales)
@@ -104,15 +106,15 @@ def recall_and_offer(
         values = gradients = holding.beside(buffer, gradients)
     leaves, treedef = jax.tree.flatten(values)
     stored = [None] * len(leaves) if stored is None else stored
-    norms, priority, finite = _measured(options, buffer, values, gradients)
+    norms, priority, finite = _measured(options, buffer, values, gradients, norms)
     sound = sound & finite & options.is_sound()
-    totals, after = _read_and_offer(
+    totals, fill, after = _read_and_offer(
         options, buffer, leaves, stored, norms, priority, sound
     )
     joined = aggregation.join(
         leaves,
         totals,
-        eviction.fill(buffer),
+        fill,
         options.kappa,
         options.is_sound(),
         options.aggr,
@@ -120,7 +122,7 @@ def recall_and_offer(
     return treedef.unflatten(joined), after
 
 
-def _measured(options: Options, buffer: Buffer, values, gradients):
+def _measured(options: Options, buffer: Buffer, values, gradients, norms):
     """The norms (L,) of the values, the priority (R,), and which gradients are finite.
 
     A momentum is a mean of finite gradients, so it is finite itself. Its own norms are
@@ -128,15 +130,17 @@ def _measured(options: Options, buffer: Buffer, values, gradients):
     """
     offers, treedef = jax.tree.flatten(values)
     leaves = treedef.flatten_up_to(gradients)
-    dtype, across = buffer.keys.dtype, options.across
-    norms = own = _norms.of(leaves, dtype, across)
+    dtype = buffer.keys.dtype
+    if norms is None:
+        norms = norms_of(options, leaves, dtype)
+    norms = own = norms.astype(dtype)
     if values is not gradients and _needs_own_norms(options, buffer, offers):
-        own = _norms.of(offers, dtype, across)
+        own = norms_of(options, offers, dtype)
     return own, _priority(options, gradients, leaves, norms), jnp.isfinite(norms)
 
 
 def _read_and_offer(options: Options, buffer, values, stored, norms, priority, sound):
-    """The sum of the values held, per leaf, and the buffer after the offer."""
+    """The sum of the values held, per leaf, their number, and the buffer afterwards."""
     step = _compiled_step if options.across is None else _one_step
     return step(
         buffer,
@@ -158,7 +162,6 @@ class Parts(NamedTuple):
     value: jax.Array
     stack: storage.Stored
     slots: list  # C integers and the spare slot
-    held: list  # C bools
     weights: tuple  # of the value, and of the sum of the slots
 
 
@@ -174,19 +177,15 @@ def parts(options: Options, before: Buffer, after: Buffer, values) -> list:
     leaves, stacks = jax.tree.leaves(values), holding.stacks_of(after)[0]
     if options.way(before.slots) != "read" or callable(options.aggr):
         return [None] * len(leaves)
-    columns = holding.slots_of(before.entries), eviction.held(before)
+    slots = holding.slots_of(before.entries)
     fill, sound, found = eviction.fill(before), options.is_sound(), []
     for leaf, (value, stack) in enumerate(zip(leaves, stacks)):
         if stack.values.dtype.itemsize >= value.dtype.itemsize:
             found.append(None)
             continue
         row = 0 if options.synced else leaf
-        dtype = dtypes.widest(value.dtype, before.keys.dtype)
-        weights = aggregation.weights(
-            fill[row], options.kappa, sound, options.aggr, dtype
-        )
-        slots, held = (list(column[row]) for column in columns)
-        found.append(Parts(value, stack, slots, held, weights))
+        weights = aggregation.weights(fill[row], options.kappa, sound, options.aggr)
+        found.append(Parts(value, stack, list(slots[row]), weights))
     return found
 
 
@@ -198,7 +197,7 @@ def joining(parts: Parts, dtype):
         return aggregation.combine(value, total, parts.weights).astype(dtype)
 
     zero = jnp.zeros((), parts.weights[0].dtype)
-    terms = holding.terms(parts.stack, parts.slots, parts.held, zero)
+    terms = holding.terms(parts.stack, parts.slots, zero)
     return join, (parts.value, *(layout.like(t, parts.value) for t in terms))
 
 
@@ -222,6 +221,10 @@ def _one_step(
     finite = fit & jnp.isfinite(priority) & (priority >= 0)
     fifo, draws = eviction.draw(buffer.draws, fifo_probability, finite)
     decision = eviction.decide(buffer, priority, finite, fifo)
+    # The barrier completes the decision before any leaf is touched. Otherwise a GPU
+    # fuses the update with the norm, and the slot takes a pass of its own (adam_c,
+    # C = 1: 44 bytes instead of 40).
+    decision, fill = jax.lax.optimization_barrier((decision, eviction.fill(buffer)))
     stored = [
         None if s is None else storage.as_in(s, stack, x.dtype)
         for s, stack, x in zip(stored, stacks, values)
@@ -230,7 +233,7 @@ def _one_step(
         way, buffer, values, stored, decision, norms, across
     )
     after = eviction.insert(after, decision, priority, decay)
-    return totals, after._replace(draws=draws)
+    return totals, fill, after._replace(draws=draws)
 
 
 # Compiled once for all optimizers and steps, so that an eager update compiles nothing.
@@ -238,11 +241,9 @@ def _one_step(
 _compiled_step = jax.jit(_one_step, static_argnames=("way", "across"))
 
 
-def is_within(options: Options, gradients, dtype, limit=None) -> jax.Array:
-    """Whether every gradient is finite and no leaf's norm is above the ``limit``."""
-    limit = jnp.finfo(dtype).max if limit is None else limit
-    norms = _norms.of(jax.tree.leaves(gradients), dtype, options.across)
-    return jnp.all(norms <= limit)
+def norms_of(options: Options, tree, dtype) -> jax.Array:
+    """The L2 norms of the leaves, (L,), over all devices that share them."""
+    return _norms.of(jax.tree.leaves(tree), dtype, options.across)
 
 
 def _priority(options: Options, gradients, leaves, norms) -> jax.Array:

@@ -70,26 +70,18 @@ class Row(NamedTuple):
 
     offered: jax.Array  # bool
     accepted: jax.Array  # bool
-    held: list  # C bools: the entries before
     slots: list  # C + 1 integers: the slot of each entry, and the spare one
     evicted: Any  # the slot of the entry that leaves
 
 
 def rows(entries, decision: eviction.Decision) -> list[Row]:
     """The decision on every row."""
-    slots = evicted = jnp.zeros((decision.held.shape[0], 1), jnp.int32)
+    slots = evicted = jnp.zeros((decision.entry.shape[0], 1), jnp.int32)
     if entries is not None:
         slots = slots_of(entries)
         evicted = jnp.take_along_axis(slots, decision.entry[:, None], axis=1)
-    # The barrier completes the decision before any leaf is touched. Otherwise a GPU
-    # fuses the update with the norm, and the slot takes a pass of its own (adam_c,
-    # C = 1: 44 bytes instead of 40).
-    columns = (decision.offered, decision.accepted, decision.held, slots, evicted)
-    offered, accepted, before, slots, evicted = jax.lax.optimization_barrier(columns)
-    return [
-        Row(*row[:2], list(row[2]), list(row[3]), row[4][0])
-        for row in zip(offered, accepted, before, slots, evicted)
-    ]
+    columns = (decision.offered, decision.accepted, slots, evicted)
+    return [Row(*row[:2], list(row[2]), row[3][0]) for row in zip(*columns)]
 
 
 def moved(entries, decision: eviction.Decision):
@@ -109,7 +101,7 @@ def moved(entries, decision: eviction.Decision):
 
 def select(value, slot: storage.Stored, stored, row: Row, dtype):
     """The value held before, and the slot after."""
-    total = jnp.where(row.held[0], storage.decode(slot, dtype), 0)
+    total = storage.decode(slot, dtype)
     if stored is None:
         return total, storage.encode(value, slot, row.accepted, slot)
     # Without the barrier, a TPU writes the slot together with the momentum before the
@@ -122,28 +114,24 @@ def select(value, slot: storage.Stored, stored, row: Row, dtype):
 def read(value, stack: storage.Stored, stored, row: Row, dtype):
     """The sum of the values held before, and the slots after."""
     stack, _ = write(value, stack, stored, row)
-    found = terms(stack, row.slots, row.held, jnp.zeros((), dtype))
+    found = terms(stack, row.slots, jnp.zeros((), dtype))
     return functools.reduce(jnp.add, found), stack
 
 
-def _by_index(stack, slots, held, zero):
+def _by_index(stack, slots, zero):
     return [
-        jnp.where(one, storage.decode(storage.read(stack, slot), zero.dtype), zero)
-        for one, slot in zip(held, slots)
+        storage.decode(storage.read(stack, slot), zero.dtype) for slot in slots[:-1]
     ]
 
 
-def _by_choice(stack, slots, held, zero):
+def _by_choice(stack, slots, zero):
     """The same from every slot, the spare one too."""
-
-    def term(k):
-        wanted = functools.reduce(
-            jnp.logical_or, [one & (at == k) for one, at in zip(held, slots)]
-        )
-        slot = storage.decode(storage.read(stack, k), zero.dtype)
-        return jnp.where(wanted, slot, zero)
-
-    *terms, last, spare = map(term, range(len(slots)))
+    every = [
+        storage.decode(storage.read(stack, k), zero.dtype) for k in range(len(slots))
+    ]
+    *terms, last, spare = [
+        jnp.where(slots[-1] == k, zero, slot) for k, slot in enumerate(every)
+    ]
     return [*terms, last + spare]
 
 
@@ -163,9 +151,12 @@ def _batched(axis_size, in_batched, *operands):
 
 
 @jax.custom_jvp
-def terms(stack, slots, held, zero):
-    """C tensors whose sum is that of the entries held, in the dtype of ``zero``."""
-    return _by_index_or_choice(stack, slots, held, zero)
+def terms(stack, slots, zero):
+    """C tensors whose sum is that of the entries held, in the dtype of ``zero``.
+
+    The slot of an entry that is not held has zeros.
+    """
+    return _by_index_or_choice(stack, slots, zero)
 
 
 @terms.defjvp

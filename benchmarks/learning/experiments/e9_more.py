@@ -27,7 +27,7 @@ EXPERIMENT = Experiment(
     name="e9_more",
     question="Does the answer depend on the share of wrong labels, or on the batch?",
     bounds=(
-        "as E9, with no flips, one in ten, two in five; and one in five at batch 64 for "
+        "as E9, with no flips, one in ten, two in five; and one in five, batch 64 for "
         "375 steps; ten fresh seeds"
     ),
     plan=plan,
