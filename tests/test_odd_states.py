@@ -1,4 +1,4 @@
-"""What a second attack found: states in few bits, lone tables, odd arguments."""
+"""States in few bits or of another kind, lone tables, and odd arguments."""
 
 import jax
 import jax.numpy as jnp
