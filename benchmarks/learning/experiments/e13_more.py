@@ -81,7 +81,7 @@ EXPERIMENT = Experiment(
         "sums replaced by averages (β of .99 and .999)",
         "without a warm-up",
         "wider models",
-        "silent rows before the spike",
+        "Adam and SM3 after a spike, Adagrad at × 1000, silent rows before it",
     ),
     quick=(),
 )
