@@ -3,7 +3,7 @@
 McRae et al., Memory Augmented Optimizers for Deep Learning, ICLR 2022.
 """
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import optax
@@ -241,7 +241,8 @@ def sgd_c(
     )
     sound = _check.is_inside(momentum, 0, 1) & _check.is_inside(dampening, 0, 1)
     sound &= _check.is_inside(weight_decay)
-    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound)
+    entering = {0: weight_decay}
+    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound, entering)
 
 
 @_options.flat
@@ -314,7 +315,8 @@ def rmsprop_c(
     sound = _check.is_inside(alpha, 0, 1) & _check.is_inside(eps, 0)
     sound &= _check.is_inside(momentum, 0, 1) & _check.is_inside(weight_decay)
     sound &= _check.is_inside(learning_rate)  # its steps enter the momentum
-    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound)
+    entering = {0: weight_decay, 2: learning_rate}
+    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound, entering)
 
 
 @_options.flat
@@ -386,7 +388,8 @@ def adam_c(
     )
     sound = pytorch.adam_is_sound(b1, b2, eps, eps_root)
     sound &= _check.is_inside(weight_decay)
-    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound)
+    entering = {0: weight_decay}
+    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound, entering)
 
 
 @_options.flat
@@ -456,18 +459,22 @@ def adamw_c(
         pytorch.learning_rate(learning_rate),
     )
     sound = pytorch.adam_is_sound(b1, b2, eps, eps_root)
-    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound)
+    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound, {})
 
 
-def _in_front_of(base, options, sound) -> optax.GradientTransformationExtraArgs:
+def _in_front_of(
+    base, options, sound, entering: dict[int, Any]
+) -> optax.GradientTransformationExtraArgs:
     """The buffer in front of ``base``, which computes in float32. The state of both
-    stays while traced numbers are not ``sound``.
+    stays while traced numbers are not ``sound``. That of the base also stays while a
+    schedule is not finite whose value is ``entering`` it, by its place in the chain.
 
     The updates may be sharded over more mesh axes than the gradients. They stay so from
     the buffer to the end of ``base``, and are gathered once there.
     """
     sound &= _check.is_inside(options.kappa)
     sound &= _check.is_inside(options.fifo_probability)
+    base = guards.while_finite(base, entering)
     base = precision.in_float32(guards.while_sound(base, sound))
     tx = optax.chain(_recalling(options, sound), base)
 

@@ -107,6 +107,38 @@ def test_every_number_is_tried():
     assert tried == {*BAD, *ENTERING}
 
 
+@pytest.mark.parametrize(
+    ("factory", "options", "name"),
+    [
+        (memoptax.rmsprop_c, {"momentum": 0.9}, "learning_rate"),
+        (memoptax.rmsprop_c, {"centered": True}, "weight_decay"),
+        (memoptax.sgd_c, {"momentum": 0.9, "dampening": 0.1}, "weight_decay"),
+        (memoptax.adam_c, {}, "weight_decay"),
+        (memoptax.adam_c, {"mu_dtype": "int8", "topc": 0}, "weight_decay"),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+@pytest.mark.parametrize("value", [nan, inf])
+@pytest.mark.few(3)
+def test_a_schedule_that_is_not_finite_once_shows_and_leaves_the_moments(
+    factory, options, name, value
+):
+    def bad(count):
+        return jnp.where(count == 2, value, 0.1)
+
+    tx = factory(**{"learning_rate": 0.1, **options, name: bad})
+    params = params_like(SHAPES)
+    update, state, moments = jax.jit(tx.update), tx.init(params), []
+    for turn, gradient in enumerate(GRADIENTS):
+        updates, state = update(gradient, state, params)
+        finite = [bool(np.isfinite(u).all()) for u in jax.tree.leaves(updates)]
+        assert all(finite) if turn != 2 else shows(updates)
+        moments.append([x for x in jax.tree.leaves(state[1]) if x.shape])
+    close(moments[2], moments[1], rtol=0, atol=0)
+    assert not np.array_equal(moments[3][-1], moments[2][-1])
+    memoptax.check_state(tx, params, state)
+
+
 # An aggregate, or a κ, that makes M larger than its square can be
 
 

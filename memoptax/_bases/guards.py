@@ -1,5 +1,7 @@
 """What a base refuses: a state that other arguments made, and numbers out of range."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -76,17 +78,47 @@ def while_sound(inner: optax.GradientTransformation, sound):
     inner = optax.with_extra_args_support(inner)
 
     def update_fn(updates, state, params=None, **extra_args):
-        new_updates, new_state = inner.update(updates, state, params, **extra_args)
-        # By leaves: a restored state may have lists where a new one has tuples.
-        old = jax.tree.leaves(state)
-        leaves, treedef = jax.tree.flatten(new_state)
-        leaves = [
-            jnp.where(sound, layout.like(a, b).astype(b.dtype), b)
-            for a, b in zip(leaves, old)
-        ]
-        new_updates = jax.tree.map(
-            lambda u: jnp.where(sound, u, jnp.nan).astype(u.dtype), new_updates
-        )
-        return new_updates, treedef.unflatten(leaves)
+        updates, new_state = inner.update(updates, state, params, **extra_args)
+        return _chosen(sound, updates, new_state, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def while_finite(chain: optax.GradientTransformation, rates: dict[int, Any]):
+    """``chain``, whose state stays and whose updates are NaN where a schedule is not
+    finite.
+
+    ``rates`` are what may be schedules, by their places in the chain. They count on, or
+    their values would not change again.
+    """
+    schedules: dict[int, Any] = {k: f for k, f in rates.items() if callable(f)}
+    if not schedules:
+        return chain
+    chain = optax.with_extra_args_support(chain)
+
+    def update_fn(updates, state: Any, params=None, **extra_args):
+        new_state: Any
+        updates, new_state = chain.update(updates, state, params, **extra_args)
+        finite = [jnp.isfinite(f(state[place].count)) for place, f in schedules.items()]
+        old = list(state)
+        for place in schedules:
+            old[place] = new_state[place]
+        return _chosen(jnp.all(jnp.stack(finite)), updates, new_state, old)
+
+    return optax.GradientTransformationExtraArgs(chain.init, update_fn)
+
+
+def _chosen(taken, updates, new, old):
+    """The updates and the new state where ``taken``, or NaN and the old one.
+
+    By leaves: a restored state may have lists where a new one has tuples.
+    """
+    leaves, treedef = jax.tree.flatten(new)
+    leaves = [
+        jnp.where(taken, layout.like(a, b).astype(b.dtype), b)
+        for a, b in zip(leaves, jax.tree.leaves(old))
+    ]
+    updates = jax.tree.map(
+        lambda u: jnp.where(taken, u, jnp.nan).astype(u.dtype), updates
+    )
+    return updates, treedef.unflatten(leaves)
