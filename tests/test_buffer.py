@@ -347,6 +347,25 @@ def test_without_outliers_rebuilds_are_rare(topc):
     assert 1 <= int(buffer.rebuilds) <= 1500 / 100
 
 
+@pytest.mark.parametrize("size", [1e-35, 1e-31, 1e37])
+def test_the_bound_holds_over_the_range_of_float32(size):
+    """Times a unit roundoff the least norms are 0. The largest add up to infinity."""
+    stream = np.float32(size * np.random.default_rng(0).normal(size=(3000, 8)))
+    buffer = run_of_sums(empty(jnp.zeros(8), 20, holding="sum"), stream)
+    (exact,), norms = exact_sums(buffer), np.asarray(buffer.norms, np.float64)
+    error = np.linalg.norm(np.asarray(buffer.total, np.float64) - exact)
+    assert error <= 1e-5 * norms.sum()
+    assert buffer.error[0] <= 1e-5 * norms.sum()
+    assert resizing.problem(buffer) is None
+    assert int(buffer.rebuilds) > 0
+
+
+@jax.jit
+def run_of_sums(buffer, stream):
+    step = functools.partial(offer, decay=0.3, holding="sum")
+    return jax.lax.scan(lambda b, x: (step(b, x)[1], None), buffer, stream)[0]
+
+
 def test_an_outlier_that_leaves_is_rebuilt_at_once():
     buffer = empty(jnp.zeros(3), 2, holding="sum")
     for value in (1e4, 1e-4, 1e-4):

@@ -77,12 +77,18 @@ def bound(buffer, totals, new, incoming):
     unit of the sum, which the norms of the slots bound. Each leaf has its own bound,
     because one bound for the tree would hide an outlier in a small leaf behind a large
     leaf.
+
+    Norms are multiplied by the unit before they are added, because their sum may
+    overflow. A product may be so small that it becomes 0. The error grows by what all
+    products may have lost, so the smallest sums are rebuilt at every change.
     """
     unit = units(totals, buffer.norms.dtype)
     outgoing = jnp.sum(jnp.where(new, buffer.norms, 0), axis=1)
     norms = jnp.where(new, incoming[:, None], buffer.norms)
-    scale = unit * jnp.sum(norms, axis=1)
-    rounding = unit * (incoming + outgoing) + scale
+    scale = _sum_of_products(unit, norms)
+    lost = (norms.shape[1] + 2) * float(jnp.finfo(norms.dtype).tiny)
+    lost = jnp.where(jnp.any((norms > 0) | (buffer.norms > 0), axis=1), lost, 0)
+    rounding = unit * incoming + unit * outgoing + scale + lost
     error = buffer.error + jnp.where(jnp.any(new, axis=1), rounding, 0)
     inexact = jnp.any(error > _TOLERANCE * scale)
     return norms, jnp.where(inexact, fresh_error(norms, unit), error), inexact
@@ -93,7 +99,11 @@ def fresh_error(norms, units):
     topc = norms.shape[1]
     block = _block(topc)
     additions = -(-topc // block) + int(math.log2(block))
-    return additions * units * jnp.sum(norms, axis=1)
+    return additions * _sum_of_products(units, norms)
+
+
+def _sum_of_products(units, norms):
+    return jnp.sum(units[:, None] * norms, axis=1)
 
 
 @jax.custom_jvp
