@@ -229,9 +229,26 @@ def test_a_buffer_that_was_scaled_goes_on(way, topc, factor):
     assert int(eviction.fill(buffer)[0]) == topc
     order = np.sort(holding.slots_of(buffer.entries)) if topc > 1 else [[0, 1]]
     np.testing.assert_array_equal(order[0], np.arange(topc + 1 if topc > 1 else 2))
-    if way != "sum":  # a sum stays scaled until it is next taken from the slots
-        total, _ = offer(buffer, np.ones(3, np.float32))
-        np.testing.assert_allclose(total, exact_sums(buffer)[0], rtol=1e-5)
+    total, _ = offer(buffer, np.ones(3, np.float32))
+    np.testing.assert_allclose(total, exact_sums(buffer)[0], rtol=1e-5)
+
+
+@each_way
+def test_a_mean_of_buffers_recalls_the_sum_of_its_slots(way, topc):
+    """Its entries are no permutation, and some are held in one of the two only."""
+    buffers = [empty(jnp.zeros(3), topc, holding=way) for _ in range(2)]
+    random = np.random.default_rng(0)
+    for t in range(9):
+        value = random.normal(size=3).astype(np.float32)
+        _, buffers[0] = offer(buffers[0], value, decay=0.7)
+        if t > 6:
+            _, buffers[1] = offer(buffers[1], value, decay=0.7)
+    mean = jax.tree.map(lambda a, b: ((a + b) / 2).astype(a.dtype), *buffers)
+    for _ in range(3):
+        _, mean = offer(mean, np.ones(3, np.float32))
+        total, _ = offer(mean, np.ones(3, np.float32))
+        np.testing.assert_allclose(total, exact_sums(mean)[0], rtol=1e-5)
+    assert resizing.problem(mean) is None
 
 
 def test_a_key_that_is_nan_leaves_first():

@@ -141,7 +141,10 @@ def test_a_mean_of_states_is_a_state(opt):
     """As of members of an ensemble. Integers are truncated."""
     states = [after(opt), after(opt, 8)]
     mean = jax.tree.map(lambda a, b: ((a + b) / 2).astype(a.dtype), *states)
-    carry = donating(opt).step(params_like(SHAPES), mean, at(gradients(), 5))
+    assert fill(mean) > 0
+    params = params_like(SHAPES)
+    memoptax.check_state(opt.build(), params, memoptax.reset_buffer(mean))
+    carry = donating(opt).step(params, mean, at(gradients(), 5))
     assert is_finite(carry)
     assert fill(carry[1]) > 0
 

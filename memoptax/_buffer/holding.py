@@ -102,9 +102,11 @@ def moved(entries, decision: eviction.Decision):
     spare = slot == slots[:, -1:]
     evicted = slot == jnp.take_along_axis(slots, decision.entry[:, None], axis=1)
     new = decision.entry[:, None].astype(entries.dtype)
-    after = jnp.where(spare, new, jnp.where(evicted, topc, jnp.argsort(slots, axis=1)))
     taken = decision.accepted[:, None]
-    return jnp.where(taken, after.astype(entries.dtype), entries)
+    # The same order, as a permutation even where a tool has changed the numbers.
+    before = jnp.argsort(slots, axis=1).astype(entries.dtype)
+    after = jnp.where(taken & evicted, topc, before)
+    return jnp.where(taken & spare, new, after)
 
 
 def select(value, slot: storage.Stored, stored, row: Row, dtype):
@@ -203,10 +205,20 @@ def exchange(way, buffer, values, stored, decision, norms, across):
         layout.like(x, s.values, s.values.ndim - x.ndim) for x, s in zip(values, stacks)
     ]
     dtypes = [jnp.promote_types(x.dtype, buffer.keys.dtype) for x in values]
+    entries = moved(buffer.entries, decision)
     fields: dict[str, Any] = {}
     if way == "sum":
         totals, stacks, fields = running_sum.exchange(
-            buffer, placed, stacks, stored, each, decision, norms, across, write
+            buffer,
+            placed,
+            stacks,
+            stored,
+            each,
+            decision,
+            entries,
+            norms,
+            across,
+            write,
         )
     else:
         one = _compiled_select if way == "select" else _compiled_read
@@ -214,7 +226,6 @@ def exchange(way, buffer, values, stored, decision, norms, across):
         totals, stacks = [d[0] for d in done], [d[1] for d in done]
     totals = [layout.like(t, x) for t, x in zip(totals, values)]
     slots, scales = storage.pack(treedef, stacks, buffer.scales)
-    entries = moved(buffer.entries, decision)
     return totals, buffer._replace(
         slots=slots, scales=scales, entries=entries, **fields
     )
