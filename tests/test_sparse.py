@@ -348,6 +348,27 @@ def test_the_wrapper_passes_on_the_rows_of_the_parameters():
     np.testing.assert_allclose(updates["table"].todense(), decayed)
 
 
+def test_a_mask_may_be_a_function():
+    """It sees the table's shape in place of a gradient."""
+
+    def large(params):
+        return jax.tree.map(lambda p: p.size >= 12, params)
+
+    def vectors(params):
+        return jax.tree.map(lambda p: p.ndim == 1, params)
+
+    for mask in (large, vectors):
+        updates = []
+        for same in (mask, mask(TABLES)):
+            options = dict(cover=cover_of_tables, weight_decay=0.1, mask=same)
+            tx = memoptax.sm3(0.1, **options)
+            step = jax.jit(tx.update)(duplicated(), tx.init(TABLES), TABLES)
+            updates.append(step[0])
+        np.testing.assert_array_equal(updates[0]["w"], updates[1]["w"])
+        rows = [u["table"].todense() for u in updates]
+        np.testing.assert_array_equal(*rows)
+
+
 def test_apply_if_finite_goes_around_it():
     tx = optax.apply_if_finite(
         optax.chain(
