@@ -318,7 +318,7 @@ ELEMENTWISE = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n in ELEMENTWISE if n != "zero_nans"])
+@pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_elementwise_transformations_act_as_on_the_dense_gradient(name, before):
     inner, sm3 = ELEMENTWISE[name], memoptax.sm3(0.1, cover=cover_of_tables)
@@ -387,6 +387,16 @@ def test_apply_if_finite_goes_around_it():
     jax.tree.map(np.testing.assert_array_equal, still, moved)
     jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
     assert int(after.total_notfinite) == 1
+
+
+def test_zero_nans_acts_on_the_values():
+    tx = memoptax.sparse.on_values(ELEMENTWISE["zero_nans"])
+    good = duplicated()
+    bad = sparse([1, 2], jnp.array([[jnp.nan, 2.0], [3.0, 4.0]]), 6)
+    updates, state = tx.update({**good, "table": bad}, tx.init(TABLES), TABLES)
+    want = jnp.zeros((6, 2)).at[1, 1].set(2).at[2].set(jnp.array([3.0, 4.0]))
+    np.testing.assert_array_equal(updates["table"].todense(), want)
+    assert state.found_nan["table"] and not state.found_nan["w"]
 
 
 @pytest.mark.parametrize(
