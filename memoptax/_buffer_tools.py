@@ -203,6 +203,7 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
         if field in _AT_LEAST_0 and jnp.any(leaf < 0):
             raise ValueError(f"{name} has numbers below 0.")
     for buffer in _found(bare):
+        matching.check_shapes(buffer)
         _check_numbers(buffer)
 
 

@@ -21,6 +21,7 @@ from contract import (
     expected,
     gradients,
     params_like,
+    signature,
     steps_of,
     trained,
 )
@@ -180,6 +181,25 @@ def test_lists_may_replace_tuples(opt):
     want, _ = tx.update(gradient, state, params)
     got, _ = tx.update(gradient, listed(state), params)
     close(got, want)
+
+
+@each_factory
+@pytest.mark.few(20)
+def test_a_count_may_be_set_to_a_number(opt):
+    """optax's optimizers take such a state too."""
+    tx, params = opt.build(), params_like(SHAPES)
+    state = tx.init(params)
+    if not optax.tree.get_all_with_path(state, "count"):
+        return
+    numbered = optax.tree.set(state, count=0)
+
+    def step(**options):
+        return opt.build(**options).update(params, numbered, params)[1]
+
+    assert signature(jax.eval_shape(step)) == signature(state)
+    if opt.accepts("b2"):
+        traced = jax.eval_shape(lambda b2: step(b2=b2), 0.9)
+        assert signature(traced) == signature(state)
 
 
 def test_sharpness_aware_minimization_keeps_the_memory():

@@ -77,8 +77,9 @@ def while_sound(inner: optax.GradientTransformation, sound):
 
     def update_fn(updates, state, params=None, **extra_args):
         new_updates, new_state = inner.update(updates, state, params, **extra_args)
-        # By leaves: a restored state may have lists where a new one has tuples.
-        old = jax.tree.leaves(state)
+        # By leaves: a restored state may have lists where a new one has tuples, and
+        # numbers where it has arrays.
+        old = map(jnp.asarray, jax.tree.leaves(state))
         leaves, treedef = jax.tree.flatten(new_state)
         leaves = [
             jnp.where(sound, layout.like(a, b).astype(b.dtype), b)
