@@ -111,7 +111,9 @@ def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> Sta
             raise ValueError(f"holding='select' is for topc=1, but topc is {topc}.")
         return resizing.resize(buffer, topc, way)
 
-    return _map_buffers(resized, state, "resize_buffer")
+    for buffer in _buffers(state, "resize_buffer"):
+        _check_numbers(buffer)
+    return _map_buffers(resized, state)
 
 
 def reset_buffer(state: State) -> State:
@@ -133,7 +135,8 @@ def reset_buffer(state: State) -> State:
       >>> int(memoptax.buffer_stats(memoptax.reset_buffer(state))["fill"])
       0
     """
-    return _map_buffers(resizing.reset, state, "reset_buffer")
+    _buffers(state, "reset_buffer")
+    return _map_buffers(resizing.reset, state)
 
 
 def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> None:
@@ -199,6 +202,7 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
         if jnp.any(jnp.less(leaf, 0)):
             raise ValueError(f"state{path} has numbers below 0.")
     for buffer in _found(bare):
+        matching.check_shapes(buffer)
         _check_numbers(buffer)
 
 
@@ -340,7 +344,6 @@ def _buffers(state, caller):
     buffers = _found(_flax_metadata.bare(state))
     for buffer in buffers:
         matching.check_shapes(buffer)
-        _check_numbers(buffer)
     if not buffers:
         raise ValueError(
             f"{caller} found no buffer in state: it belongs to another optimizer, or "
@@ -349,8 +352,7 @@ def _buffers(state, caller):
     return buffers
 
 
-def _map_buffers(function, state, caller):
-    _buffers(state, caller)
+def _map_buffers(function, state):
     return jax.tree.map(
         lambda node: _boxed(node, function) if _is_buffer(node) else node,
         state,

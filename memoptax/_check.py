@@ -258,6 +258,15 @@ def same_tree(updates, made_for) -> None:
         )
 
 
+def same_shape(name: str, found, made_for) -> None:
+    """Refuse an update of another shape, which could be broadcast."""
+    if found != made_for:
+        raise ValueError(
+            f"updates have a leaf of shape {found} at {name}, but the state was made "
+            f"for a parameter of shape {made_for}."
+        )
+
+
 def same_dtype(name: str, asked, found, allowed) -> None:
     """Refuse arrays of a state that another value of ``name`` made.
 

@@ -6,6 +6,7 @@ McRae et al., Memory Augmented Optimizers for Deep Learning, ICLR 2022.
 from typing import Any, NamedTuple, Unpack
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -159,11 +160,25 @@ def critical_gradients(
         seed,
         holding,
     )
-    return _recalling(options)
+    tx = _recalling(options)
+    if options.keeps_nothing:
+        return tx
+
+    def update_fn(updates, state, params=None, **extra_args):
+        joined, state = tx.update(updates, state, params, **extra_args)
+        return _in_dtypes_of(updates, joined), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def _in_dtypes_of(gradients, updates):
+    return jax.tree.map(lambda g, u: u.astype(jnp.result_type(g)), gradients, updates)
 
 
 def _recalling(options, sound=True) -> optax.GradientTransformationExtraArgs:
-    """Critical gradients, whose buffer takes only what is ``sound``."""
+    """Critical gradients in float32 or better, whose buffer takes only what is
+    ``sound``.
+    """
     if options.keeps_nothing:
         return guards.without_buffer(optax.identity(), CriticalGradientsState)
 
@@ -480,6 +495,7 @@ def _in_front_of(
 
     def update_fn(updates, state, params=None, **extra_args):
         new_updates, new_state = tx.update(updates, state, params, **extra_args)
+        new_updates = _in_dtypes_of(updates, new_updates)
         return jax.tree.map(layout.like, new_updates, updates), new_state
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)

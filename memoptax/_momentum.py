@@ -7,7 +7,7 @@ import optax
 from memoptax import _check
 from memoptax._buffer import algorithm, matching
 from memoptax._buffer import options as _options
-from memoptax._tensors import dtypes, layout, storage
+from memoptax._tensors import dtypes, families, layout, storage
 
 
 def zeros(params, dtype):
@@ -21,7 +21,10 @@ def zeros(params, dtype):
 def check(options, updates, state, mu_dtype, params=None):
     """Refuse a momentum or a buffer that was made with other arguments."""
     if options.keeps_nothing:
-        _check.same_tree(jax.tree.structure(updates), jax.tree.structure(state.mu))
+        leaves, treedef = jax.tree.flatten_with_path(updates)
+        _check.same_tree(treedef, jax.tree.structure(state.mu))
+        for (path, update), m in zip(leaves, jax.tree.leaves(state.mu)):
+            _check.same_shape(families.name(path), update.shape, m.shape)
     else:
         matching.check(options, state.buffer, updates, params)
     _options.check_scales(options, updates, state.mu_scales)

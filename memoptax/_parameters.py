@@ -73,3 +73,8 @@ def _check_real(kind, path, leaf):
             "out with optax.masked or optax.partition; for complex parameters see "
             "optax.contrib.split_real_and_imaginary."
         )
+    if jnp.dtype(dtype).itemsize < 2:  # JAX promotes these to no other dtype
+        raise ValueError(
+            f"{name} has dtype {dtype}, and needs 16 bits or more: keep it in bfloat16 "
+            "or float32, and cast it in the model."
+        )

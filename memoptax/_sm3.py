@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -164,7 +165,7 @@ def scale_by_sm3(
         if not leaves:
             return updates, state._replace(count=count)
         _sm3_rules.check_leaves(leaves, state.accumulators)
-        _check_tree([path for path, _ in leaves], treedef, state, params)
+        _check_tree(leaves, treedef, state, params)
         steps = []
         for (path, g), numbers, memory in zip(
             leaves, state.accumulators, _load(state, treedef)
@@ -205,19 +206,25 @@ def _check_options(momentum, momentum_dtype, accumulator_dtype, state):
     _check.same_dtype("momentum_dtype", momentum_dtype, found, allowed)
 
 
-def _check_tree(paths, treedef, state, params):
+def _check_tree(leaves, treedef, state, params):
     """Refuse updates of other parameters.
 
-    Without momentum the state has no names, and those of ``params`` count, if given.
+    Without momentum the state has neither names nor shapes, and those of ``params``
+    count, if given. Accumulators may fit several shapes.
     """
-    if state.momentum is not None:
-        _check.same_tree(treedef, jax.tree.structure(state.momentum))
-    known = {path for path, _ in jax.tree.leaves_with_path(_flax_metadata.bare(params))}
-    for path in paths if known else ():
-        if path not in known:
+    known = jax.tree.leaves_with_path(_flax_metadata.bare(params))
+    shapes = {path: np.shape(param) for path, param in known}
+    for path, _ in leaves if known else ():
+        if path not in shapes:
             raise ValueError(
                 f"updates have a leaf at {families.name(path)}, but params have none."
             )
+    if state.momentum is not None:
+        _check.same_tree(treedef, jax.tree.structure(state.momentum))
+        kept = jax.tree.leaves(state.momentum)
+        shapes |= {path: x.shape for (path, _), x in zip(leaves, kept)}
+    for path, update in leaves if shapes else ():
+        _check.same_shape(families.name(path), update.shape, shapes[path])
 
 
 def _load(state, treedef):

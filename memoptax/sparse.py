@@ -171,10 +171,13 @@ def _rows(update, param):
 
 
 def _check_state(inner, state, name):
-    """Refuse a state that has something per entry of a parameter."""
+    """Refuse a state that has something per entry of a parameter.
+
+    A scalar for each parameter, like the flag of ``optax.zero_nans``, is no such thing.
+    """
     found = []
-    optax.tree.map_params(inner, found.append, state)
-    if found:
+    optax.tree.map_params(inner, lambda leaf: found.append(jnp.ndim(leaf)), state)
+    if any(found):
         raise ValueError(
             f"inner must hold nothing for each entry of a parameter, but {name} has a "
             f"row-sparse gradient and inner is {inner!r}: an array as large as the "

@@ -229,9 +229,26 @@ def test_a_buffer_that_was_scaled_goes_on(way, topc, factor):
     assert int(eviction.fill(buffer)[0]) == topc
     order = np.sort(holding.slots_of(buffer.entries)) if topc > 1 else [[0, 1]]
     np.testing.assert_array_equal(order[0], np.arange(topc + 1 if topc > 1 else 2))
-    if way != "sum":  # a sum stays scaled until it is next taken from the slots
-        total, _ = offer(buffer, np.ones(3, np.float32))
-        np.testing.assert_allclose(total, exact_sums(buffer)[0], rtol=1e-5)
+    total, _ = offer(buffer, np.ones(3, np.float32))
+    np.testing.assert_allclose(total, exact_sums(buffer)[0], rtol=1e-5)
+
+
+@each_way
+def test_a_mean_of_buffers_recalls_the_sum_of_its_slots(way, topc):
+    """Its entries are no permutation, and some are held in one of the two only."""
+    buffers = [empty(jnp.zeros(3), topc, holding=way) for _ in range(2)]
+    random = np.random.default_rng(0)
+    for t in range(9):
+        value = random.normal(size=3).astype(np.float32)
+        _, buffers[0] = offer(buffers[0], value, decay=0.7)
+        if t > 6:
+            _, buffers[1] = offer(buffers[1], value, decay=0.7)
+    mean = jax.tree.map(lambda a, b: ((a + b) / 2).astype(a.dtype), *buffers)
+    for _ in range(3):
+        _, mean = offer(mean, np.ones(3, np.float32))
+        total, _ = offer(mean, np.ones(3, np.float32))
+        np.testing.assert_allclose(total, exact_sums(mean)[0], rtol=1e-5)
+    assert resizing.problem(mean) is None
 
 
 def test_a_key_that_is_nan_leaves_first():
@@ -345,6 +362,25 @@ def test_without_outliers_rebuilds_are_rare(topc):
     buffer = run(buffer, stream)
     assert int(buffer.accepted[0]) == 1500
     assert 1 <= int(buffer.rebuilds) <= 1500 / 100
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-31, 1e37])
+def test_the_bound_holds_over_the_range_of_float32(size):
+    """Times a unit roundoff the least norms are 0. The largest add up to infinity."""
+    stream = np.float32(size * np.random.default_rng(0).normal(size=(3000, 8)))
+    buffer = run_of_sums(empty(jnp.zeros(8), 20, holding="sum"), stream)
+    (exact,), norms = exact_sums(buffer), np.asarray(buffer.norms, np.float64)
+    error = np.linalg.norm(np.asarray(buffer.total, np.float64) - exact)
+    assert error <= 1e-5 * norms.sum()
+    assert buffer.error[0] <= 1e-5 * norms.sum()
+    assert resizing.problem(buffer) is None
+    assert int(buffer.rebuilds) > 0
+
+
+@jax.jit
+def run_of_sums(buffer, stream):
+    step = functools.partial(offer, decay=0.3, holding="sum")
+    return jax.lax.scan(lambda b, x: (step(b, x)[1], None), buffer, stream)[0]
 
 
 def test_an_outlier_that_leaves_is_rebuilt_at_once():

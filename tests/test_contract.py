@@ -175,8 +175,8 @@ def test_half_precision_follows_full_precision(opt):
 
 
 @each_optimizer
-@pytest.mark.parametrize("dtype", ["complex64", "int32"])
-def test_what_is_not_real_and_floating_is_refused(opt, dtype):
+@pytest.mark.parametrize("dtype", ["complex64", "int32", "float8_e4m3fn"])
+def test_a_dtype_that_cannot_be_trained_is_refused(opt, dtype):
     params = {"good": jnp.zeros(2), "bad": jnp.zeros(2, dtype)}
     with pytest.raises(ValueError, match=f"'bad'.* has dtype {dtype}"):
         opt.build().init(params)

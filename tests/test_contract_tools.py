@@ -22,6 +22,7 @@ from contract import (
     expected,
     gradients,
     params_like,
+    signature,
     steps_of,
     trained,
 )
@@ -142,7 +143,10 @@ def test_a_mean_of_states_is_a_state(opt):
     """As of members of an ensemble. Integers are truncated."""
     states = [after(opt), after(opt, 8)]
     mean = jax.tree.map(lambda a, b: ((a + b) / 2).astype(a.dtype), *states)
-    carry = donating(opt).step(params_like(SHAPES), mean, at(gradients(), 5))
+    assert fill(mean) > 0
+    params = params_like(SHAPES)
+    memoptax.check_state(opt.build(), params, memoptax.reset_buffer(mean))
+    carry = donating(opt).step(params, mean, at(gradients(), 5))
     assert is_finite(carry)
     assert fill(carry[1]) > 0
 
@@ -178,6 +182,25 @@ def test_lists_may_replace_tuples(opt):
     want, _ = tx.update(gradient, state, params)
     got, _ = tx.update(gradient, listed(state), params)
     close(got, want)
+
+
+@each_factory
+@pytest.mark.few(20)
+def test_a_count_may_be_set_to_a_number(opt):
+    """optax's optimizers take such a state too."""
+    tx, params = opt.build(), params_like(SHAPES)
+    state = tx.init(params)
+    if not optax.tree.get_all_with_path(state, "count"):
+        return
+    numbered = optax.tree.set(state, count=0)
+
+    def step(**options):
+        return opt.build(**options).update(params, numbered, params)[1]
+
+    assert signature(jax.eval_shape(step)) == signature(state)
+    if opt.accepts("b2"):
+        traced = jax.eval_shape(lambda b2: step(b2=b2), 0.9)
+        assert signature(traced) == signature(state)
 
 
 def test_sharpness_aware_minimization_keeps_the_memory():

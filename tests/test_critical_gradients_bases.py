@@ -196,6 +196,22 @@ def test_state_is_as_large_as_documented(factory, options, more, counts):
     assert said == 1 + min(m for f, _, m, _ in COPIES if f is factory)
 
 
+@pytest.mark.parametrize("options", [{"topc": 1}, {"topc": 2}, {"holding": "sum"}])
+def test_a_joined_gradient_in_float16_does_not_overflow(options):
+    """It is added up in float32, and only the update is in float16."""
+    tx, params = sgd_c(0.1, 0.5, **options), jnp.zeros(3, jnp.float16)
+    state, gradient = tx.init(params), jnp.full(3, 4e4, jnp.float16)
+    for want in (-4e3, -1e4):
+        updates, state = jax.jit(tx.update)(gradient, state)
+        assert updates.dtype == jnp.float16
+        np.testing.assert_allclose(np.float32(updates), want, rtol=1e-3)
+    joined = critical_gradients(**options)
+    state = joined.init(params)
+    for _ in range(2):
+        updates, state = joined.update(gradient, state)
+    assert updates.dtype == jnp.float16 and np.isinf(updates).all()
+
+
 def test_slots_of_half_precision_are_half_as_large():
     params = jnp.zeros((50, 7))
     full, half = (

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.sparse import BCOO
 
 import memoptax
+from memoptax import covers, sm3, sm3_cm
 
 from labels import named
 from streams import normal, updates_of
@@ -129,6 +131,30 @@ def test_a_state_of_other_arguments_is_refused(made, used, name):
     state = memoptax.scale_by_sm3(**made).init(params)
     with pytest.raises(ValueError, match=f"^{name}, but the state"):
         memoptax.scale_by_sm3(**used).update(params, state)
+
+
+@pytest.mark.few(8)
+@pytest.mark.parametrize("cover", [covers.rows, covers.whole])
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (sm3, {}),
+        (sm3, {"momentum": 0.9, "momentum_dtype": "int8"}),
+        (sm3_cm, {}),
+        (sm3_cm, {"kappa": 0}),
+    ],
+)
+def test_a_gradient_of_another_shape_is_refused(cover, make, options):
+    """Accumulators of these covers fit it, and it would be broadcast."""
+    tx, params = make(0.1, cover=cover, **options), jnp.ones((4, 3))
+    state = tx.init(params)
+    narrow = [jnp.ones((4, 1))]
+    if make is sm3 and cover is covers.rows:
+        rows = jnp.ones((2, 2)), jnp.array([[0], [3]])
+        narrow.append(BCOO(rows, shape=(4, 2)))
+    for gradient in narrow:
+        with pytest.raises(ValueError, match=r"shape \(4, [12]\).* \(4, 3\)"):
+            jax.eval_shape(tx.update, gradient, state, params)
 
 
 def test_the_state_of_another_optimizer_is_refused():

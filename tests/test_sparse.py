@@ -318,7 +318,7 @@ ELEMENTWISE = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n in ELEMENTWISE if n != "zero_nans"])
+@pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_elementwise_transformations_act_as_on_the_dense_gradient(name, before):
     inner, sm3 = ELEMENTWISE[name], memoptax.sm3(0.1, cover=cover_of_tables)
@@ -348,6 +348,27 @@ def test_the_wrapper_passes_on_the_rows_of_the_parameters():
     np.testing.assert_allclose(updates["table"].todense(), decayed)
 
 
+def test_a_mask_may_be_a_function():
+    """It sees the table's shape in place of a gradient."""
+
+    def large(params):
+        return jax.tree.map(lambda p: p.size >= 12, params)
+
+    def vectors(params):
+        return jax.tree.map(lambda p: p.ndim == 1, params)
+
+    for mask in (large, vectors):
+        updates = []
+        for same in (mask, mask(TABLES)):
+            options = dict(cover=cover_of_tables, weight_decay=0.1, mask=same)
+            tx = memoptax.sm3(0.1, **options)
+            step = jax.jit(tx.update)(duplicated(), tx.init(TABLES), TABLES)
+            updates.append(step[0])
+        np.testing.assert_array_equal(updates[0]["w"], updates[1]["w"])
+        rows = [u["table"].todense() for u in updates]
+        np.testing.assert_array_equal(*rows)
+
+
 def test_apply_if_finite_goes_around_it():
     tx = optax.apply_if_finite(
         optax.chain(
@@ -366,6 +387,16 @@ def test_apply_if_finite_goes_around_it():
     jax.tree.map(np.testing.assert_array_equal, still, moved)
     jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
     assert int(after.total_notfinite) == 1
+
+
+def test_zero_nans_acts_on_the_values():
+    tx = memoptax.sparse.on_values(ELEMENTWISE["zero_nans"])
+    good = duplicated()
+    bad = sparse([1, 2], jnp.array([[jnp.nan, 2.0], [3.0, 4.0]]), 6)
+    updates, state = tx.update({**good, "table": bad}, tx.init(TABLES), TABLES)
+    want = jnp.zeros((6, 2)).at[1, 1].set(2).at[2].set(jnp.array([3.0, 4.0]))
+    np.testing.assert_array_equal(updates["table"].todense(), want)
+    assert state.found_nan["table"] and not state.found_nan["w"]
 
 
 @pytest.mark.parametrize(

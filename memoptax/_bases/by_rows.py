@@ -30,7 +30,24 @@ def weight_decay(rate, mask=None) -> optax.GradientTransformation:
     _check.mask("mask", mask)
     if mask is None:
         return decay
-    return guards.expecting(optax.masked(decay, mask), optax.MaskedState, mask=mask)
+    decay = optax.masked(decay, _of_shapes(mask))
+    return guards.expecting(decay, optax.MaskedState, mask=mask)
+
+
+def _of_shapes(mask):
+    """The mask. A function sees the shape of its table in place of a row-sparse leaf.
+
+    ``optax.masked`` calls it with the gradients, and ``jax.tree.map`` would enter them.
+    """
+    if not (callable(mask) and jax.tree.leaves(mask) == [mask]):
+        return mask
+
+    def shape(leaf):
+        if not row_sparse.is_row_sparse(leaf):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    return lambda tree: mask(_map(shape, tree))
 
 
 def _decay_of_dense(rate):

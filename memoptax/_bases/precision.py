@@ -29,7 +29,7 @@ def in_float32(inner: optax.GradientTransformation):
         params = _wide(params)
         wide, new_state = inner.update(wide, state, params, **extra_args)
         # Leaf by leaf, because a restored state may have lists instead of tuples.
-        dtypes = [leaf.dtype for leaf in jax.tree.leaves(state)]
+        dtypes = map(jnp.result_type, jax.tree.leaves(state))
         leaves, treedef = jax.tree.flatten(new_state)
         leaves = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes)]
         new_state = treedef.unflatten(leaves)

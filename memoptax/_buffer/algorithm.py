@@ -92,6 +92,7 @@ def recall_and_offer(
 ):
     """``values`` joined with the buffer, and the buffer after ``values`` were offered.
 
+    The result is in float32 or better, because a sum may overflow in float16.
     The sum is that of the values held before, as in the papers, so a value is never
     averaged with itself. The new value goes to a slot that is not in that sum, or to
     the only slot after it was read. The priority is that of the ``gradients``. The
@@ -112,7 +113,7 @@ def recall_and_offer(
         options, buffer, leaves, stored, norms, priority, sound
     )
     joined = aggregation.join(
-        leaves,
+        [x.astype(dtypes.widest(x.dtype, jnp.float32)) for x in leaves],
         totals,
         fill,
         options.kappa,

@@ -93,10 +93,12 @@ def moved(entries, decision: eviction.Decision):
     slot = jnp.arange(topc + 1, dtype=slots.dtype)[None]
     spare = slot == slots[:, -1:]
     evicted = slot == jnp.take_along_axis(slots, decision.entry[:, None], axis=1)
-    new = decision.entry[:, None].astype(slots.dtype)
-    after = jnp.where(spare, new, jnp.where(evicted, topc, jnp.argsort(slots, axis=1)))
+    new = decision.entry[:, None].astype(entries.dtype)
     taken = decision.accepted[:, None]
-    return jnp.where(taken, after.astype(entries.dtype), entries)
+    # The same order, as a permutation even where a tool has changed the numbers.
+    before = jnp.argsort(slots, axis=1).astype(entries.dtype)
+    after = jnp.where(taken & evicted, topc, before)
+    return jnp.where(taken & spare, new, after)
 
 
 def select(value, slot: storage.Stored, stored, row: Row, dtype):
@@ -154,7 +156,10 @@ def _batched(axis_size, in_batched, *operands):
 def terms(stack, slots, zero):
     """C tensors whose sum is that of the entries held, in the dtype of ``zero``.
 
-    The slot of an entry that is not held has zeros.
+    The slot of an entry that is not held has zeros, so no choice is compiled per slot
+    (adam_c with C = 5 and 200 leaves: 7.3 s instead of 10.5). If a tool has scaled the
+    state, an age of 1 became 0, and the value of that entry is in the sum until the next
+    offer takes its place.
     """
     return _by_index_or_choice(stack, slots, zero)
 
@@ -194,10 +199,20 @@ def exchange(way, buffer, values, stored, decision, norms, across):
         layout.like(x, s.values, s.values.ndim - x.ndim) for x, s in zip(values, stacks)
     ]
     wide = [dtypes.widest(x.dtype, buffer.keys.dtype) for x in values]
+    entries = moved(buffer.entries, decision)
     fields: dict[str, Any] = {}
     if way == "sum":
         totals, stacks, fields = running_sum.exchange(
-            buffer, placed, stacks, stored, each, decision, norms, across, write
+            buffer,
+            placed,
+            stacks,
+            stored,
+            each,
+            decision,
+            entries,
+            norms,
+            across,
+            write,
         )
     else:
         one = _compiled_select if way == "select" else _compiled_read
@@ -205,7 +220,6 @@ def exchange(way, buffer, values, stored, decision, norms, across):
         totals, stacks = [d[0] for d in done], [d[1] for d in done]
     totals = [layout.like(t, x) for t, x in zip(totals, values)]
     slots, scales = storage.pack(treedef, stacks, buffer.scales)
-    entries = moved(buffer.entries, decision)
     return totals, buffer._replace(
         slots=slots, scales=scales, entries=entries, **fields
     )

@@ -63,7 +63,8 @@ def _summed(buffer, like, rebuilds):
             [jnp.zeros_like(x[0], dtype=d) for x, d in zip(leaves, wide)]
         )
     zeros = [jnp.zeros_like(x) for x in jax.tree.leaves(like)]
-    totals = running_sum.from_slots(zeros, stacks, [topc] * len(leaves))
+    held = running_sum.in_slots(eviction.held(buffer), buffer.entries)
+    totals = running_sum.from_slots(zeros, stacks, held)
     norms = jnp.stack(
         [
             _norms.of([holding.value(buffer, k, i, dtype) for i in range(topc)], dtype)

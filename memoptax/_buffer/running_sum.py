@@ -13,11 +13,13 @@ from memoptax._tensors import storage
 _TOLERANCE = 1e-5 / float(jnp.finfo(jnp.float32).eps / 2)
 
 
-def exchange(buffer, values, stacks, stored, rows, decision, norms, across, write):
+def exchange(
+    buffer, values, stacks, stored, rows, decision, entries, norms, across, write
+):
     """The sums before the offer, and the slots and the fields of the sums after it.
 
     ``write`` puts a value into the spare slot of its leaf. ``rows`` has the decision on
-    each leaf.
+    each leaf. ``entries`` are those after it.
     """
     totals, treedef = jax.tree.flatten(buffer.total)
     after, changes, written = [], [], []
@@ -29,12 +31,10 @@ def exchange(buffer, values, stacks, stored, rows, decision, norms, across, writ
         change = jnp.where(row.accepted, new - old, 0)
         changes.append(change)
         after.append(total + change)
-    spares = [jnp.where(row.accepted, row.evicted, row.slots[-1]) for row in rows]
     bounds = storage.norm_bounds(norms, values, written, across)
-    norms, error, inexact = bound(
-        buffer, totals, eviction.here(decision, buffer.keys.shape), bounds
-    )
-    after = rebuild(after, stacks, spares, inexact)
+    new = eviction.here(decision, buffer.keys.shape)
+    norms, error, inexact = bound(buffer, totals, new, bounds)
+    after = rebuild(after, stacks, in_slots(decision.held | new, entries), inexact)
     before = list(map(_before, totals, after, changes))
     return (
         before,
@@ -77,29 +77,52 @@ def bound(buffer, totals, new, incoming):
     unit of the sum, which the norms of the slots bound. Each leaf has its own bound,
     because one bound for the tree would hide an outlier in a small leaf behind a large
     leaf.
+
+    Norms are multiplied by the unit before they are added, because their sum may
+    overflow. A product may be so small that it becomes 0. The error grows by what all
+    products may have lost, so the smallest sums are rebuilt at every change.
     """
     unit = units(totals, buffer.norms.dtype)
     outgoing = jnp.sum(jnp.where(new, buffer.norms, 0), axis=1)
     norms = jnp.where(new, incoming[:, None], buffer.norms)
-    scale = unit * jnp.sum(norms, axis=1)
-    rounding = unit * (incoming + outgoing) + scale
+    scale = _sum_of_products(unit, norms)
+    lost = (norms.shape[1] + 2) * float(jnp.finfo(norms.dtype).tiny)
+    lost = jnp.where(jnp.any((norms > 0) | (buffer.norms > 0), axis=1), lost, 0)
+    rounding = unit * incoming + unit * outgoing + scale + lost
     error = buffer.error + jnp.where(jnp.any(new, axis=1), rounding, 0)
-    inexact = jnp.any(error > _TOLERANCE * scale)
+    inexact = jnp.any(error > _TOLERANCE * scale) | _is_changed(buffer)
     return norms, jnp.where(inexact, fresh_error(norms, unit), error), inexact
+
+
+def _is_changed(buffer):
+    """Whether a tool has averaged or scaled the state, and the sum is not of its slots.
+
+    Integers were truncated then: entries are no permutation, or a value is no longer
+    held and has a norm.
+    """
+    held, entries = eviction.held(buffer), buffer.entries
+    wanted = jnp.arange(entries.shape[1], dtype=entries.dtype)
+    found = jnp.any(entries[:, :, None] == wanted, axis=1)
+    misplaced = jnp.any(held, axis=1) & ~jnp.all(found, axis=1)
+    return jnp.any(misplaced) | jnp.any((buffer.norms > 0) & ~held)
 
 
 def fresh_error(norms, units):
     """The error bounds (L,) of sums that were rebuilt from these ``norms`` (L, C)."""
-    topc = norms.shape[1]
-    block = _block(topc)
-    additions = -(-topc // block) + int(math.log2(block))
-    return additions * units * jnp.sum(norms, axis=1)
+    slots = norms.shape[1] + 1
+    block = _block(slots)
+    additions = -(-slots // block) + int(math.log2(block))
+    return additions * _sum_of_products(units, norms)
+
+
+def _sum_of_products(units, norms):
+    return jnp.sum(units[:, None] * norms, axis=1)
 
 
 @jax.custom_jvp
-def rebuild(totals, stacks, spares, wanted):
+def rebuild(totals, stacks, held, wanted):
     """The sums, rebuilt from the slots if ``wanted``, with the same derivative."""
-    return from_slots(totals, stacks, spares, wanted)
+    return from_slots(totals, stacks, held, wanted)
 
 
 @rebuild.defjvp
@@ -108,48 +131,57 @@ def _rebuild_jvp(primals, tangents):
     return rebuild(*primals), tangents[0]
 
 
-def from_slots(totals, stacks, spares, wanted=True):
-    """The sums. If ``wanted``, each is added up from all slots but the spare one.
+def in_slots(held, entries):
+    """Which slots hold a value, (R, C + 1), from which entries do, (R, C)."""
+    held = jnp.pad(held, [(0, 0), (0, 1)])  # the spare slot holds none
+    return jnp.take_along_axis(held, entries, axis=1)
 
-    ``spares`` has an item per leaf. When one leaf needs it, one loop rebuilds the sums
-    of all leaves: leaves are accepted together, so their bounds are reached at about
-    the same time, and a loop per leaf would take long to compile. Only sums leave the
-    loop, so no stack is copied. If no rebuild is wanted, the loop does not run.
+
+def from_slots(totals, stacks, held, wanted=True):
+    """The sums. If ``wanted``, each is added up from the slots that are ``held``.
+
+    When one leaf needs it, one loop rebuilds the sums of all leaves: leaves are
+    accepted together, so their bounds are reached at about the same time, and a loop
+    per leaf would take long to compile. Only sums leave the loop, so no stack is
+    copied. If no rebuild is wanted, the loop does not run.
     """
-    topc = max((storage.copies(stack) for stack in stacks), default=1) - 1
-    block = _block(topc)
+    slots = held.shape[1]
+    block = _block(slots)
+    rows = [0] * len(stacks) if held.shape[0] == 1 else range(len(stacks))
 
     def add_block(turn, totals):
-        def add(total, stack, spare):
-            entries = [turn * block + k for k in range(block)]
+        places = [turn * block + k for k in range(block)]
+        # The last turn may reach beyond the last slot.
+        each = [jnp.minimum(k, slots - 1) for k in places]
+        taken = [(k < slots) & held[:, at] for k, at in zip(places, each)]
+
+        def add(total, stack, row):
             terms = [
-                # The last turn may reach beyond the last slot.
-                jnp.where(k < topc, _term(stack, k, spare, topc, total.dtype), 0)
-                for k in entries
+                jnp.where(one[row], _decoded(stack, at, total.dtype), 0)
+                for one, at in zip(taken, each)
             ]
             return jnp.where(turn == 0, 0, total) + _pairwise(terms)
 
-        return [add(*leaf) for leaf in zip(totals, stacks, spares)]
+        return [add(*leaf) for leaf in zip(totals, stacks, rows)]
 
-    turns = -(-topc // block)
+    turns = -(-slots // block)
     if wanted is not True:
         turns = jnp.where(wanted, turns, 0)
     return jax.lax.fori_loop(0, turns, add_block, totals)
 
 
-def _term(stack, k, spare, topc, dtype):
-    slot = jnp.minimum(k + (k >= spare).astype(jnp.int32), topc)
+def _decoded(stack, slot, dtype):
     return storage.decode(storage.read(stack, slot), dtype)
 
 
-def _block(topc):
+def _block(slots):
     """The number of slots that one turn of a rebuild adds up, a power of two.
 
     Every turn reads and writes the sum once and rounds once, which favours large blocks
     for many slots. Every slot of a block is compiled for each leaf, which favours small
     blocks for many leaves.
     """
-    return 1 if topc < 2 else 2 if topc < 32 else 8
+    return 2 if slots < 32 else 8
 
 
 def _pairwise(terms):
