@@ -139,7 +139,7 @@ def rate(name: str, value) -> Any:
                 f"{name} must be a number or a schedule, but is {value!r}."
             )
         return number(name, value, 0)
-    if not _takes_a_step(value):
+    if not _takes(value, 1):
         raise ValueError(
             f"{name} must be a function of the step alone if it is a schedule, but is "
             f"{value!r}."
@@ -147,14 +147,14 @@ def rate(name: str, value) -> Any:
     return value
 
 
-def _takes_a_step(function) -> bool:
-    """Whether a function takes one argument, as far as Python knows."""
+def _takes(function, count: int) -> bool:
+    """Whether a function takes so many arguments, as far as Python knows."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-in functions have none
         return True
     try:
-        signature.bind(0)
+        signature.bind(*range(count))
     except TypeError:
         return False
     return True
@@ -169,15 +169,20 @@ def flag(name: str, value) -> None:
         raise ValueError(f"{name} must be True or False, but is {value!r}.")
 
 
-def function(name: str, value) -> None:
-    """Refuse what is neither None nor a function."""
+def function(name: str, value, count: int) -> None:
+    """Refuse what is neither None nor a function of ``count`` arguments."""
     if not (value is None or callable(value)):
         raise ValueError(f"{name} must be a function, but is {value!r}.")
+    if value is not None and not _takes(value, count):
+        many = "one argument" if count == 1 else f"{count} arguments"
+        raise ValueError(f"{name} must be a function of {many}, but is {value!r}.")
 
 
 def mask(name: str, value) -> None:
     """Refuse what is neither None, nor a function, nor a tree of booleans."""
-    leaves = [] if value is None or callable(value) else jax.tree.leaves(value)
+    if value is None or callable(value):
+        return function(name, value, 1)
+    leaves = jax.tree.leaves(value)
     if not all(map(_is_truth, leaves)):
         raise ValueError(
             f"{name} must be None, a tree of booleans or a function that makes one, "

@@ -83,7 +83,10 @@ def rates():
 FLAGS = [True, False, np.bool_(True)], ["x", None, 1, 0.0, [], jnp.array(True)]
 MASKS = (
     [None, {"w": True}, {"w": np.bool_(True)}, lambda p: {"w": True}],
-    ["x", {"w": "x"}, {"w": 1}, 1, [0.5], {"w": np.array([True, False])}],
+    [
+        *("x", {"w": "x"}, {"w": 1}, 1, [0.5], {"w": np.array([True, False])}),
+        two_arguments,
+    ],
 )
 STORAGE = (
     [None, "int8", "bfloat16", jnp.float16, np.float32],
@@ -93,7 +96,7 @@ FLOATING = (
     [None, "bfloat16", jnp.float16, np.dtype("float32")],
     ["int8", "x", 3, ["float32"], jnp.int32, {}, "complex64", np.array([1.0, 2.0])],
 )
-FUNCTIONS = [None, optax.tree.norm], ["x", 2, [], jnp.array(1.0)]
+FUNCTIONS = [None, optax.tree.norm], ["x", 2, [], jnp.array(1.0), two_arguments]
 BETA = numbers(-0.1, 1.0, 5.0)
 
 ARGUMENTS = {
@@ -124,7 +127,7 @@ ARGUMENTS = {
     "priority_fn": FUNCTIONS,
     "aggr": (
         ["sum", "mid", "mean", lambda u, mean, fill: u],
-        ["x", None, {}, [], 1, ["sum"], np.array(["sum"])],
+        ["x", None, {}, [], 1, ["sum"], np.array(["sum"]), two_arguments],
     ),
     "topc": (
         [None, 0, 1, np.int64(3), np.uint8(3), np.array(3)],
@@ -138,7 +141,10 @@ ARGUMENTS = {
     "variant": (["I", "II"], ["III", ["I"], None, 2, {}]),
     "cover": (
         [None, memoptax.covers.rows, [(1, 1)], [(np.int64(1), 1)], ((1, 1),)],
-        ["x", 4, [4], [["x"]], [(1.5, 1)], [(-1, 1)], [(True, 1)], {}, jnp.ones(2)],
+        [
+            *("x", 4, [4], [["x"]], [(1.5, 1)], [(-1, 1)], [(True, 1)], {}),
+            *(jnp.ones(2), len),
+        ],
     ),
 }
 # Only these dtypes for SM3's accumulators.

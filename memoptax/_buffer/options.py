@@ -101,10 +101,12 @@ def options(
     topc = capacity(5 if topc is None else topc, 0)
     decay = _check.number("decay", decay, 0, 1)
     kappa = _check.number("kappa", kappa)
-    if not callable(aggr):
+    if callable(aggr):
+        _check.function("aggr", aggr, 3)
+    else:
         _check.choice("aggr", aggr, aggregation.WEIGHTS)
     _check.flag("synced", synced)
-    _check.function("priority_fn", priority_fn)
+    _check.function("priority_fn", priority_fn, 1)
     buffer_dtype = storage_dtype("buffer_dtype", buffer_dtype)
     fifo_probability = _check.number(
         "fifo_probability", fifo_probability, 0, 1, optional=True

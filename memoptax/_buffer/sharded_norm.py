@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from memoptax import _check
 from memoptax._tensors import dtypes
 
 Names = tuple[Any, ...]
@@ -65,8 +66,7 @@ def sharded_norm(
       >>> jax.shard_map(norm, mesh=mesh, in_specs=(specs,), out_specs=P())(gradients)
       Array(7., dtype=float32)
     """
-    if not (rule is None or callable(rule)):
-        raise ValueError(f"rule must be a function, but is {rule!r}.")
+    _check.function("rule", rule, 1)
     for entry in jax.tree.leaves(axes, is_leaf=_is_entry):
         if not _is_entry(entry):
             raise ValueError(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memoptax import _check
 from memoptax._tensors import tiles
 from memoptax._tensors.tiles import Box
 
@@ -24,7 +25,7 @@ def name(path: Any) -> str:
 def check_cover(cover: Any) -> None:
     """Refuse what cannot be a cover of any parameters."""
     if cover is None or callable(cover):
-        return
+        return _check.function("cover", cover, 2)
     if not (isinstance(cover, (list, tuple)) and all(map(_may_be_a_box, cover))):
         raise ValueError(
             "cover must be None, a function (path, leaf) -> list of box shapes or a "
