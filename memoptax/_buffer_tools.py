@@ -84,6 +84,10 @@ def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> Sta
     Keys, ages and counters stay, and the sums are rebuilt. Restore a checkpoint with
     the ``topc`` that it was saved with, and then resize it.
 
+    Only with parameters in both float32 and float64 and a ``buffer_dtype`` may a new
+    sum differ from that of ``init``: the state does not say which leaf is which, so all
+    sums are in float64. ``update`` takes them, but :func:`check_state` does not.
+
     Args:
       state: the state of an optimizer with critical gradients or momenta.
       topc: the new capacity, a static integer of at least 1.

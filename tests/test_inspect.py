@@ -307,6 +307,31 @@ def test_a_resized_sum_is_as_wide_as_a_new_one(dtype, x64):
     memoptax.check_state(memoptax.sgd_c(0.1, holding="sum", **options), params, state)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_resized_sums_of_mixed_parameters_are_wide_enough(dtype, x64):
+    """The state does not say which of the slots belong to float64."""
+    params = {"a": jnp.ones(3, jnp.float64), "b": jnp.ones(3, jnp.float32)}
+    tx = memoptax.sgd_c(0.1, topc=2, buffer_dtype=dtype, holding="sum")
+    state = memoptax.resize_buffer(tx.init(params), 2, holding="read")
+    state = memoptax.resize_buffer(state, 2, holding="sum")
+    total = state[0].buffer.total
+    assert total["a"].dtype == total["b"].dtype == jnp.float64
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+    assert {k: u.dtype for k, u in updates.items()} == {
+        k: p.dtype for k, p in params.items()
+    }
+    dtypes = [jax.tree.map(lambda x: x.dtype, s) for s in (state, after)]
+    assert dtypes[0] == dtypes[1]
+
+
+def test_statistics_of_a_batch_of_empty_leaves_are_numbers():
+    tx, params = memoptax.critical_gradients(2), jnp.zeros((3, 0))
+    _, state = tx.update(params, tx.init(params))
+    batch = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    for name, value in memoptax.buffer_stats(batch).items():
+        assert np.isfinite(value).all(), name
+
+
 # Buffers that something has bent, and states of shapes
 
 HELD = [
