@@ -158,8 +158,8 @@ def terms(stack, slots, zero):
 
     The slot of an entry that is not held has zeros, so no choice is compiled per slot
     (adam_c with C = 5 and 200 leaves: 7.3 s instead of 10.5). If a tool has scaled the
-    state, an age of 1 became 0, and the value of that entry is in the sum until the next
-    offer takes its place.
+    state, an age of 1 became 0, and the value of that entry is in the sum until the
+    next offer takes its place.
     """
     return _by_index_or_choice(stack, slots, zero)
 
