@@ -474,11 +474,11 @@ def adamw_c(
         pytorch.learning_rate(learning_rate),
     )
     sound = pytorch.adam_is_sound(b1, b2, eps, eps_root)
-    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound, {})
+    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound)
 
 
 def _in_front_of(
-    base, options, sound, entering: dict[int, Any]
+    base, options, sound, entering: dict[int, Any] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The buffer in front of ``base``, which computes in float32. The state of both
     stays while traced numbers are not ``sound``. That of the base also stays while a
@@ -489,7 +489,7 @@ def _in_front_of(
     """
     sound &= _check.is_inside(options.kappa)
     sound &= _check.is_inside(options.fifo_probability)
-    base = guards.while_finite(base, entering)
+    base = guards.while_finite(base, entering or {})
     base = precision.in_float32(guards.while_sound(base, sound))
     tx = optax.chain(_recalling(options, sound), base)
 
