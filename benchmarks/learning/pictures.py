@@ -46,7 +46,7 @@ def draw(experiment: Experiment, folder: Path, path: Path) -> None:
         (task, lines, column)
         for task, lines in made
         for column in ["", *PANELS]
-        if not column or any(column in line.differences for line in lines)
+        if _shown(lines, column)
     ]
     heights = []
     for _, lines, column in panels:
