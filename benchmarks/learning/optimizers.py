@@ -190,34 +190,6 @@ BASES |= {
     "sm3_cm, C=1, int8": Row(
         "sm3_cm, C=1, int8", _alone(memoptax.sm3_cm, **_SM3_CM), SM3 / 16, "adam"
     ),
-    "sm3_cm, own schedule": Row(
-        "sm3_cm, SM3's schedule",
-        _alone(memoptax.sm3_cm),
-        SM3 / 16,
-        "adam, SM3's schedule",
-        schedule=tasks.cooldown,
-    ),
-    "sm3 momentum, own schedule": Row(
-        "sm3 momentum, SM3's schedule",
-        _alone(memoptax.sm3, momentum=0.9),
-        SM3,
-        "adam, SM3's schedule",
-        schedule=tasks.cooldown,
-    ),
-    "ademamix, own schedule": Row(
-        "ademamix, SM3's schedule",
-        ademamix,
-        ADAM / 4,
-        "adam, SM3's schedule",
-        schedule=tasks.cooldown,
-    ),
-    "adafactor, own schedule": Row(
-        "adafactor, SM3's schedule",
-        _alone(optax.adafactor, min_dim_size_to_factor=16),
-        0.032,
-        "adam, SM3's schedule",
-        schedule=tasks.cooldown,
-    ),
     "adagrad from 0": Row(
         "adagrad from 0",
         _alone(optax.adagrad, initial_accumulator_value=0.0),
@@ -229,6 +201,14 @@ BASES |= {
     ),
     "adam, SAM": Row("adam, SAM", _adam, ADAM, "adam", loss=sharpness_aware),
     "sgd, SAM": Row("sgd, SAM", _sgd, SGD, "sgd", loss=sharpness_aware),
+}
+BASES |= {
+    f"{name}, own schedule": BASES[name]._replace(
+        name=f"{name}, SM3's schedule",
+        base="adam, SM3's schedule",
+        schedule=tasks.cooldown,
+    )
+    for name in ("sm3_cm", "sm3 momentum", "ademamix", "adafactor")
 }
 
 FULL = (
