@@ -29,9 +29,9 @@ def in_float32(inner: optax.GradientTransformation):
         params = _wide(params)
         wide, new_state = inner.update(wide, state, params, **extra_args)
         # Leaf by leaf, because a restored state may have lists instead of tuples.
-        dtypes = map(jnp.result_type, jax.tree.leaves(state))
+        before = map(jnp.result_type, jax.tree.leaves(state))
         leaves, treedef = jax.tree.flatten(new_state)
-        leaves = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes)]
+        leaves = [leaf.astype(dtype) for leaf, dtype in zip(leaves, before)]
         new_state = treedef.unflatten(leaves)
         cast = optax.tree.cast_like(wide, updates)
         return jax.tree.map(layout.like, cast, updates), new_state
