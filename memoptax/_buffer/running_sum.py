@@ -102,7 +102,7 @@ def _is_changed(buffer):
     """
     held, entries = eviction.held(buffer), buffer.entries
     wanted = jnp.arange(entries.shape[1], dtype=entries.dtype)
-    found = jnp.any(entries[:, :, None] == wanted, axis=1)
+    found = jnp.any(entries[:, :, None] == wanted[None, None], axis=1)
     misplaced = jnp.any(held, axis=1) & ~jnp.all(found, axis=1)
     return jnp.any(misplaced) | jnp.any((buffer.norms > 0) & ~held)
 
