@@ -1,7 +1,13 @@
 """Where the tests run: on eight simulated devices of a CPU, or on an accelerator.
 
     pytest -n 2
+    MEMOPTAX_TEST_OPTIMIZED=1 pytest -n 2     # programs as fast as those of users
     MEMOPTAX_TEST_PLATFORM=cuda pytest        # or tpu, rocm: what JAX_PLATFORMS takes
+
+Most of the time goes into compilation, for programs that run once. So LLVM does not
+optimize them, and XLA's slower emitters of fusions are off: the fast suite takes 4
+minutes instead of 8. Passes over whole programs, which decide what is fused, copied and
+held, stay on. CI runs the fast suite once with MEMOPTAX_TEST_OPTIMIZED as well.
 
 On an accelerator, tests marked ``cpu_only`` are skipped with the reason that the marker
 gives, and so are all that ask for the fixture ``mesh``. Matrix products have full
@@ -14,13 +20,25 @@ out what is marked ``exhaustive``: more of what other cases show, as a table's r
 each optimizer where they are tried with some in turn.
 """
 
+import importlib.metadata
 import os
+
+QUICKLY_COMPILED = [
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
+if JAXLIB < (0, 11):  # later ones have no such choice
+    QUICKLY_COMPILED.append("--xla_cpu_use_fusion_emitters=false")
 
 PLATFORM = os.environ.get("MEMOPTAX_TEST_PLATFORM") or "cpu"
 if PLATFORM == "cpu":
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    if "xla_force_host_platform_device_count" not in flags[0]:
+        flags.append("--xla_force_host_platform_device_count=8")
+    if not os.environ.get("MEMOPTAX_TEST_OPTIMIZED"):
+        flags += [f for f in QUICKLY_COMPILED if f.split("=")[0] not in flags[0]]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
     os.environ["JAX_PLATFORMS"] = "cpu"
 else:
     # The CPU too, for tests that name it. JAX fails if the accelerator is missing.

@@ -89,6 +89,8 @@ def test_the_derivative_is_that_of_the_largest(spanned):
     shape = (65, 130)
     with jax.enable_x64(True):
         g, first, rest = map(jnp.asarray, operands(shape, 1))
+        # Its square is exact, so every program finds the same place of the maximum.
+        g = g.astype(jnp.float16).astype(g.dtype)
         weights = jnp.cos(jnp.arange(65 * 130.0).reshape(shape))
 
         def weighed(maximum, g):
