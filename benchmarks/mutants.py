@@ -5,12 +5,14 @@
     python benchmarks/mutants.py --show                # the survivors that are kept
 
 cosmic-ray names all mutants of the files below, and a seeded sample of them is tried,
-each in a copy of the repository. The tests are those chosen for the file, cheapest
-first, until one fails. A mutant that hangs is noticed as well. What XLA compiles is
-cached on disk, so that a test compiles again only what the mutant changed. Results are
-added to benchmarks/results/mutants.json, and what is kept there is not tried again. A
-mutant counts only while the code of its file stays, so the tool starts over for a file
-whose code has changed.
+each in a copy of the repository. Its tests are those chosen for the file that run the
+changed line. Those that noticed other mutants come first, then the cheapest, until one
+fails. A mutant that hangs is noticed as well. Two processes run the tests, so JAX
+starts twice only, and what XLA compiles is cached on disk.
+
+Results are added to benchmarks/results/mutants.json, and what is kept there is not
+tried again. A mutant counts only while the code of its file stays, so the tool starts
+over for a file whose code has changed.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -64,6 +67,8 @@ TESTS = {
     "_bases/pytorch.py": f"tests/test_critical_gradients_bases.py {_ORACLES}",
     "_bases/precision.py": f"tests/test_critical_gradients_bases.py {_CONTRACT}",
 }
+RESTART = 40  # mutants after which a process starts over: its memory grows
+IGNORED = shutil.ignore_patterns(".git", ".venv*", "_build", ".sdist")
 # Operators of arrays that take each other's place. cosmic-ray has others, such as a
 # shift for a product. Arrays of numbers have none, so every test would notice it.
 KINDS = ({"Add", "Sub", "Mul", "Div"}, {"BitAnd", "BitOr", "BitXor"})
@@ -141,41 +146,68 @@ def is_idle(mutant, text):
         return True
 
 
-def fails(copy, cache, tests, limit):
-    """How the tests notice ("failed", "hung", "" if they pass), and the first test."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", *tests.split()]
-    environment = os.environ | {
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    try:
-        done = subprocess.run(
-            [*command, "-p", "no:cacheprovider"],
-            cwd=copy,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=limit,
-        )
-    except subprocess.TimeoutExpired:
-        return "hung", ""
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-    return "failed" if done.returncode else "", (lines or [""])[0]
+class Worker:
+    """A process that runs tests in a copy of the repository: mutant_worker.py."""
+
+    def __init__(self, copy, cache):
+        shutil.copytree(ROOT, copy, ignore=IGNORED)
+        self.copy, self.process, self.tried = copy, None, 0
+        self.environment = os.environ | {
+            "PYTHONPATH": str(copy),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+
+    def ask(self, task, limit):
+        """The answer to a task, or None if it takes longer or ends the process."""
+        self.tried += 1
+        if self.tried % RESTART == 0:
+            self.stop()
+        if self.process is None:
+            command = [sys.executable, "benchmarks/mutant_worker.py"]
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.copy,
+                env=self.environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        timer = threading.Timer(limit, self.process.kill)
+        timer.start()
+        try:
+            print(json.dumps(task), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        finally:
+            timer.cancel()
+        if line:
+            return json.loads(line)
+        self.stop()
+        if "file" in task:  # which the process could not restore
+            file = task["file"]
+            shutil.copy(ROOT / "memoptax" / file, self.copy / "memoptax" / file)
+        return None
+
+    def stop(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
 
 
-def try_one(mutant, copies, cache, limit):
-    """The mutant with how the tests noticed it, tried in a copy that is free."""
-    copy = copies.get()
-    place = copy / "memoptax" / mutant["file"]
-    try:
-        place.write_text(mutated(mutant))
-        how, test = fails(copy, cache, TESTS[mutant["file"]], limit)
-    finally:
-        shutil.copy(ROOT / "memoptax" / mutant["file"], place)
-        copies.put(copy)
-    return mutant | {"noticed": how, "by": test}
+def ordered(mutant, seconds, lines, noticing):
+    """The tests of a mutant: those that noticed others first, then the cheapest.
+
+    They are those chosen for its file that run its line. If none does, as with a line
+    that runs when the package is imported, they are all that are chosen for it.
+    """
+    files = set(TESTS[mutant["file"]].split())
+    chosen = [test for test in seconds if test.partition("::")[0] in files]
+    running = set(lines.get(mutant["file"], {}).get(str(mutant["line"]), ()))
+    tests = [test for test in chosen if test in running] or chosen
+    return sorted(tests, key=lambda test: (-noticing[test], seconds[test]))
 
 
 def show(kept):
@@ -218,7 +250,7 @@ def main(argv=None):
     parser.add_argument("--count", type=int, default=500, help="size of the sample")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--minutes", type=float, default=180, help="stop after these")
-    parser.add_argument("--limit", type=float, default=900, help="seconds a mutant")
+    parser.add_argument("--limit", type=float, default=300, help="seconds a mutant")
     parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
     parser.add_argument("--cache", help="folder of compiled programs, to use again")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of file names")
@@ -241,16 +273,34 @@ def main(argv=None):
     end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
         cache = options.cache or Path(folder) / "compiled"
-        ignore = shutil.ignore_patterns(".git", ".venv*", "_build", ".sdist")
-        copies = queue.Queue()
-        for k in range(options.workers):
-            copies.put(Path(folder) / f"memoptax-{k}")
-            shutil.copytree(ROOT, Path(folder) / f"memoptax-{k}", ignore=ignore)
+        workers = [
+            Worker(Path(folder) / f"memoptax-{k}", cache)
+            for k in range(options.workers)
+        ]
+        files = sorted({file for tests in TESTS.values() for file in tests.split()})
+        measured = workers[0].ask({"tests": files}, 60 * options.minutes)
+        if measured is None or measured["status"]:
+            parser.error(f"the tests fail without a mutant: {measured}")
+        print(f"{len(measured['seconds'])} tests run", flush=True)
+        free, noticing = queue.Queue(), collections.Counter()
+        for worker in workers:
+            free.put(worker)
 
         def one(mutant):
             if time.monotonic() > end:
                 return None
-            return try_one(mutant, copies, cache, options.limit)
+            worker, file = free.get(), mutant["file"]
+            tests = ordered(mutant, measured["seconds"], measured["lines"], noticing)
+            task = {"file": file, "text": mutated(mutant), "tests": tests}
+            try:
+                answer = worker.ask(task, options.limit)
+            finally:
+                free.put(worker)
+            if answer is None:
+                return mutant | {"noticed": "hung or ended", "by": ""}
+            noticing[answer["failed"]] += 1
+            how = "failed" if answer["status"] else ""
+            return mutant | {"noticed": how, "by": answer["failed"]}
 
         with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
             for done in concurrent.futures.as_completed(
@@ -263,6 +313,8 @@ def main(argv=None):
                 kept |= {"seed": options.seed, "of": len(everything)}
                 RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
                 print(len(kept["mutants"]), mutant, flush=True)
+        for worker in workers:
+            worker.stop()
     show(kept)
 
 
