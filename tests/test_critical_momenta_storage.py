@@ -111,6 +111,16 @@ def test_an_empty_row_has_a_scale_in_int8():
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
 
 
+def test_a_leaf_without_entries_leaves_the_norms_of_a_sum_finite():
+    """Compiled, a constant norm of 0 must not become 0 times infinity."""
+    params = {"none": jnp.zeros(0), "row": jnp.zeros((3, 0))}
+    tx = memoptax.critical_gradients(2, holding="sum", buffer_dtype="int8")
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = jax.jit(tx.update)(params, state)
+    memoptax.check_state(tx, params, state)
+
+
 def test_half_precision_gradients_are_widened_before_they_are_averaged():
     gradient = jnp.full(3, 1.2345, jnp.bfloat16)
     tx = memoptax.scale_by_adam_cm()

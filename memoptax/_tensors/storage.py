@@ -36,7 +36,7 @@ def zeros(leaf, copies: int | None = None, dtype=None):
     It is made from zeros like the leaf, to follow its sharding. ``jnp.zeros`` would
     replicate the stack on every device of a mesh.
     """
-    dtype = jnp.dtype(leaf.dtype if dtype is None else dtype)
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype if dtype is None else dtype)
     return _repeat(jnp.zeros_like(leaf, dtype=dtype), copies)
 
 
@@ -223,6 +223,8 @@ def _rounding(x, stored, norm):
 
     It is at most factor * norm + unit * √square.
     """
+    if x.size == 0:  # XLA would multiply a square of 0 by an infinite 1 / unit²
+        return 1, 0, 1
     if stored.scale is not None:
         # The square of a scale may overflow, but not that of its share of the norm.
         # XLA divides by multiplying, so the inverse of the unit must be a number too.
