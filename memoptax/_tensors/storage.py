@@ -223,12 +223,11 @@ def _rounding(x, stored, norm):
 
     It is at most factor * norm + unit * √square.
     """
-    if x.size == 0:  # XLA would multiply a square of 0 by an infinite 1 / unit²
-        return 1, 0, 1
     if stored.scale is not None:
         # The square of a scale may overflow, but not that of its share of the norm.
         # XLA divides by multiplying, so the inverse of the unit must be a number too.
-        unit = jnp.clip(norm, 2.0**-100, 2.0**120)
+        # If a norm is known to be 0, XLA multiplies 0 by 1 / unit², which is infinite.
+        unit = jnp.where(norm > 0, jnp.clip(norm, 2.0**-100, 2.0**120), 1)
         squares = jnp.square(stored.scale.astype(norm.dtype) / unit)
         return 1, jnp.sum(squares) * math.prod(x.shape[-1:]) / 4, unit
     info = jnp.finfo(stored.values.dtype)
