@@ -329,7 +329,10 @@ def _as_float(value) -> float:
 
 def _plain(value):
     """A static number as Python's own, and a JAX scalar as it is."""
-    if not isinstance(value, (np.generic, np.ndarray)):
+    if isinstance(value, jax.Array):
         return value
-    whole = jnp.issubdtype(value.dtype, jnp.integer)
-    return int(value) if whole else float(value)
+    if isinstance(value, (np.generic, np.ndarray)):
+        whole = jnp.issubdtype(value.dtype, jnp.integer)
+        value = int(value) if whole else float(value)
+    # Without x64, JAX takes no integer of more than 32 bits.
+    return value if abs(value) < 2**31 else _as_float(value)

@@ -258,7 +258,8 @@ def scale_by_adam_cm(
     def check(updates, state, params):
         _check.state(state, ScaleByAdamCmState)
         _momentum.check(options, updates, state, mu_dtype, params)
-        _check.same("amsgrad", amsgrad, state.nu_max is not None)
+        if state.nu is not None:  # as of a tree of None
+            _check.same("amsgrad", amsgrad, state.nu_max is not None)
 
     def update_fn(updates, state, params=None):
         check(updates, state, params)

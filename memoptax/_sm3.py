@@ -186,9 +186,11 @@ def scale_by_sm3(
 def _check_options(momentum, momentum_dtype, accumulator_dtype, state):
     """Refuse a state that was made with other arguments.
 
-    A traced momentum may be 0, so it is not compared with the state.
+    A traced momentum may be 0, so it is not compared with the state. A tree of None has
+    no accumulators, and a momentum of None.
     """
-    if momentum is None or _check.static(momentum):
+    some = isinstance(state.accumulators, (tuple, list))
+    if some and (momentum is None or _check.static(momentum)):
         if (momentum is None) != (state.momentum is None):
             found = "none" if state.momentum is None else "one"
             raise ValueError(
@@ -197,7 +199,7 @@ def _check_options(momentum, momentum_dtype, accumulator_dtype, state):
             )
     _check.wide("accumulators", state.accumulators)
     wide = {leaf.dtype for leaf in jax.tree.leaves(state.accumulators)}
-    if accumulator_dtype is not None and isinstance(state.accumulators, (tuple, list)):
+    if accumulator_dtype is not None and some:
         asked = accumulator_dtype
         _check.same_dtype("accumulator_dtype", asked, wide, [asked])
     found = {leaf.dtype for leaf in jax.tree.leaves(state.momentum)}

@@ -209,7 +209,7 @@ def zero_accumulators(params, cover, dtype=None):
 def accumulator_dtype(leaf, dtype):
     """The ``dtype`` of the user, or if it is None, float32 or better."""
     wide = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
-    return wide if dtype is None else dtype
+    return jax.dtypes.canonicalize_dtype(wide if dtype is None else dtype)
 
 
 def check_leaves(leaves, accumulators):

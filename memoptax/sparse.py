@@ -40,7 +40,7 @@ def row_value_and_grad(
 
     Raises:
       ValueError: if a table is not real and floating-point or has no axis, or if ids
-        are not integers.
+        are not integers or not one array for each table.
 
     Examples:
       >>> import jax.numpy as jnp, memoptax
@@ -52,6 +52,10 @@ def row_value_and_grad(
       8.0 (1000, 4) (2, 4)
     """
     table = _parameters.real_arrays(table, "table")
+    try:
+        jax.tree.structure(table).flatten_up_to(ids)
+    except ValueError as error:
+        raise ValueError(f"ids must have an array for each table: {error}") from None
     ids = jax.tree.map(_places, table, ids)
     rows = jax.tree.map(row_sparse.take, table, ids)
     argnums = tuple(range(1 + len(others)))
@@ -79,6 +83,9 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     Returns:
       The new parameters, with the structure, shapes and dtypes of `params`.
 
+    Raises:
+      ValueError: if a row-sparse update does not hold rows of its parameter.
+
     Examples:
       Flax's `TrainState` calls optax's function. This one calls memoptax's:
 
@@ -96,8 +103,13 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     def add(path, update, param):
         if not row_sparse.is_row_sparse(update):
             return optax.apply_updates(param, update)
-        row_sparse.check_indices(update, families.name(path))
+        row_sparse.check(update, families.name(path))
         param = jnp.asarray(param)
+        if update.shape != param.shape:
+            raise ValueError(
+                f"The row-sparse update of {families.name(path)} has the shape "
+                f"{update.shape}, but the parameter has {param.shape}."
+            )
         if param.size == 0:
             return param
         values = update.data.astype(param.dtype)

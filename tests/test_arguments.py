@@ -29,6 +29,8 @@ FACTORIES = [
     memoptax.adamw_cm,
     memoptax.scale_by_sm3,
     memoptax.sm3,
+    memoptax.scale_by_sm3_cm,
+    memoptax.sm3_cm,
 ]
 BUFFERED = [f for f in FACTORIES if "topc" in inspect.signature(f).parameters]
 each_factory = pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
@@ -147,6 +149,7 @@ ARGUMENTS = {
         ],
     ),
 }
+ANY_SIZE = {"learning_rate", "weight_decay", "eps", "eps_root", "kappa"}
 # Only these dtypes for SM3's accumulators.
 WIDE = ([None, "float32", jnp.float32], [*FLOATING[1], "bfloat16"])
 
@@ -231,6 +234,17 @@ def test_numpy_numbers_are_pythons(factory):
                     for kind in (float, np.float32, np.array)
                 )
                 assert all(found == want for found in others), name
+
+
+@each_factory
+def test_integers_may_be_large(factory):
+    """JAX without x64 takes none of more than 32 bits."""
+    params = {"w": jnp.ones((2, 2))}
+    for name in ANY_SIZE.intersection(inspect.signature(factory).parameters):
+        for large in (2**40, np.int64(2**40)):
+            tx = build(factory, **{name: large})
+            state = jax.eval_shape(tx.init, params)
+            jax.eval_shape(tx.update, params, state, params)
 
 
 def test_a_momentum_of_zero_is_none():

@@ -211,6 +211,9 @@ def test_a_tree_without_leaves_is_no_error(opt):
     updates, after = jax.jit(tx.update)(params, state, params)
     assert updates == params
     assert signature(after) == signature(state)
+    if not opt.needs_params:
+        state = tx.init(None)  # as optax.adam takes it
+        assert jax.eval_shape(tx.update, None, state)[0] is None
 
 
 @each_factory

@@ -111,6 +111,17 @@ def test_an_empty_row_has_a_scale_in_int8():
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
 
 
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (), (3,)], ids=str)
+def test_a_gradient_known_to_be_0_leaves_the_norms_of_a_sum_finite(shape):
+    """Compiled, a constant norm of 0 must not become 0 times infinity."""
+    zeros = jnp.zeros(shape)
+    tx = memoptax.critical_gradients(2, holding="sum", buffer_dtype="int8")
+    state, step = tx.init(zeros), jax.jit(lambda state: tx.update(zeros, state)[1])
+    for _ in range(3):
+        state = step(state)
+    memoptax.check_state(tx, zeros, state)
+
+
 def test_half_precision_gradients_are_widened_before_they_are_averaged():
     gradient = jnp.full(3, 1.2345, jnp.bfloat16)
     tx = memoptax.scale_by_adam_cm()

@@ -69,7 +69,6 @@ def test_draws_of_another_generator_are_refused():
         tx.update(PARAMS, state, PARAMS)
 
 
-@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")  # of JAX
 @pytest.mark.parametrize("topc", [1, 2, 3, 5, 6, 10])
 @pytest.mark.parametrize("make", [memoptax.sgd_c, memoptax.adam_cm, memoptax.sm3_cm])
 def test_float64_slots_without_x64_are_float32(make, topc):
@@ -79,6 +78,22 @@ def test_float64_slots_without_x64_are_float32(make, topc):
     assert {s.dtype for s in jax.tree.leaves(optax.tree.get(state, "slots"))} == {
         jnp.dtype("float32")
     }
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        memoptax.adam_c(0.1, mu_dtype="float64"),
+        memoptax.adam_cm(0.1, mu_dtype="float64"),
+        memoptax.sm3(0.1, 0.9, momentum_dtype="float64"),
+        memoptax.sm3(0.1, 0.9, accumulator_dtype="float64"),
+    ],
+    ids=["adam_c", "adam_cm", "momentum of sm3", "accumulators of sm3"],
+)
+def test_float64_without_x64_is_float32_without_a_warning(tx):
+    state = jax.eval_shape(tx.init, PARAMS)
+    jax.eval_shape(tx.update, PARAMS, state, PARAMS)
+    assert "float64" not in {x.dtype.name for x in jax.tree.leaves(state)}
 
 
 def table(rows):

@@ -252,6 +252,12 @@ def test_ids_that_are_no_integers_are_refused(ids):
         memoptax.sparse.row_value_and_grad(jnp.sum, jnp.ones((4, 2)), ids)
 
 
+@pytest.mark.parametrize("ids", [[0], {"b": [0]}, {"a": [0], "b": [0]}], ids=str)
+def test_ids_of_other_tables_are_refused(ids):
+    with pytest.raises(ValueError, match="ids must have an array for each table"):
+        memoptax.sparse.row_value_and_grad(jnp.sum, {"a": jnp.ones((4, 2))}, ids)
+
+
 def test_no_ids():
     tx, table = memoptax.sm3(0.1, cover=memoptax.covers.rows), jnp.ones((4, 2))
     for ids in ([], jnp.zeros((0, 3), jnp.int32)):
@@ -434,6 +440,21 @@ def test_apply_updates_is_optax_elsewhere():
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (sparse([1, 8], jnp.ones((2, 3)), 10), r"\['t'\] has the shape \(10, 3\)"),
+        (sparse([1, 2], jnp.ones((2, 1)), 3), r"\['t'\] has the shape \(3, 1\)"),
+        (BCOO.fromdense(jnp.eye(3)), r"\['t'\] has 0 batch and 2 sparse"),
+        (BCOO.fromdense(jnp.eye(3), n_batch=1), r"\['t'\] has 1 batch and 1 sparse"),
+    ],
+    ids=["more rows", "narrow rows", "entries", "batch"],
+)
+def test_updates_of_another_shape_are_not_applied(update, message):
+    with pytest.raises(ValueError, match=message):
+        memoptax.sparse.apply_updates({"t": jnp.zeros((3, 3))}, {"t": update})
 
 
 def compiled_step(rows, columns=64, touched=1024):

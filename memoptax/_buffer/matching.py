@@ -92,7 +92,7 @@ def way_of(buffer) -> str:
     """How a buffer holds its values."""
     if buffer.entries is None:
         return "select"
-    return "read" if buffer.total is None else "sum"
+    return "read" if buffer.norms is None else "sum"  # a total may be a tree of None
 
 
 def _check_leaves(buffer, updates):
@@ -145,7 +145,7 @@ def _shapes(buffer, rows, topc, batch):
     slots, scales, totals = map(
         jax.tree.leaves, (buffer.slots, buffer.scales, buffer.total)
     )
-    leaves, summed = len(slots), buffer.total is not None
+    leaves, summed = len(slots), buffer.norms is not None
     yield "keys", (rows,), ((leaves,) if rows == leaves else (1,))
     for name, wanted in {
         "ages": (rows, topc),
@@ -171,10 +171,9 @@ def _shapes(buffer, rows, topc, batch):
         for leaf, scale in zip(slots, scales):
             rest = leaf.shape[len(stack) :]
             yield "scales", scale.shape, (*stack, *rest[:-1], *([1] if rest else []))
-    if summed:
-        yield "total", (len(totals),), (leaves,)
-        for leaf, total in zip(slots, totals):
-            yield "total", total.shape, (*batch, *leaf.shape[len(stack) :])
+    yield "total", (len(totals),), ((leaves,) if summed else (0,))
+    for leaf, total in zip(slots, totals):
+        yield "total", total.shape, (*batch, *leaf.shape[len(stack) :])
 
 
 def _has_int8(slots) -> bool:

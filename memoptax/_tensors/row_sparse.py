@@ -40,12 +40,7 @@ def merged(gradient, name: str) -> Any:
     Unused rows are 0 and point outside of the table. The flags of the indices stay as
     they are, because they are part of the type, which `lax.cond` compares.
     """
-    if gradient.n_batch or gradient.n_sparse != 1:
-        raise ValueError(
-            f"The row-sparse gradient of {name} has {gradient.n_batch} batch and "
-            f"{gradient.n_sparse} sparse dimensions; 0 and 1 are needed."
-        )
-    check_indices(gradient, name)
+    check(gradient, name)
     from jax.experimental.sparse import BCOO
 
     rows = gradient.shape[0]
@@ -65,8 +60,13 @@ def merged(gradient, name: str) -> Any:
     )
 
 
-def check_indices(update, name: str) -> None:
-    """Refuse indices that a transformation has changed like values."""
+def check(update, name: str) -> None:
+    """Refuse what holds no rows, and indices that were changed like values."""
+    if update.n_batch or update.n_sparse != 1:
+        raise ValueError(
+            f"The row-sparse gradient of {name} has {update.n_batch} batch and "
+            f"{update.n_sparse} sparse dimensions; 0 and 1 are needed."
+        )
     if not jnp.issubdtype(update.indices.dtype, jnp.integer):
         raise ValueError(
             f"The row-sparse gradient of {name} has indices of dtype "

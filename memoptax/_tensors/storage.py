@@ -36,7 +36,7 @@ def zeros(leaf, copies: int | None = None, dtype=None):
     It is made from zeros like the leaf, to follow its sharding. ``jnp.zeros`` would
     replicate the stack on every device of a mesh.
     """
-    dtype = jnp.dtype(leaf.dtype if dtype is None else dtype)
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype if dtype is None else dtype)
     return _repeat(jnp.zeros_like(leaf, dtype=dtype), copies)
 
 
@@ -226,7 +226,8 @@ def _rounding(x, stored, norm):
     if stored.scale is not None:
         # The square of a scale may overflow, but not that of its share of the norm.
         # XLA divides by multiplying, so the inverse of the unit must be a number too.
-        unit = jnp.clip(norm, 2.0**-100, 2.0**120)
+        # If a norm is known to be 0, XLA multiplies 0 by 1 / unit², which is infinite.
+        unit = jnp.where(norm > 0, jnp.clip(norm, 2.0**-100, 2.0**120), 1)
         squares = jnp.square(stored.scale.astype(norm.dtype) / unit)
         return 1, jnp.sum(squares) * math.prod(x.shape[-1:]) / 4, unit
     info = jnp.finfo(stored.values.dtype)
