@@ -97,9 +97,10 @@ EXPERIMENT = Experiment(
     name="e10",
     question="Do critical momenta help on data seen once, in the order of time?",
     bounds=(
-        "327,346 flights in the order of their scheduled departure: late by more than "
-        "15 minutes or not, a perceptron with 32 hidden units, batches of 32 (10,229 "
-        "steps), a constant rate; test, then train; twenty fresh seeds"
+        "327,346 flights in the order of their scheduled departure, late by more than "
+        "15 minutes or not; a perceptron with 32 hidden units, batches of 32 (10,229 "
+        "steps), a constant rate; each batch is tested before it is trained on; twenty "
+        "fresh seeds"
     ),
     plan=plan,
     size=Size(seeds=20),

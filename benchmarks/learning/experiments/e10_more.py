@@ -132,9 +132,9 @@ EXPERIMENT = Experiment(
     name="e10_more",
     question="Does memory help when the task changes, and does it help to empty it?",
     bounds=(
-        "twenty tasks of 200 batches of 20, each batch seen once: MNIST-1D with inputs "
-        "in another order, or a half-space of 20 dimensions with 5 % wrong labels; "
-        "ten fresh seeds"
+        "twenty tasks of 200 batches of 20, each batch seen once; a task is MNIST-1D "
+        "with its inputs in another order, or a half-space of 20 dimensions with 5 % "
+        "wrong labels; ten fresh seeds"
     ),
     plan=plan,
     size=Size(seeds=10),

@@ -22,7 +22,9 @@ def plan():
 EXPERIMENT = Experiment(
     name="e12_more",
     question="Does memory help at a large batch?",
-    bounds="as E12, with batch 64 for 125 steps (as many characters); ten fresh seeds",
+    bounds=(
+        "as E12, but with batch 64 for 125 steps (as many characters); ten fresh seeds"
+    ),
     plan=plan,
     size=Size(seeds=10),
     not_run=(

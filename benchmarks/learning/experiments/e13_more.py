@@ -71,8 +71,8 @@ EXPERIMENT = Experiment(
     name="e13_more",
     question="Does SM3 hold in longer runs, and after a spike?",
     bounds=(
-        "as E13, and 8,000 steps; one gradient 10 or 1,000 times as large as it "
-        "was, at a constant rate after a warm-up; ten fresh seeds"
+        "as E13, but with 8,000 steps; or with one gradient multiplied by 10 or 1,000, "
+        "at a constant rate after a warm-up; ten fresh seeds"
     ),
     plan=plan,
     size=Size(seeds=10),
@@ -81,7 +81,9 @@ EXPERIMENT = Experiment(
         "sums replaced by averages (β of .99 and .999)",
         "without a warm-up",
         "wider models",
-        "Adam and SM3 after a spike, Adagrad at × 1000, silent rows before it",
+        "Adam and SM3 after a spike",
+        "Adagrad after a spike × 1000",
+        "a spike after steps in which some rows have no gradient",
     ),
     quick=(),
 )

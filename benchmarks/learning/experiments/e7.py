@@ -124,11 +124,11 @@ EXPERIMENT = Experiment(
     question="Does a buffer of gradients converge faster on a convex problem?",
     bounds=(
         "logistic regression on shuttle (49,097 × 9) and on segment (2,310 × 18), "
-        "L2 .01, batch 25, 4,000 steps at a constant rate; the rate is that of the "
+        "L2 .01, batch 25, 4,000 steps at a constant rate; the chosen rate has the "
         "least F − F* at the end; fifty fresh seeds"
     ),
     plan=plan,
     size=Size(seeds=50),
-    not_run=("covtype and rcv1 (they need a network)",),
+    not_run=("covtype and rcv1 (they must be downloaded)",),
     quick=("plain sgd", "sgd_c C=5 FIFO"),
 )

@@ -26,8 +26,8 @@ EXPERIMENT = Experiment(
     name="e8_more",
     question="Does a buffer help at a constant rate, or in a convolutional network?",
     bounds=(
-        "as E8, at a constant rate; and a network of three convolutions with 25 "
-        "channels; twenty fresh seeds"
+        "as E8, but at a constant rate; or as E8, but with a network of three "
+        "convolutions with 25 channels; twenty fresh seeds"
     ),
     plan=plan,
     size=Size(seeds=20),

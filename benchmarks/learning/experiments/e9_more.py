@@ -27,8 +27,8 @@ EXPERIMENT = Experiment(
     name="e9_more",
     question="Does the answer depend on the share of wrong labels, or on the batch?",
     bounds=(
-        "as E9, with no flips, one in ten, two in five; and one in five, batch 64 for "
-        "375 steps; ten fresh seeds"
+        "as E9, but with no label replaced, one in ten, or two in five; or with one in "
+        "five at batch 64 for 375 steps; ten fresh seeds"
     ),
     plan=plan,
     size=Size(seeds=10),
