@@ -172,6 +172,7 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
       >>> params = jnp.zeros(3)
       >>> memoptax.check_state(tx, params, tx.init(params))
     """
+    _check.transformation("tx", tx)
     bare, asked = map(_flax_metadata.bare, (state, jax.eval_shape(tx.init, params)))
     found, wanted = map(jax.tree.leaves_with_path, (bare, asked))
     if jax.tree.structure(bare) != jax.tree.structure(asked):
