@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from memoptax import _check, _flax_metadata
+from memoptax import _check, _flax_metadata, _parameters
 from memoptax._buffer import algorithm, eviction, matching, resizing
 from memoptax._buffer import holding as _holding
 from memoptax._buffer import options as _options
@@ -172,6 +172,7 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
       >>> params = jnp.zeros(3)
       >>> memoptax.check_state(tx, params, tx.init(params))
     """
+    _check.transformation("tx", tx)
     bare, asked = map(_flax_metadata.bare, (state, jax.eval_shape(tx.init, params)))
     found, wanted = map(jax.tree.leaves_with_path, (bare, asked))
     if jax.tree.structure(bare) != jax.tree.structure(asked):
@@ -205,7 +206,7 @@ def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> No
     for path, leaf in _at_least_0(bare):
         if jnp.any(jnp.less(leaf, 0)):
             raise ValueError(f"state{path} has numbers below 0.")
-    for buffer in _found(bare):
+    for buffer in _found(_parameters.state_arrays(bare)):
         matching.check_shapes(buffer)
         _check_numbers(buffer)
 

@@ -147,6 +147,7 @@ def memory_report(
       in all     4,004,020     504,020  4,020          4.000
       undonated  8,008,040   1,008,040  8,040          8.000
     """
+    _check.transformation("tx", tx)
     state = jax.eval_shape(tx.init, params)
     leaves, treedef = jax.tree.flatten_with_path(state)
     laid_out: list[Any] = [None] * len(leaves)

@@ -234,6 +234,15 @@ def choice(name: str, value, allowed) -> None:
         raise ValueError(f"{name} must be one of {options}, but is {value!r}.")
 
 
+def transformation(name: str, value) -> None:
+    """Refuse what is no transformation of optax."""
+    if not callable(getattr(value, "init", None)):
+        raise ValueError(
+            f"{name} must be an optax.GradientTransformation, but is a "
+            f"{type(value).__name__}."
+        )
+
+
 def state(found, kind: Any) -> None:
     """Refuse the state of another optimizer."""
     if not isinstance(found, kind):

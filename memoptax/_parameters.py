@@ -23,7 +23,8 @@ def transformation(init_fn, update_fn) -> optax.GradientTransformationExtraArgs:
 
     def checked_update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        return update_fn(real_arrays(updates, "gradient"), state, params)
+        updates, state = real_arrays(updates, "gradient"), state_arrays(state)
+        return update_fn(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(checked_init_fn, checked_update_fn)
 
@@ -40,13 +41,29 @@ def real_arrays(tree, kind: str = "parameter"):
     )
 
 
+def state_arrays(state):
+    """The state with JAX's arrays in place of numbers and NumPy's arrays.
+
+    A restored state may have them. So ``update`` takes what it takes under ``jax.jit``.
+    Anything else stays, and a check names it.
+    """
+
+    def array(leaf):
+        try:
+            return _array(leaf)
+        except TypeError:  # a dtype that JAX does not have
+            return leaf
+
+    return jax.tree.map(array, state)
+
+
 def _array(leaf):
     """A number of Python or NumPy as a JAX array that is not weakly typed.
 
     JAX's arrays and shapes stay as they are. Without x64, zeros like a NumPy array in
     float64 would give a warning. Zeros like this array do not.
     """
-    if isinstance(leaf, (float, np.ndarray, np.generic)):
+    if isinstance(leaf, (int, float, np.ndarray, np.generic)):
         return jnp.asarray(leaf, jax.dtypes.canonicalize_dtype(jnp.result_type(leaf)))
     return leaf
 

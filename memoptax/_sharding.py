@@ -87,6 +87,7 @@ def state_partition_specs(
       >>> print(specs.buffer.slots["w"])
       P(None, 'data', 'model')
     """
+    _check.transformation("tx", tx)
     _check_mesh(mesh)
     over = _checked_over(over, mesh)
     leaves, treedef = jax.tree.flatten_with_path(params)
@@ -175,6 +176,7 @@ def state_shardings(
       >>> shardings[0].buffer.slots.spec
       P(None, 'data')
     """
+    _check.transformation("tx", tx)
     _check_mesh(mesh)
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
     meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding)}

@@ -251,11 +251,13 @@ def test_a_mean_of_buffers_recalls_the_sum_of_its_slots(way, topc):
     assert resizing.problem(mean) is None
 
 
-def test_a_key_that_is_nan_leaves_first():
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_key_that_is_not_finite_leaves_first(bad):
+    """A tool may have made it. An infinite key would never leave."""
     buffer = empty(jnp.float32(0), 3)
     for value in (3.0, 1.0, 2.0):
         _, buffer = offer(buffer, value)
-    buffer = buffer._replace(keys=buffer.keys.at[0, 0].set(jnp.nan))
+    buffer = buffer._replace(keys=buffer.keys.at[0, 0].set(bad))
     _, buffer = offer(buffer, 0.5)
     np.testing.assert_array_equal(entries(buffer), [0.5, 1, 2])
 
@@ -389,6 +391,20 @@ def test_an_outlier_that_leaves_is_rebuilt_at_once():
         _, buffer = offer(buffer, jnp.full(3, value), key=1.0, decay=0.5)
     assert int(buffer.rebuilds) == 1
     np.testing.assert_allclose(buffer.total, 2e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["error", "norms"])
+def test_a_bound_that_is_nan_is_made_again(name):
+    """A tool may have made it. No error would exceed it, and no sum be rebuilt."""
+    buffer = empty(jnp.zeros(3), 2, holding="sum")
+    for value in (1.0, 2.0):
+        _, buffer = offer(buffer, jnp.full(3, value))
+    spoilt = jnp.full_like(getattr(buffer, name), jnp.nan)
+    buffer = buffer._replace(**{name: spoilt, "total": buffer.total + 1})
+    for value in (3.0, 4.0, 5.0):
+        _, buffer = offer(buffer, jnp.full(3, value))
+    np.testing.assert_allclose(buffer.total, 9.0, rtol=1e-6)
+    assert resizing.problem(buffer) is None
 
 
 @pytest.mark.cpu_only("it reads what XLA makes for a CPU")

@@ -4,6 +4,8 @@ They average it, scale it, cast it, restore it, and step without ``jax.jit``. Th
 of optimizers is in ``contract.py``.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,6 +203,30 @@ def test_a_count_may_be_set_to_a_number(opt):
     if opt.accepts("b2"):
         traced = jax.eval_shape(lambda b2: step(b2=b2), 0.9)
         assert signature(traced) == signature(state)
+
+
+def number(array):
+    """A number of Python is as wide as float32, and no number of fewer bits."""
+    return array.item() if array.shape == () and array.itemsize == 4 else array
+
+
+def double(array):
+    """As files of text restore it."""
+    wide = {"float32": np.float64, "int32": np.int64}.get(array.dtype.name)
+    return np.asarray(array, wide)
+
+
+@each_optimizer
+@pytest.mark.parametrize("restored", [number, double])
+def test_an_eager_step_takes_numbers_and_arrays_of_numpy(opt, restored):
+    tx, params, gradient = opt.build(), params_like(SHAPES), at(gradients(), 5)
+    state = after(opt)
+    want = tx.update(gradient, state, params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = tx.update(gradient, jax.tree.map(restored, state), params)
+    close(got, want, rtol=0, atol=0)
+    assert signature(got[1]) == signature(want[1])
 
 
 def test_sharpness_aware_minimization_keeps_the_memory():

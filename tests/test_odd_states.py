@@ -69,6 +69,25 @@ def test_draws_of_another_generator_are_refused():
         tx.update(PARAMS, state, PARAMS)
 
 
+@pytest.mark.parametrize("kind", ["int32", "uint16", "V2"])
+def test_slots_that_are_bits_are_refused(kind):
+    """NumPy's files keep bfloat16 as the void dtype V2."""
+    tx = memoptax.critical_gradients(2, buffer_dtype="bfloat16")
+    state = tx.init(PARAMS)
+    slots = jax.tree.map(lambda x: np.zeros(x.shape, kind), state.buffer.slots)
+    state = state._replace(buffer=state.buffer._replace(slots=slots))
+    other = memoptax.critical_gradients(2)
+    for call in (
+        memoptax.buffer_stats,
+        memoptax.reset_buffer,
+        lambda s: memoptax.resize_buffer(s, 3),
+        lambda s: tx.update(PARAMS, s),
+        lambda s: other.update(PARAMS, s),
+    ):
+        with pytest.raises(ValueError, match="state has a buffer whose slots are"):
+            call(state)
+
+
 @pytest.mark.parametrize("topc", [1, 2, 3, 5, 6, 10])
 @pytest.mark.parametrize("make", [memoptax.sgd_c, memoptax.adam_cm, memoptax.sm3_cm])
 def test_float64_slots_without_x64_are_float32(make, topc):

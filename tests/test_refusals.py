@@ -20,6 +20,21 @@ def test_a_name_that_the_package_has_not():
         memoptax.adam_x  # noqa: B018
 
 
+@pytest.mark.parametrize("tx", [None, SHAPES, memoptax.sgd_c])
+def test_what_is_no_transformation_is_refused(tx):
+    """As where ``tx`` and ``params`` are in the wrong order."""
+    for call in (
+        memoptax.state_bytes,
+        memoptax.memory_report,
+        memoptax.state_shardings,
+        lambda tx, params: memoptax.state_partition_specs(tx, params, P()),
+        lambda tx, params: memoptax.check_state(tx, params, ()),
+    ):
+        message = f"tx must be an optax.* but is a {type(tx).__name__}"
+        with pytest.raises(ValueError, match=message):
+            call(tx, SHAPES)
+
+
 @pytest.mark.parametrize(
     ("specs", "message"),
     [

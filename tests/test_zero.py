@@ -1,5 +1,6 @@
 """ZeRO-1 on eight devices: the state is divided, and the parameters are whole."""
 
+import contextlib
 import functools
 import math
 
@@ -275,8 +276,13 @@ OTHERS = {
     ("name", "sizes"),
     [(name, (EIGHT, TWO_BY_FOUR)[k % 2]) for k, name in enumerate(OTHERS)],
 )
-def test_types_stay_in_explicit_mode(name, sizes):
-    """Updates have the sharding of the gradients, and a state its own. Nothing runs."""
+@pytest.mark.parametrize("entered", [True, False])
+@pytest.mark.few(20)
+def test_types_stay_in_explicit_mode(name, sizes, entered):
+    """Updates have the sharding of the gradients, and a state its own. Nothing runs.
+
+    ``jax.set_mesh`` need not have been called: arrays know their mesh.
+    """
     tx, mesh = OTHERS[name](), mesh_of(sizes, AxisType.Explicit)
 
     def typed(shapes, shardings):
@@ -290,7 +296,7 @@ def test_types_stay_in_explicit_mode(name, sizes):
         assert jax.tree.map(sharding, new) == (of_params, of_state)
         return new
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh) if entered else contextlib.nullcontext():
         of_params = {k: NamedSharding(mesh, s) for k, s in specs_on(mesh).items()}
         # So large that a single device would take maxima from slices.
         params = typed(abstract({**SHAPES, "matrix": (512, 640)}), of_params)

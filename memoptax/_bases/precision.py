@@ -25,6 +25,7 @@ def in_float32(inner: optax.GradientTransformation):
 
     def update_fn(updates, state, params=None, **extra_args):
         updates = _parameters.real_arrays(updates, "gradient")
+        state: Any = _parameters.state_arrays(state)
         wide = jax.tree.map(_widen, updates)
         params = _wide(params)
         wide, new_state = inner.update(wide, state, params, **extra_args)

@@ -32,8 +32,12 @@ def fill(buffer) -> jax.Array:
 
 
 def ranks(buffer) -> jax.Array:
-    """The keys, with 0 for NaN and -1 for empty entries."""
-    keys = jnp.where(buffer.keys > 0, buffer.keys, 0)
+    """The keys, with 0 for what is not finite and -1 for empty entries.
+
+    A tool may have made an infinite key, which would never leave.
+    """
+    real = (buffer.keys > 0) & (buffer.keys < jnp.inf)
+    keys = jnp.where(real, buffer.keys, 0)
     return jnp.where(held(buffer), keys, -1)
 
 

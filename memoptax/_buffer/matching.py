@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from memoptax import _check
 from memoptax._buffer import holding
 from memoptax._buffer.options import Options
-from memoptax._tensors import dtypes
+from memoptax._tensors import dtypes, storage
 
 _KEEP = "Pass the arguments that the state was made with, or make a new one with init."
 
@@ -131,6 +131,9 @@ def check_shapes(buffer) -> None:
             if not jnp.issubdtype(array.dtype, kind):
                 raise ValueError(f"state has a buffer whose {name} are {array.dtype}.")
             _check.wide(f"a buffer's {name}", array)
+    for array in jax.tree.leaves(buffer.slots):
+        if array.dtype.name not in storage.DTYPES:
+            raise ValueError(f"state has a buffer whose slots are {array.dtype.name}.")
     *batch, rows, topc = shape
     for name, found, wanted in _shapes(buffer, rows, topc, tuple(batch)):
         if found != wanted:

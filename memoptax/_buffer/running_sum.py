@@ -90,7 +90,8 @@ def bound(buffer, totals, new, incoming):
     lost = jnp.where(jnp.any((norms > 0) | (buffer.norms > 0), axis=1), lost, 0)
     rounding = unit * incoming + unit * outgoing + scale + lost
     error = buffer.error + jnp.where(jnp.any(new, axis=1), rounding, 0)
-    inexact = jnp.any(error > _TOLERANCE * scale) | _is_changed(buffer)
+    exact = jnp.all(error <= _TOLERANCE * scale)  # not so if a tool has made it NaN
+    inexact = ~exact | _is_changed(buffer)
     return norms, jnp.where(inexact, fresh_error(norms, unit), error), inexact
 
 

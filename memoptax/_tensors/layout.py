@@ -3,7 +3,7 @@
 import math
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def like(x, other, leading: int = 0):
@@ -16,7 +16,7 @@ def like(x, other, leading: int = 0):
     spec = _whole(want.spec[leading:], x.ndim)
     if have.mesh.empty or want.mesh.empty or _whole(have.spec, x.ndim) == spec:
         return x
-    return jax.sharding.reshard(x, PartitionSpec(*spec))
+    return _placed(x, want.mesh, spec)
 
 
 def in_runs(x, axis: int, size: int):
@@ -32,7 +32,12 @@ def in_runs(x, axis: int, size: int):
     if x.shape[axis] % (parts * size) == 0:
         return x
     spec[axis] = None
-    return jax.sharding.reshard(x, PartitionSpec(*spec))
+    return _placed(x, sharding.mesh, spec)
+
+
+def _placed(x, mesh, spec):
+    """``x`` with this spec. It names the mesh, because ``jax.set_mesh`` is optional."""
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def _whole(spec, rank):
