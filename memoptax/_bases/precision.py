@@ -25,12 +25,12 @@ def in_float32(inner: optax.GradientTransformation):
 
     def update_fn(updates, state, params=None, **extra_args):
         updates = _parameters.real_arrays(updates, "gradient")
-        state: Any = _parameters.state_arrays(state)
+        old: Any = _parameters.state_arrays(state)
         wide = jax.tree.map(_widen, updates)
         params = _wide(params)
-        wide, new_state = inner.update(wide, state, params, **extra_args)
+        wide, new_state = inner.update(wide, old, params, **extra_args)
         # Leaf by leaf, because a restored state may have lists instead of tuples.
-        before = map(jnp.result_type, jax.tree.leaves(state))
+        before = map(jnp.result_type, jax.tree.leaves(old))
         leaves, treedef = jax.tree.flatten(new_state)
         leaves = [leaf.astype(dtype) for leaf, dtype in zip(leaves, before)]
         new_state = treedef.unflatten(leaves)
