@@ -2,6 +2,7 @@
 
     python benchmarks/mutants.py --count 500           # needs cosmic-ray
     python benchmarks/mutants.py --count 20 --minutes 20 --seed 1
+    python benchmarks/mutants.py --again               # the survivors, once more
     python benchmarks/mutants.py --show                # the survivors that are kept
 
 cosmic-ray names all mutants of the files below, and a seeded sample of them is tried,
@@ -43,28 +44,36 @@ _ORACLES = (
 )
 _SM3 = "tests/test_sm3.py tests/test_sm3_rules.py tests/test_oracle.py"
 _CONTRACT = "tests/test_contract.py tests/test_contract_tools.py"
+_RANGE = "tests/test_run_time_range.py tests/test_schedules.py"
 TESTS = {
-    "_buffer/algorithm.py": f"{_BUFFER} {_ORACLES} {_CONTRACT}",
-    "_buffer/eviction.py": f"{_BUFFER} {_ORACLES}",
+    "_buffer/algorithm.py": f"{_BUFFER} {_ORACLES} {_CONTRACT} {_RANGE}",
+    "_buffer/eviction.py": f"{_BUFFER} {_ORACLES} tests/test_other_states.py",
     "_buffer/holding.py": f"{_BUFFER} tests/test_inspect.py {_ORACLES} {_CONTRACT}",
-    "_buffer/running_sum.py": f"{_BUFFER} tests/test_soak.py",
-    "_buffer/aggregation.py": f"{_BUFFER} {_ORACLES} {_CONTRACT}",
+    "_buffer/running_sum.py": f"{_BUFFER} tests/test_soak.py "
+    "tests/test_other_states.py",
+    "_buffer/aggregation.py": f"{_BUFFER} {_ORACLES} {_CONTRACT} {_RANGE}",
     "_buffer/resizing.py": "tests/test_inspect.py tests/test_forged_states.py",
-    "_buffer/matching.py": "tests/test_arguments.py tests/test_contract.py",
+    "_buffer/matching.py": "tests/test_arguments.py tests/test_contract.py "
+    "tests/test_odd_states.py tests/test_other_states.py tests/test_inspect.py",
     "_tensors/storage.py": "tests/test_storage.py tests/test_buffer.py "
-    f"tests/test_critical_momenta_storage.py tests/test_sm3_bytes.py {_CONTRACT}",
-    "_tensors/norms.py": f"{_BUFFER} tests/test_sm3_range.py",
+    "tests/test_critical_momenta_storage.py tests/test_sm3_bytes.py "
+    f"{_CONTRACT} {_RANGE}",
+    "_tensors/norms.py": f"{_BUFFER} tests/test_norms.py tests/test_sm3_range.py "
+    f"{_RANGE}",
     "_critical_gradients.py": "tests/test_critical_gradients.py "
-    f"tests/test_critical_gradients_bases.py {_ORACLES} tests/test_arguments.py",
+    "tests/test_critical_gradients_bases.py tests/test_arguments.py "
+    f"{_ORACLES} {_CONTRACT} {_RANGE}",
     "_critical_momenta.py": "tests/test_critical_momenta.py "
-    f"{_ORACLES} tests/test_arguments.py tests/test_contract.py",
+    f"{_ORACLES} tests/test_arguments.py {_CONTRACT} {_RANGE}",
     "_momentum.py": "tests/test_critical_momenta.py "
-    f"tests/test_critical_momenta_storage.py {_ORACLES} {_CONTRACT}",
-    "_sm3.py": f"{_SM3} tests/test_arguments.py {_CONTRACT}",
+    f"tests/test_critical_momenta_storage.py {_ORACLES} {_CONTRACT} {_RANGE}",
+    "_sm3.py": f"{_SM3} tests/test_arguments.py {_CONTRACT} {_RANGE}",
     "_sm3_rules.py": f"{_SM3} tests/test_sm3_range.py tests/test_sm3_bytes.py "
-    f"{_CONTRACT}",
-    "_sm3_momenta.py": "tests/test_sm3_momenta.py tests/test_contract.py",
-    "_bases/pytorch.py": f"tests/test_critical_gradients_bases.py {_ORACLES}",
+    "tests/test_covers.py tests/test_sparse.py tests/test_zero.py "
+    f"{_CONTRACT} {_RANGE}",
+    "_sm3_momenta.py": f"tests/test_sm3_momenta.py {_CONTRACT} {_RANGE}",
+    "_bases/pytorch.py": f"tests/test_critical_gradients_bases.py {_ORACLES} "
+    f"tests/test_arguments.py tests/test_zero.py {_CONTRACT} {_RANGE}",
     "_bases/precision.py": f"tests/test_critical_gradients_bases.py {_CONTRACT}",
 }
 RESTART = 40  # mutants after which a process starts over: its memory grows
@@ -254,6 +263,7 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
     parser.add_argument("--cache", help="folder of compiled programs, to use again")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of file names")
+    parser.add_argument("--again", action="store_true", help="try survivors again")
     parser.add_argument("--show", action="store_true", help="only print what is kept")
     options = parser.parse_args(argv)
     kept = results()
@@ -262,6 +272,8 @@ def main(argv=None):
         return
     everything = mutants()
     sample = random.Random(options.seed).sample(everything, len(everything))
+    if options.again:
+        kept["mutants"] = [m for m in kept["mutants"] if m["noticed"]]
     known = {key(m) for m in kept["mutants"]}
     active = (mutant for mutant in sample if not is_idle(mutant, mutated(mutant)))
     chosen = [
