@@ -6,10 +6,11 @@
     python benchmarks/mutants.py --show                # the survivors that are kept
 
 cosmic-ray names all mutants of the files below, and a seeded sample of them is tried,
-each in a copy of the repository. Its tests are those chosen for the file that run the
-changed line. Those that noticed other mutants come first, then the cheapest, until one
-fails. A mutant that hangs is noticed as well. Two processes run the tests, so JAX
-starts twice only, and what XLA compiles is cached on disk.
+each in a copy of the repository. First the fast suite runs once, to measure which tests
+run each line. The tests of a mutant are those that run its line: those that noticed
+others first, then the cheapest, until one fails or they have taken ``--seconds``. A
+mutant that hangs is noticed as well. Two processes run the tests, so JAX starts twice
+only, and what XLA compiles is cached on disk.
 
 Results are added to benchmarks/results/mutants.json, and what is kept there is not
 tried again. A mutant counts only while the code of its file stays, so the tool starts
@@ -37,45 +38,28 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/mutants.json"
 
-# A file, and the tests that should notice a change of it.
-_BUFFER = "tests/test_buffer.py tests/test_critical_gradients.py"
-_ORACLES = (
-    "tests/test_critical_gradients_oracle.py tests/test_critical_momenta_oracle.py"
+# The buffer, the storage and the update equations.
+FILES = (
+    "_buffer/algorithm.py",
+    "_buffer/eviction.py",
+    "_buffer/holding.py",
+    "_buffer/running_sum.py",
+    "_buffer/aggregation.py",
+    "_buffer/resizing.py",
+    "_buffer/matching.py",
+    "_tensors/storage.py",
+    "_tensors/norms.py",
+    "_critical_gradients.py",
+    "_critical_momenta.py",
+    "_momentum.py",
+    "_sm3.py",
+    "_sm3_rules.py",
+    "_sm3_momenta.py",
+    "_bases/pytorch.py",
+    "_bases/precision.py",
 )
-_SM3 = "tests/test_sm3.py tests/test_sm3_rules.py tests/test_oracle.py"
-_CONTRACT = "tests/test_contract.py tests/test_contract_tools.py"
-_RANGE = "tests/test_run_time_range.py tests/test_schedules.py"
-TESTS = {
-    "_buffer/algorithm.py": f"{_BUFFER} {_ORACLES} {_CONTRACT} {_RANGE}",
-    "_buffer/eviction.py": f"{_BUFFER} {_ORACLES} tests/test_other_states.py",
-    "_buffer/holding.py": f"{_BUFFER} tests/test_inspect.py {_ORACLES} {_CONTRACT}",
-    "_buffer/running_sum.py": f"{_BUFFER} tests/test_soak.py "
-    "tests/test_other_states.py",
-    "_buffer/aggregation.py": f"{_BUFFER} {_ORACLES} {_CONTRACT} {_RANGE}",
-    "_buffer/resizing.py": "tests/test_inspect.py tests/test_forged_states.py",
-    "_buffer/matching.py": "tests/test_arguments.py tests/test_contract.py "
-    "tests/test_odd_states.py tests/test_other_states.py tests/test_inspect.py",
-    "_tensors/storage.py": "tests/test_storage.py tests/test_buffer.py "
-    "tests/test_critical_momenta_storage.py tests/test_sm3_bytes.py "
-    f"{_CONTRACT} {_RANGE}",
-    "_tensors/norms.py": f"{_BUFFER} tests/test_norms.py tests/test_sm3_range.py "
-    f"{_RANGE}",
-    "_critical_gradients.py": "tests/test_critical_gradients.py "
-    "tests/test_critical_gradients_bases.py tests/test_arguments.py "
-    f"{_ORACLES} {_CONTRACT} {_RANGE}",
-    "_critical_momenta.py": "tests/test_critical_momenta.py "
-    f"{_ORACLES} tests/test_arguments.py {_CONTRACT} {_RANGE}",
-    "_momentum.py": "tests/test_critical_momenta.py "
-    f"tests/test_critical_momenta_storage.py {_ORACLES} {_CONTRACT} {_RANGE}",
-    "_sm3.py": f"{_SM3} tests/test_arguments.py {_CONTRACT} {_RANGE}",
-    "_sm3_rules.py": f"{_SM3} tests/test_sm3_range.py tests/test_sm3_bytes.py "
-    "tests/test_covers.py tests/test_sparse.py tests/test_zero.py "
-    f"{_CONTRACT} {_RANGE}",
-    "_sm3_momenta.py": f"tests/test_sm3_momenta.py {_CONTRACT} {_RANGE}",
-    "_bases/pytorch.py": f"tests/test_critical_gradients_bases.py {_ORACLES} "
-    f"tests/test_arguments.py tests/test_zero.py {_CONTRACT} {_RANGE}",
-    "_bases/precision.py": f"tests/test_critical_gradients_bases.py {_CONTRACT}",
-}
+# Tests of pages, scripts and processes notice a mutant by its text, or late.
+OTHERS = "docs examples hlo layout learning multihost platform release trust types"
 RESTART = 40  # mutants after which a process starts over: its memory grows
 IGNORED = shutil.ignore_patterns(".git", ".venv*", "_build", ".sdist")
 # Operators of arrays that take each other's place. cosmic-ray has others, such as a
@@ -97,7 +81,7 @@ def mutants():
     from cosmic_ray.plugins import get_operator, operator_names
 
     found = []
-    for file in TESTS:
+    for file in FILES:
         tree = get_ast((ROOT / "memoptax" / file).read_text())
         for name in sorted(operator_names()):
             kind = get_operator(name)
@@ -206,17 +190,24 @@ class Worker:
             self.process = None
 
 
-def ordered(mutant, seconds, lines, noticing):
-    """The tests of a mutant: those that noticed others first, then the cheapest.
+def ordered(mutant, seconds, lines, noticing, most):
+    """The tests that run the line of a mutant, for at most as many seconds.
 
-    They are those chosen for its file that run its line. If none does, as with a line
-    that runs when the package is imported, they are all that are chosen for it.
+    Those that noticed others come first, then the cheapest. If none runs the line, as
+    with one that runs when the package is imported, all tests may.
     """
-    files = set(TESTS[mutant["file"]].split())
-    chosen = [test for test in seconds if test.partition("::")[0] in files]
-    running = set(lines.get(mutant["file"], {}).get(str(mutant["line"]), ()))
-    tests = [test for test in chosen if test in running] or chosen
-    return sorted(tests, key=lambda test: (-noticing[test], seconds[test]))
+    running = lines.get(mutant["file"], {}).get(str(mutant["line"])) or seconds
+    tests = [test for test in running if test in seconds]
+    tests.sort(key=lambda test: (-noticing[test], seconds[test]))
+    total = itertools.accumulate(seconds[test] for test in tests)
+    return [test for test, end in zip(tests, total) if end <= most]
+
+
+def test_files():
+    """The files of tests that may notice a mutant."""
+    others = {f"test_{name}.py" for name in OTHERS.split()}
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [f"tests/{file.name}" for file in files if file.name not in others]
 
 
 def show(kept):
@@ -246,7 +237,7 @@ def digest(file):
 def results():
     """What is kept, without the mutants of files that have changed."""
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"mutants": []}
-    files = {file: digest(file) for file in TESTS}
+    files = {file: digest(file) for file in FILES}
     old = kept.get("files", {})
     kept["mutants"] = [
         m for m in kept["mutants"] if old.get(m["file"]) == files.get(m["file"])
@@ -260,6 +251,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--minutes", type=float, default=180, help="stop after these")
     parser.add_argument("--limit", type=float, default=300, help="seconds a mutant")
+    parser.add_argument("--seconds", type=float, default=90, help="of tests a mutant")
     parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
     parser.add_argument("--cache", help="folder of compiled programs, to use again")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of file names")
@@ -289,8 +281,7 @@ def main(argv=None):
             Worker(Path(folder) / f"memoptax-{k}", cache)
             for k in range(options.workers)
         ]
-        files = sorted({file for tests in TESTS.values() for file in tests.split()})
-        measured = workers[0].ask({"tests": files}, 60 * options.minutes)
+        measured = workers[0].ask({"tests": test_files()}, 60 * options.minutes)
         if measured is None or measured["status"]:
             parser.error(f"the tests fail without a mutant: {measured}")
         print(f"{len(measured['seconds'])} tests run", flush=True)
@@ -302,7 +293,13 @@ def main(argv=None):
             if time.monotonic() > end:
                 return None
             worker, file = free.get(), mutant["file"]
-            tests = ordered(mutant, measured["seconds"], measured["lines"], noticing)
+            tests = ordered(
+                mutant,
+                measured["seconds"],
+                measured["lines"],
+                noticing,
+                options.seconds,
+            )
             task = {"file": file, "text": mutated(mutant), "tests": tests}
             try:
                 answer = worker.ask(task, options.limit)
