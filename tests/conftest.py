@@ -5,9 +5,9 @@
     MEMOPTAX_TEST_PLATFORM=cuda pytest        # or tpu, rocm: what JAX_PLATFORMS takes
 
 Most of the time goes into compilation, for programs that run once. So LLVM does not
-optimize them, and XLA's slower emitters of fusions are off: the fast suite takes 4
-minutes instead of 8. Passes over whole programs, which decide what is fused, copied and
-held, stay on. CI runs the fast suite once with MEMOPTAX_TEST_OPTIMIZED as well.
+optimize them, and XLA's slower emitters of fusions are off: test_critical_gradients.py
+takes 17 seconds instead of 29. Passes over whole programs, which decide what is fused,
+copied and held, stay on. CI runs the fast suite once with MEMOPTAX_TEST_OPTIMIZED too.
 
 On an accelerator, tests marked ``cpu_only`` are skipped with the reason that the marker
 gives, and so are all that ask for the fixture ``mesh``. Matrix products have full

@@ -111,13 +111,12 @@ def while_finite(chain: optax.GradientTransformation, rates: dict[int, Any]):
 def _chosen(taken, updates, new, old):
     """The updates and the new state where ``taken``, or NaN and the old one.
 
-    By leaves: a restored state may have lists where a new one has tuples, and numbers
-    where it has arrays.
+    By leaves: a restored state may have lists where a new one has tuples.
     """
     leaves, treedef = jax.tree.flatten(new)
     leaves = [
         jnp.where(taken, layout.like(a, b).astype(b.dtype), b)
-        for a, b in zip(leaves, map(jnp.asarray, jax.tree.leaves(old)))
+        for a, b in zip(leaves, jax.tree.leaves(old))
     ]
     updates = jax.tree.map(
         lambda u: jnp.where(taken, u, jnp.nan).astype(u.dtype), updates

@@ -30,9 +30,9 @@ def in_float32(inner: optax.GradientTransformation):
         params = _wide(params)
         wide, new_state = inner.update(wide, old, params, **extra_args)
         # Leaf by leaf, because a restored state may have lists instead of tuples.
-        before = map(jnp.result_type, jax.tree.leaves(old))
         leaves, treedef = jax.tree.flatten(new_state)
-        leaves = [leaf.astype(dtype) for leaf, dtype in zip(leaves, before)]
+        before = jax.tree.leaves(old)
+        leaves = [leaf.astype(like.dtype) for leaf, like in zip(leaves, before)]
         new_state = treedef.unflatten(leaves)
         cast = optax.tree.cast_like(wide, updates)
         return jax.tree.map(layout.like, cast, updates), new_state
