@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.sparse import BCOO
 
 from compiled import train
 
@@ -85,3 +86,9 @@ def equal(got, want):
 
 def close(got, want, rtol=1e-6, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, atol), got, want)
+
+
+def sparse(ids, values, rows):
+    """The gradient of a table: ``values`` (k, ...) for its rows ``ids`` (k,)."""
+    values = jnp.asarray(values)
+    return BCOO((values, jnp.asarray(ids)[:, None]), shape=(rows, *values.shape[1:]))
