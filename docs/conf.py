@@ -25,8 +25,10 @@ exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["dollarmath", "fieldlist"]
 myst_heading_anchors = 3
-# Sphinx shows the outputs that the notebooks were saved with.
-nb_execution_mode = "off"
+# Sphinx runs each notebook from top to bottom, and again when it has changed.
+nb_execution_mode = "cache"
+nb_execution_timeout = 600  # seconds a cell
+nb_execution_raise_on_error = True
 
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
