@@ -14,13 +14,15 @@ only, and what XLA compiles is cached on disk.
 
 Results are added to benchmarks/results/mutants.json, and what is kept there is not
 tried again. A mutant counts only while the code of its file stays, so the tool starts
-over for a file whose code has changed.
+over for a file whose code has changed. A survivor that changes nothing that anybody
+could see is explained: write the reason there, as its "why".
 """
 
 import argparse
 import ast
 import collections
 import concurrent.futures
+import difflib
 import hashlib
 import itertools
 import json
@@ -221,7 +223,15 @@ def show(kept):
     print(f"all: {noticed.total()} of {tried.total()} noticed")
     for mutant in kept["mutants"]:
         if not mutant["noticed"]:
-            print("SURVIVED", mutant)
+            print("EXPLAINED" if "why" in mutant else "SURVIVED", mutant)
+            print(difference(mutant))
+
+
+def difference(mutant):
+    """The lines that a mutant takes away and adds."""
+    old = (ROOT / "memoptax" / mutant["file"]).read_text()
+    lines = difflib.unified_diff(old.split("\n"), mutated(mutant).split("\n"), n=0)
+    return "\n".join(line for line in lines if not line.startswith(("---", "+++")))
 
 
 def key(mutant):
@@ -265,7 +275,8 @@ def main(argv=None):
     everything = mutants()
     sample = random.Random(options.seed).sample(everything, len(everything))
     if options.again:
-        kept["mutants"] = [m for m in kept["mutants"] if m["noticed"]]
+        settled = (m for m in kept["mutants"] if m["noticed"] or "why" in m)
+        kept["mutants"] = list(settled)
     known = {key(m) for m in kept["mutants"]}
     active = (mutant for mutant in sample if not is_idle(mutant, mutated(mutant)))
     chosen = [

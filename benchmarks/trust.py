@@ -5,10 +5,11 @@
     python benchmarks/trust.py --properties   # search first (15 minutes)
 
 A table named x stands between the comments "<!-- trust: x -->" and "<!-- end -->".
-benchmarks/soak.py and benchmarks/versions.py keep the other results.
+benchmarks/soak.py, versions.py and mutants.py keep the other results.
 """
 
 import argparse
+import collections
 import datetime
 import json
 import re
@@ -120,6 +121,37 @@ def properties(results):
     return table(*lines) + f"\n\nMade by `{results['command']}`."
 
 
+# Mutants
+
+
+def mutants(results):
+    """How many mutants of each file the tests noticed, and why others cannot be."""
+    found = collections.defaultdict(list)
+    for mutant in results["mutants"]:
+        found[mutant["file"]].append(mutant)
+    lines = [("file", "mutants", "noticed", "explained", "not noticed")]
+    for file in sorted(found):
+        lines.append((f"`{file}`", *_counts(found[file])))
+    lines.append(("all", *_counts(results["mutants"])))
+    reasons = [("file", "line", "why nobody could see it")]
+    for mutant in sorted(results["mutants"], key=lambda m: (m["file"], m["line"])):
+        if "why" in mutant:
+            reasons.append((f"`{mutant['file']}`", mutant["line"], mutant["why"]))
+    tried, noticed, explained, _ = _counts(results["mutants"])
+    return (
+        f"{table(*lines)}\n\nThe sample has {tried} of {results['of']:,} mutants (seed "
+        f"{results['seed']}). Noticed: {noticed / tried:.1%}; noticed or explained: "
+        f"{(noticed + explained) / tried:.1%}.\n\n{table(*reasons)}"
+    )
+
+
+def _counts(mutants):
+    """How many there are, were noticed, are explained, and neither."""
+    noticed = sum(bool(m["noticed"]) for m in mutants)
+    explained = sum("why" in m for m in mutants)
+    return len(mutants), noticed, explained, len(mutants) - noticed - explained
+
+
 # Coverage
 
 
@@ -218,6 +250,7 @@ TABLES = {
     "versions": ("versions", versions),
     "coverage": ("coverage", coverage),
     "properties": ("properties", properties),
+    "mutants": ("mutants", mutants),
 }
 
 
