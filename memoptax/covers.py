@@ -94,7 +94,7 @@ def whole(path: Any, leaf: Any) -> list[Box]:
     return [tuple(leaf.shape)]
 
 
-def blocks(*size: int | None) -> Cover:
+def blocks(*size: int | None) -> Callable[[Any, Any], list[Box]]:
     """Boxes of a given size: prod(ceil(n_i / size_i)) numbers.
 
     The sizes are those of the last axes. `None` spans its axis. Axes to the left of the

@@ -69,7 +69,7 @@ def row_value_and_grad(
     return value, (by_table, *by_others) if others else by_table
 
 
-def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
+def apply_updates(params: optax.Params, updates: Any) -> optax.Params:
     """Add updates to parameters as ``optax.apply_updates`` does, row-sparse ones too.
 
     A row-sparse update is added by a scatter. Under `jax.jit` with donated parameters

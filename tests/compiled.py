@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +55,7 @@ def context(name, tx, params, mesh):
     return step, (params, state, params), 1.1 if name == "apply_if_finite" else 0.1
 
 
-def step_of(tx):
+def step_of(tx) -> Callable:
     """A training step: update and apply."""
 
     def step(params, state, gradients):
@@ -74,7 +76,7 @@ def train(tx, params, stream):
     return trajectory, carry[1]
 
 
-def compile_step(step, params, state, gradients):
+def compile_step(step, params, state, gradients) -> Any:
     """``step`` compiled as recommended: parameters and state donated."""
     donated = jax.jit(step, donate_argnums=(0, 1))
     return donated.lower(params, state, gradients).compile()
@@ -141,7 +143,7 @@ def whole_buffer_operations(compiled, sizes):
             continue
         opcode = found["opcode"]
         if opcode == "fusion":
-            opcode = roots[re.search(r"calls=%?([\w.-]+)", found["rest"])[1]]
+            opcode = roots[re.findall(r"calls=%?([\w.-]+)", found["rest"])[0]]
         if opcode not in _FREE | _IN_PLACE:
             bad.append(f"{found['name']}: {opcode}")
     return bad
@@ -151,5 +153,5 @@ def _size(array_type):
     """Elements of an array type, or 0 for a tuple, whose arrays are made elsewhere."""
     if array_type.startswith("("):
         return 0
-    dimensions = re.search(r"\[([\d,]*)\]", array_type)[1]
+    dimensions = re.findall(r"\[([\d,]*)\]", array_type)[0]
     return math.prod(int(d) for d in dimensions.split(",") if d)

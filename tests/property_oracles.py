@@ -60,7 +60,7 @@ class Critical:
             for name, shape in config.shapes.items()
         }
         if self.cm:
-            momenta = options | dict(
+            momenta: dict[str, Any] = options | dict(
                 skip_first=self.first, mu_dtype=static.get("mu_dtype")
             )
             if config.name == "sm3_cm":
@@ -72,13 +72,13 @@ class Critical:
                     eps=numbers["eps"],
                     **momenta,
                 )
-                self.transform = self.alone.momenta
+                self.transform: Any = self.alone.momenta
             else:
                 self.transform = oracle.CriticalMomenta(numbers["b1"], **momenta)
         else:
             self.transform = oracle.CriticalGradients(**options)
         self.held = error_bars.Held(self.transform.memory, self.p, summed)
-        self.bases = {name: self._base(name) for name in names}
+        self.bases: dict[str, Any] = {name: self._base(name) for name in names}
         self.trace = {name: self._trace() for name in names}
         self.m_error = {n: np.zeros(s) for n, s in config.shapes.items()}
         start = {n: np.full(s, 0.5) for n, s in config.shapes.items()}

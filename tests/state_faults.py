@@ -27,7 +27,7 @@ def check_topc(opt):
     update = jax.jit(other.update)
     for gradient in stream(20)[6:]:
         updates, resized = update(gradient, resized, params)
-    assert is_finite((updates, resized))
+        assert is_finite((updates, resized))
     assert np.all(np.asarray(optax.tree.get(resized, "ages")) > 0)
     same(run.run(good[6:], (params, state)), run.run(good))
 

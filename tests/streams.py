@@ -1,6 +1,7 @@
 """Streams of gradients, and runs of an optimizer over them."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,9 @@ def gradients(steps=20, shapes=SHAPES, seed=0):
     random = np.random.default_rng(seed)
     size = np.exp2(random.uniform(-3, 3, steps))
     return {
-        name: np.float32(
-            random.normal(size=(steps, *shape)) * size.reshape(-1, *[1] * len(shape))
+        name: np.array(
+            random.normal(size=(steps, *shape)) * size.reshape(-1, *[1] * len(shape)),
+            np.float32,
         )
         for name, shape in shapes.items()
     }
@@ -88,7 +90,7 @@ def close(got, want, rtol=1e-6, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, atol), got, want)
 
 
-def sparse(ids, values, rows):
+def sparse(ids, values, rows) -> Any:
     """The gradient of a table: ``values`` (k, ...) for its rows ``ids`` (k,)."""
     values = jnp.asarray(values)
     return BCOO((values, jnp.asarray(ids)[:, None]), shape=(rows, *values.shape[1:]))

@@ -107,10 +107,10 @@ OPTIMIZERS = {
 def test_a_state_comes_back_bitwise_and_goes_on(tx, tmp_path):
     params, state = trained(tx)
     save(tmp_path / "state", (params, state))
-    found = restore(tmp_path / "state", (params, tx.init(params)))
-    assert_bitwise(found, (params, state))
+    found_params, found = restore(tmp_path / "state", (params, tx.init(params)))
+    assert_bitwise((found_params, found), (params, state))
     more = range(STEPS, STEPS + 4)
-    assert_bitwise(run(tx, *found, more), run(tx, params, state, more))
+    assert_bitwise(run(tx, found_params, found, more), run(tx, params, state, more))
 
 
 @pytest.mark.cpu_only("a mesh of eight devices")
@@ -165,8 +165,9 @@ def test_an_nnx_optimizer_comes_back(tmp_path):
         optimizer.update(model, grads)
 
     def steps(nodes, numbers):
+        model, optimizer = nodes
         for number in numbers:
-            step(*nodes, values(number)["w"])
+            step(model, optimizer, values(number)["w"])
         return nnx.as_pure(nnx.state(nodes))
 
     nodes = create()

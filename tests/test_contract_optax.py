@@ -28,6 +28,8 @@ from contract import (
     trained,
 )
 
+from untyped import untyped
+
 pytestmark = pytest.mark.few(2)
 
 
@@ -169,7 +171,7 @@ def test_a_part_of_the_tree_trains_as_it_would_by_itself(opt, wrap):
 @each_factory
 def test_multi_steps_sees_the_mean_of_its_micro_batches(opt):
     def micro(g):
-        noise = np.float32([0.5, -0.5]).reshape(-1, *[1] * (g.ndim - 1))
+        noise = np.array([0.5, -0.5], np.float32).reshape(-1, *[1] * (g.ndim - 1))
         return (g[:, None] * (1 + noise)).reshape(-1, *g.shape[1:])
 
     stream = jax.tree.map(micro, gradients())
@@ -231,7 +233,7 @@ def test_extra_arguments_pass_through_a_chain(opt):
         return jax.tree.map(lambda u: u * value, updates), state
 
     consumer = optax.GradientTransformationExtraArgs(
-        lambda params: optax.EmptyState(), asks_for_value
+        lambda params: optax.EmptyState(), untyped(asks_for_value)
     )
     params = params_like(SHAPES)
     for tx in (

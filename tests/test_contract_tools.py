@@ -31,6 +31,8 @@ from contract import (
 
 import memoptax
 
+from untyped import untyped
+
 pytestmark = pytest.mark.few(2)
 
 CAPACITY = 3  # the largest C, so that few steps fill a buffer
@@ -52,9 +54,9 @@ def fill(state):
 COMPILED = []  # a duration for each program that XLA compiles
 
 
-def listen(event, duration, **_):
+def listen(event, duration_secs, **_):
     if event == "/jax/core/compile/backend_compile_duration":
-        COMPILED.append(duration)
+        COMPILED.append(duration_secs)
 
 
 # jax 0.8 cannot unregister a listener, so there is one for all tests.
@@ -69,12 +71,12 @@ def test_an_eager_step_compiles_nothing_after_the_second(opt):
     tx, params = opt.build(), params_like(SHAPES)
     state, stream = tx.init(params), steps_of(gradients())
     for gradient in stream[:2]:
-        updates, state = tx.update(gradient, state, params)
+        _, state = tx.update(gradient, state, params)
     before = len(COMPILED)
     for gradient in stream[2:5]:
         updates, state = tx.update(gradient, state, params)
+        assert is_finite(updates)
     assert len(COMPILED) == before
-    assert is_finite(updates)
 
 
 def test_compilations_are_seen():
@@ -306,7 +308,7 @@ def test_a_traced_decay_out_of_range_spoils_nothing(opt):
                 state.hyperparams["decay"] = good
             else:
                 updates, state = update(gradient, state, params)
-        assert is_finite((updates, state)), bad
+                assert is_finite((updates, state)), bad
         assert fill(state) > 0, bad
 
 
@@ -318,7 +320,7 @@ def test_a_traced_decay_out_of_range_spoils_nothing(opt):
 def test_a_traced_number_that_is_not_finite_leaves_the_state(factory):
     tx = optax.inject_hyperparams(factory)(0.1, kappa=1.0, fifo_probability=0.5)
     params, stream = params_like(SHAPES), steps_of(gradients())
-    update, state = jax.jit(tx.update), tx.init(params)
+    update, state = jax.jit(tx.update), untyped(tx.init(params))
     for gradient in stream[:3]:
         _, state = update(gradient, state, params)
     for name in ("kappa", "fifo_probability"):
@@ -334,7 +336,7 @@ def test_a_traced_number_that_is_not_finite_leaves_the_state(factory):
 def test_a_traced_number_that_is_not_finite_shows_in_sm3(name):
     tx = optax.inject_hyperparams(memoptax.sm3)(1.0, beta=0.9, eps=1e-8)
     params = {"w": jnp.full((3, 4), 1e3)}
-    state = tx.init(params)
+    state = untyped(tx.init(params))
     spoilt = state.hyperparams | {name: jnp.full_like(state.hyperparams[name], np.nan)}
     updates, _ = jax.jit(tx.update)(params, state._replace(hyperparams=spoilt), params)
     assert np.isnan(updates["w"]).all()

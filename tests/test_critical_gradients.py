@@ -12,6 +12,7 @@ from memoptax import critical_gradients, sgd_c
 import oracle
 from slots import entries
 from streams import PARAMS, at, close, emit, equal, gradients, trajectory
+from untyped import untyped
 
 pytestmark = pytest.mark.few(2)
 
@@ -83,7 +84,7 @@ def test_one_slot_by_hand(x64):
 
     wanted = {"sum": total, "mid": half, "mean": half, subtract: difference}
     for aggr, updates in wanted.items():
-        tx = critical_gradients(1, decay=0.5, kappa=0.5, aggr=aggr)
+        tx = untyped(critical_gradients(1, decay=0.5, kappa=0.5, aggr=aggr))
         state = tx.init(jnp.zeros(()))
         assert state.buffer.slots.dtype == jnp.float64
         for t, gradient in enumerate(grads):
@@ -94,7 +95,10 @@ def test_one_slot_by_hand(x64):
 
 def test_the_global_norm_decides_differently_from_the_sum_of_norms():
     # After (1, 1) a step of (1.9, 0): 1.9 < .99 * 2, but 1.9 > .99 * sqrt(2).
-    stream = {"a": np.float32([1, 1.9, 0]), "b": np.float32([1, 0, 0])}
+    stream = {
+        "a": np.array([1, 1.9, 0], np.float32),
+        "b": np.array([1, 0, 0], np.float32),
+    }
     for priority_fn, kept in [(None, (1, 1)), (optax.tree.norm, (np.float32(1.9), 0))]:
         tx = critical_gradients(1, 0.99, priority_fn=priority_fn)
         updates, _ = emit(tx, stream)
@@ -103,7 +107,10 @@ def test_the_global_norm_decides_differently_from_the_sum_of_norms():
 
 def test_a_custom_priority_sees_one_leaf_without_syncing():
     # The smallest sums are critical. Apart, a keeps -2 and b its 0. Together, 1 < 2.
-    stream = {"a": np.float32([1, -2, 0]), "b": np.float32([0, 4, 0])}
+    stream = {
+        "a": np.array([1, -2, 0], np.float32),
+        "b": np.array([0, 4, 0], np.float32),
+    }
     for synced, kept in [(True, (1, 0)), (False, (-2, 0))]:
         tx = critical_gradients(
             1,
@@ -121,9 +128,9 @@ def test_a_priority_that_is_not_finite_refuses_the_step(bad):
         return jnp.where(gradient == 7, bad, jnp.abs(gradient))
 
     tx = critical_gradients(2, priority_fn=priority)
-    updates, state = emit(tx, np.float32([3, 7, 2, 7, 1]))
+    updates, state = emit(tx, np.array([3, 7, 2, 7, 1], np.float32))
     close(updates[jnp.array([0, 2, 4])], [3, 2 + 3, 1 + 2.5])
-    equal(state, emit(tx, np.float32([3, 2, 1]))[1])
+    equal(state, emit(tx, np.array([3, 2, 1], np.float32))[1])
 
 
 @pytest.mark.parametrize(
@@ -138,9 +145,9 @@ def test_a_priority_that_is_not_finite_refuses_the_step(bad):
 )
 def test_what_cannot_be_stored_is_refused(bad, options):
     tx = critical_gradients(2, **options)
-    updates, state = emit(tx, np.float32([3, bad, 2, bad, 1]))
+    updates, state = emit(tx, np.array([3, bad, 2, bad, 1], np.float32))
     assert not np.isfinite(updates[1]) or updates[1] == np.float32(bad + 3)
-    equal(state, emit(tx, np.float32([3, 2, 1]))[1])
+    equal(state, emit(tx, np.array([3, 2, 1], np.float32))[1])
 
 
 # First in, first out
@@ -148,7 +155,7 @@ def test_what_cannot_be_stored_is_refused(bad, options):
 
 def falling(steps):
     """Ever smaller gradients, which no priority would accept."""
-    return np.float32(1000 - np.arange(steps))
+    return np.array(1000 - np.arange(steps), np.float32)
 
 
 def test_fifo_with_probability_one_keeps_the_last_entries():
@@ -160,7 +167,7 @@ def test_fifo_with_probability_one_keeps_the_last_entries():
 
 def draws(topc, steps, **options):
     """Which steps were FIFO, seen on a stream that nothing else lets in."""
-    tx = critical_gradients(topc, 1.0, **options)
+    tx = untyped(critical_gradients(topc, 1.0, **options))
 
     def body(state, gradient):
         after = tx.update(gradient, state)[1]

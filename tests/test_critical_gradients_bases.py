@@ -13,6 +13,7 @@ from memoptax import adam_c, adamw_c, critical_gradients, rmsprop_c, sgd_c
 
 from compiled import train
 from streams import PARAMS, close, equal, gradients, replay, trajectory
+from untyped import untyped
 
 pytestmark = pytest.mark.few(2)
 
@@ -120,7 +121,7 @@ def test_centered_variance_is_clamped():
 def test_weight_decay_by_hand():
     # From 10 with a gradient of 4: L2 makes it 4 + 10, decoupled decay is added to a
     # step of 1.
-    start, stream = jnp.float32(10), np.float32([4])
+    start, stream = jnp.float32(10), np.array([4], np.float32)
     close(trajectory(sgd_c(0.1, weight_decay=1.0), start, stream), [8.6])
     tx = adamw_c(0.1, weight_decay=1.0, eps=0.0)
     close(trajectory(tx, start, stream), [8.9])
@@ -192,7 +193,7 @@ def test_state_is_as_large_as_documented(factory, options, more, counts):
                 topc=topc, synced=synced, fifo_probability=0.1, **required, **options
             )
             assert state_bytes(drawing, params) == state_bytes(tx, params) + 8
-    said = int(re.search(r"C \+ (\d) copies", factory.__doc__)[1])
+    said = int(re.findall(r"C \+ (\d) copies", factory.__doc__)[0])
     assert said == 1 + min(m for f, _, m, _ in COPIES if f is factory)
 
 
@@ -205,7 +206,7 @@ def test_a_joined_gradient_in_float16_does_not_overflow(options):
         updates, state = jax.jit(tx.update)(gradient, state)
         assert updates.dtype == jnp.float16
         np.testing.assert_allclose(np.float32(updates), want, rtol=1e-3)
-    joined = critical_gradients(**options)
+    joined = untyped(critical_gradients(**options))
     state = joined.init(params)
     for _ in range(2):
         updates, state = joined.update(gradient, state)

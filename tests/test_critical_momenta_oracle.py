@@ -1,6 +1,7 @@
 """Critical momenta on streams of ties, zeros and faults, against NumPy."""
 
 import functools
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -99,10 +100,10 @@ def test_agrees_with_the_oracle(rule, x64, grads, decay, kappa, b1):
 
     static = dict(static)
     fifo = [True] * len(grads["a"]) if static.pop("fifo_probability", 0) else None
-    eps = {} if name == "sgd_cm" else {"eps": 1e-3}
+    options: dict[str, Any] = {**numbers, **static}
+    if name != "sgd_cm":
+        options["eps"] = 1e-3
     with np.errstate(invalid="ignore"):
-        want = oracle.run(
-            name, params, grads, fifo=fifo, guarded=True, **numbers, **static, **eps
-        )
+        want = oracle.run(name, params, grads, fifo=fifo, guarded=True, **options)
     for leaf in params:
         np.testing.assert_allclose(got[leaf], want[leaf], rtol=1e-11, atol=1e-11)

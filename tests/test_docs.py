@@ -219,7 +219,9 @@ def test_public_functions_document_themselves(name):
         assert re.search(rf"^\s*{heading}$", doc, re.M), f"{name} has no {heading}"
     # Readers of the source see the same text.
     source = textwrap.dedent(inspect.getsource(inspect.unwrap(PUBLIC[name])))
-    assert ast.get_docstring(ast.parse(source).body[0]) == inspect.cleandoc(doc)
+    function = ast.parse(source).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    assert ast.get_docstring(function) == inspect.cleandoc(doc)
     assert re.search(rf"^\.\. autofunction:: (memoptax\.)?{name}$", API, re.M)
 
 

@@ -27,6 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def load(path):
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, ROOT / path)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -12,11 +12,12 @@ import pytest
 import memoptax
 
 from slots import entries, exact_sums
+from untyped import untyped
 
 pytestmark = pytest.mark.few(1)
 
 
-def trained(tx, steps=12, seed=0):
+def trained(tx, steps=12, seed=0) -> Any:
     """The state after gradients of random scale, on a tree of two leaves."""
     random = np.random.default_rng(seed)
     params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(())}
@@ -120,7 +121,7 @@ def test_buffers_are_found_resized_and_emptied_inside_an_nnx_optimizer():
 def test_stats_copy_no_slots():
     x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
     state = jax.eval_shape(memoptax.adam_c(0.1).init, x)
-    compiled = jax.jit(memoptax.buffer_stats).lower(state, x).compile()
+    compiled = untyped(jax.jit(memoptax.buffer_stats).lower(state, x).compile())
     # There are six slots. jax 0.10 stores two values of a slot's size, jax 0.8 three.
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * x.size
 
@@ -176,7 +177,7 @@ def test_a_reset_buffer_is_a_new_one_and_moments_stay():
     tx = memoptax.adam_cm(0.1, fifo_probability=0.5, buffer_dtype="int8")
     state = trained(tx)
     params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(())}
-    fresh, reset = tx.init(params), memoptax.reset_buffer(state)
+    fresh, reset = untyped(tx.init(params)), memoptax.reset_buffer(state)
     draws = state[0].buffer.draws
     expected = fresh[0].buffer._replace(draws=draws)
     jax.tree.map(np.testing.assert_array_equal, reset[0].buffer, expected)
@@ -283,7 +284,7 @@ def test_a_name_of_a_field_may_mean_another_thing(tx, params):
 
 def test_what_is_no_array_is_named():
     tx, params = memoptax.sgd_c(0.1), jnp.ones(3)
-    state = tx.init(params)
+    state = untyped(tx.init(params))
     for leaf in ("abc", object(), jax.eval_shape(lambda: state[0].buffer.slots)):
         buffer = state[0].buffer._replace(slots=leaf)
         forged = (state[0]._replace(buffer=buffer), *state[1:])
@@ -315,7 +316,7 @@ def test_resized_sums_of_mixed_parameters_are_wide_enough(dtype, x64):
     """The state does not say which of the slots belong to float64."""
     params = {"a": jnp.ones(3, jnp.float64), "b": jnp.ones(3, jnp.float32)}
     tx = memoptax.sgd_c(0.1, topc=2, buffer_dtype=dtype, holding="sum")
-    state = memoptax.resize_buffer(tx.init(params), 2, holding="read")
+    state = memoptax.resize_buffer(untyped(tx.init(params)), 2, holding="read")
     state = memoptax.resize_buffer(state, 2, holding="sum")
     total = state[0].buffer.total
     assert total["a"].dtype == total["b"].dtype == jnp.float64
@@ -369,7 +370,7 @@ def bent(buffer):
 
 @each_holding
 def test_a_bent_buffer_is_refused_in_a_sentence(options):
-    tx = memoptax.critical_gradients(**options)
+    tx = untyped(memoptax.critical_gradients(**options))
     _, state = tx.update(TREE, tx.init(TREE))
     calls = {
         "buffer_stats": memoptax.buffer_stats,

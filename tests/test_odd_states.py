@@ -1,5 +1,7 @@
 """States in few bits or of another kind, lone tables, and odd arguments."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memoptax
+
+from untyped import untyped
 
 PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}
 
@@ -73,7 +77,7 @@ def test_draws_of_another_generator_are_refused():
 def test_slots_that_are_bits_are_refused(kind):
     """NumPy's files keep bfloat16 as the void dtype V2."""
     tx = memoptax.critical_gradients(2, buffer_dtype="bfloat16")
-    state = tx.init(PARAMS)
+    state = untyped(tx.init(PARAMS))
     slots = jax.tree.map(lambda x: np.zeros(x.shape, kind), state.buffer.slots)
     state = state._replace(buffer=state.buffer._replace(slots=slots))
     other = memoptax.critical_gradients(2)
@@ -115,7 +119,7 @@ def test_float64_without_x64_is_float32_without_a_warning(tx):
     assert "float64" not in {x.dtype.name for x in jax.tree.leaves(state)}
 
 
-def table(rows):
+def table(rows) -> Any:
     return BCOO((jnp.ones((1, 2)), jnp.array([[25]])), shape=(rows, 2))
 
 
@@ -134,7 +138,7 @@ def test_a_lone_row_sparse_table_is_not_decayed(rate):
     tx = memoptax.sm3(0.1, weight_decay=rate, cover=memoptax.covers.rows)
     params = jnp.ones((30, 2))
     updates, _ = tx.update(table(30), tx.init(params), params)
-    params = memoptax.sparse.apply_updates(params, updates)
+    params = untyped(memoptax.sparse.apply_updates(params, updates))
     np.testing.assert_allclose(params[25], 0.9, rtol=1e-6)
     np.testing.assert_array_equal(params[:25], 1)
 
@@ -142,7 +146,7 @@ def test_a_lone_row_sparse_table_is_not_decayed(rate):
 @pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
 def test_a_decay_of_0_makes_no_infinity(traced):
     def update(b1):
-        tx = memoptax.adam_cm(0.1, b1=b1, topc=1)
+        tx = untyped(memoptax.adam_cm(0.1, b1=b1, topc=1))
         return tx.update(jnp.ones(2), tx.init(jnp.zeros(2)), jnp.zeros(2))[0]
 
     with jax.debug_infs(True):

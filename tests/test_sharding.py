@@ -27,6 +27,7 @@ from meshes import (
     placed,
     values,
 )
+from untyped import untyped
 
 pytestmark = [pytest.mark.cpu_only("a mesh of eight devices"), pytest.mark.few(1)]
 
@@ -81,7 +82,7 @@ def test_a_device_holds_an_eighth(name, layout, mesh):
 def test_accumulators_of_sm3_are_not_on_every_device(mesh):
     tx = memoptax.sm3(0.1)
     x = jax.device_put(jnp.zeros((64, 32)), NamedSharding(mesh, P("data", "model")))
-    state = tx.init(x)[0]
+    state = untyped(tx.init(x))[0]
     held = [a.addressable_shards[0].data.size for a in state.accumulators[0]]
     assert held == [64 // 4, 32 // 2]
 
@@ -142,8 +143,9 @@ def test_slots_may_lie_in_the_memory_of_the_host(name, mesh):
     def run(**options):
         params = placed(few(values()), mesh, specs)
         with pytest.raises(ValueError, match="pass holding='sum'"):
-            hosted = {"slots_memory_kind": "pinned_host"}
-            memoptax.state_shardings(make(0.01, **BUFFER), params, **hosted)
+            memoptax.state_shardings(
+                make(0.01, **BUFFER), params, slots_memory_kind="pinned_host"
+            )
         shardings = memoptax.state_shardings(tx, params, **options)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
         compiled = compile_step(step_of(tx), params, state, params)

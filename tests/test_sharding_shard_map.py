@@ -14,6 +14,7 @@ import memoptax
 
 from compiled import train
 from meshes import BOTH, BUFFER, FEW, few, values
+from untyped import untyped
 
 pytestmark = [pytest.mark.cpu_only("a mesh of eight devices"), pytest.mark.few(1)]
 
@@ -268,4 +269,4 @@ def test_axes_that_cannot_be_right_are_refused(axes, message, mesh):
 
 def test_a_rule_that_is_no_function_is_refused():
     with pytest.raises(ValueError, match="rule must be a function, but is 'max'"):
-        memoptax.sharded_norm("auto", "max")
+        memoptax.sharded_norm("auto", untyped("max"))

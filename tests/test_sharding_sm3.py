@@ -14,6 +14,7 @@ import memoptax
 
 from compiled import step_of, train
 from meshes import INT8, mesh_of
+from untyped import untyped
 
 pytestmark = [
     pytest.mark.cpu_only("a mesh of eight devices"),
@@ -49,7 +50,8 @@ def test_accumulators_follow_the_axes_they_index(kind, options):
             for name, x in VALUES.items()
         }
         state = tx.init(params)
-        compiled = jax.jit(step_of(tx)).lower(params, state, params).compile()
+        step = jax.jit(step_of(tx)).lower(params, state, params)
+        compiled = untyped(step.compile())
         params, state = compiled(params, state, params)
     kernel, matrix, vector = state[0].accumulators
     assert axes_of(matrix[0]) == ("data", None)

@@ -1,6 +1,7 @@
 """SM3: trees of many dtypes, traced numbers, weight decay, other states."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +149,7 @@ def test_a_gradient_of_another_shape_is_refused(cover, make, options):
     """Accumulators of these covers fit it, and it would be broadcast."""
     tx, params = make(0.1, cover=cover, **options), jnp.ones((4, 3))
     state = tx.init(params)
-    narrow = [jnp.ones((4, 1))]
+    narrow: list[Any] = [jnp.ones((4, 1))]
     if make is sm3 and cover is covers.rows:
         rows = jnp.ones((2, 2)), jnp.array([[0], [3]])
         narrow.append(BCOO(rows, shape=(4, 2)))

@@ -11,6 +11,7 @@ import memoptax
 from compiled import compile_step, step_of
 from labels import named
 from streams import normal, updates_of
+from untyped import untyped
 
 pytestmark = pytest.mark.few(2)
 
@@ -34,7 +35,9 @@ def test_stored_momentum_stays_close(dtype, tolerance):
 
 
 def test_int8_scales_keep_small_rows_apart_from_large_ones():
-    tx = memoptax.scale_by_sm3(0.9, cover=memoptax.covers.whole, momentum_dtype="int8")
+    tx = untyped(
+        memoptax.scale_by_sm3(0.9, cover=memoptax.covers.whole, momentum_dtype="int8")
+    )
     state = tx.init(jnp.zeros((2, 8)))
     _, state = tx.update(jnp.zeros((2, 8)).at[0, 0].set(1.0), state)
     _, state = tx.update(jnp.zeros((2, 8)).at[1].set(1e-6), state)

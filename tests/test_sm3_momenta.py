@@ -1,5 +1,7 @@
 """sm3_cm: adam_cm over single entries, an oracle over other boxes, and its memory."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.few(1)
 
 nan, inf = float("nan"), float("inf")
 SHAPES = {"a": (), "b": (3,), "c": (4, 6)}
-INT8 = {"mu_dtype": "int8", "buffer_dtype": "int8"}
+INT8: dict[str, Any] = {"mu_dtype": "int8", "buffer_dtype": "int8"}
 
 
 def stream(steps=20, shapes=SHAPES):
@@ -29,7 +31,7 @@ def at(grads, t):
     return jax.tree.map(lambda g: jnp.asarray(g[t]), grads)
 
 
-def updates_of(tx, grads):
+def updates_of(tx, grads) -> Any:
     """The updates of every step, and the last state."""
     params = jax.tree.map(jnp.zeros_like, at(grads, 0))
     state, update, out = tx.init(params), jax.jit(tx.update), []
@@ -296,7 +298,7 @@ def test_half_precision_is_widened_before_it_is_averaged():
 )
 def test_bad_arguments_are_named(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
-        memoptax.sm3_cm(**{"learning_rate": 0.1, **arguments})
+        memoptax.sm3_cm(**({"learning_rate": 0.1} | arguments))
 
 
 def test_a_state_of_other_arguments_is_refused():
@@ -326,9 +328,8 @@ def test_a_function_joins_whole_leaves():
         return update + mean
 
     x = jnp.ones((256, 256))  # so large that its maxima are taken in sections
-    options = dict(topc=5, mu_dtype="int8", buffer_dtype="int8")
     by_name, by_function = (
-        memoptax.sm3_cm(0.1, aggr=aggr, **options) for aggr in ("sum", join)
+        memoptax.sm3_cm(0.1, aggr=aggr, topc=5, **INT8) for aggr in ("sum", join)
     )
     states = [tx.init(x) for tx in (by_name, by_function)]
     for step in range(3):

@@ -15,6 +15,7 @@ import memoptax
 import oracle_sm3
 from labels import named
 from streams import normal, updates_of
+from untyped import untyped
 
 pytestmark = pytest.mark.few(2)
 
@@ -58,8 +59,8 @@ def test_large_tensors_give_the_same_numbers_in_another_way(shape, variant):
     """Above some size, the maxima are taken over recomputed slices."""
     axes = memoptax.covers.axes((), jax.ShapeDtypeStruct(shape, "float32"))
     tx = memoptax.scale_by_sm3(variant=variant)
-    state, update = tx.init(jnp.zeros(shape)), jax.jit(tx.update)
-    least = np.zeros(shape)
+    state, update = untyped(tx.init(jnp.zeros(shape))), jax.jit(tx.update)
+    least, numbers = np.zeros(shape), [0.0] * len(axes)
     for t in range(3):
         g = normal(t, shape).astype(np.float32)
         u, state = update(jnp.asarray(g), state)
@@ -69,9 +70,8 @@ def test_large_tensors_give_the_same_numbers_in_another_way(shape, variant):
             nu = least + square
             numbers = [nu.max(axis(box), keepdims=True) for box in axes]
         else:
-            old = numbers if t else [0.0] * len(axes)
             tops = [square.max(axis(box), keepdims=True) for box in axes]
-            numbers = [a + b for a, b in zip(old, tops)]
+            numbers = [a + b for a, b in zip(numbers, tops)]
             nu = functools.reduce(np.minimum, numbers)
         least = functools.reduce(np.minimum, numbers)
         np.testing.assert_allclose(u, g / np.sqrt(nu), rtol=1e-5)

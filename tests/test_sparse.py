@@ -1,6 +1,7 @@
 """Row-sparse gradients: against the oracle and dense gradients, and their memory."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import memoptax
 
 import oracle_sm3
 from streams import sparse
+from untyped import untyped
 
 pytestmark = pytest.mark.few(2)
 
@@ -48,14 +50,14 @@ def test_oracle_with_duplicates(beta, shape):
 @pytest.mark.parametrize("variant", ["I", "II"])
 def test_equals_the_dense_step_with_rows(variant):
     """Rows with a zero gradient do not move and keep their numbers, also densely."""
-    tx = memoptax.sm3(0.1, cover=memoptax.covers.rows, variant=variant)
+    tx = untyped(memoptax.sm3(0.1, cover=memoptax.covers.rows, variant=variant))
     roads = [(jnp.ones((9, 3)), tx.init(jnp.ones((9, 3))))] * 2
     for ids, values in stream(5, 9):
         gradient = sparse(ids, values, 9)
         pair = (gradient, gradient.todense())
         for i, ((table, state), g) in enumerate(zip(roads, pair)):
             updates, state = tx.update(g, state, table)
-            roads[i] = memoptax.sparse.apply_updates(table, updates), state
+            roads[i] = untyped(memoptax.sparse.apply_updates(table, updates)), state
         np.testing.assert_allclose(roads[0][0], roads[1][0], rtol=1e-5)
         a, b = (road[1][0].accumulators for road in roads)
         np.testing.assert_allclose(a[0][0], b[0][0], rtol=1e-5)
@@ -65,9 +67,8 @@ def test_rows_not_touched_rest():
     tx = memoptax.sm3(0.1, 0.9, cover=memoptax.covers.rows, weight_decay=0.1)
     params = {"table": jnp.ones((5, 2)), "w": jnp.ones((2, 2))}
     grads = {"table": sparse([3, 1], jnp.ones((2, 2)), 5), "w": jnp.ones((2, 2))}
-    state = tx.init(params)
-    updates, new = tx.update(grads, state, params)
-    moved = memoptax.sparse.apply_updates(params, updates)
+    updates, new = untyped(tx.update(grads, tx.init(params), params))
+    moved = untyped(memoptax.sparse.apply_updates(params, updates))
     np.testing.assert_array_equal(moved["table"][np.array([0, 2, 4])], 1.0)
     # No momentum, which would make this 0.1 of it, and no decay.
     np.testing.assert_allclose(moved["table"][np.array([1, 3])], 0.9, rtol=1e-6)
@@ -78,7 +79,7 @@ def test_rows_not_touched_rest():
 
 def test_a_row_that_is_named_decays_even_if_its_gradient_is_zero():
     """As every row of a dense gradient does. Rows that are not named rest."""
-    tx = memoptax.scale_by_sm3(beta=0.5, cover=memoptax.covers.rows)
+    tx = untyped(memoptax.scale_by_sm3(beta=0.5, cover=memoptax.covers.rows))
     table = jnp.ones((4, 2))
     _, state = tx.update(sparse([1, 2], [[8.0, 8.0]] * 2, 4), tx.init(table))
     _, state = tx.update(sparse([1, 3], [[0.0, 0.0], [2.0, 2.0]], 4), state)
@@ -87,7 +88,7 @@ def test_a_row_that_is_named_decays_even_if_its_gradient_is_zero():
 
 
 def test_bad_gradients_leave_no_trace():
-    tx = memoptax.scale_by_sm3(cover=memoptax.covers.rows)
+    tx = untyped(memoptax.scale_by_sm3(cover=memoptax.covers.rows))
     state = tx.init(jnp.ones((5, 2)))
     bad = sparse([0, 1], jnp.array([[1.0, 1.0], [jnp.nan, 1.0]]), 5)
     updates, new = tx.update(bad, state)
@@ -99,10 +100,10 @@ def test_bfloat16_table():
     table = jnp.ones((5, 2), jnp.bfloat16)
     tx = memoptax.sm3(optax.constant_schedule(0.5), cover=memoptax.covers.rows)
     gradient = sparse([1, 1], jnp.ones((2, 2), jnp.bfloat16), 5)
-    updates, state = tx.update(gradient, tx.init(table), table)
+    updates, state = untyped(tx.update(gradient, tx.init(table), table))
     assert updates.data.dtype == jnp.bfloat16
     assert updates.indices.dtype == jnp.int32
-    table = memoptax.sparse.apply_updates(table, updates)
+    table = untyped(memoptax.sparse.apply_updates(table, updates))
     assert table.dtype == jnp.bfloat16
     np.testing.assert_array_equal(table[1], 0.5)
 
@@ -173,7 +174,7 @@ def test_any_other_cover_is_refused(cover):
 
 def test_only_one_sparse_dimension():
     tx = memoptax.sm3(0.1, cover=memoptax.covers.rows)
-    gradient = BCOO.fromdense(jnp.eye(3))
+    gradient = untyped(BCOO.fromdense(jnp.eye(3)))
     with pytest.raises(ValueError, match="0 batch and 2 sparse dimensions"):
         tx.update(gradient, tx.init(jnp.eye(3)))
 
@@ -224,7 +225,7 @@ def test_ids_outside_are_padding_whatever_their_dtype(n, kind):
         read = sum(float(table[row].sum()) for row in rows if row is not None)
         np.testing.assert_allclose(value, read)
         np.testing.assert_array_equal(grad.todense(), expected)
-        updates, state = tx.update(grad, tx.init(table))
+        updates, state = untyped(tx.update(grad, tx.init(table)))
         moved = memoptax.sparse.apply_updates(table, updates)
         np.testing.assert_array_equal(np.any(moved != table, 1), expected[:, 0] > 0)
         np.testing.assert_array_equal(
@@ -283,15 +284,15 @@ def test_aliases_of_a_row_merge(kind, promised):
     updates, state = jax.jit(tx.update)(gradient, tx.init(table))
     accumulators = state[0].accumulators[0][0].ravel()
     np.testing.assert_array_equal(accumulators, [0.0] * (n - 1) + [9.0])
-    moved = memoptax.sparse.apply_updates(table, updates)
+    moved = untyped(memoptax.sparse.apply_updates(table, updates))
     np.testing.assert_allclose(moved.ravel(), [1.0] * (n - 1) + [0.9])
     # A raw update with aliases is added row by row.
     raw = BCOO((jnp.ones((4, 1)), indices), shape=(n, 1))
-    added = memoptax.sparse.apply_updates(table, raw)
+    added = untyped(memoptax.sparse.apply_updates(table, raw))
     np.testing.assert_array_equal(added.ravel(), [1.0] * (n - 1) + [3.0])
 
 
-def compiled_step(rows, columns=64, touched=1024):
+def compiled_step(rows, columns=64, touched=1024) -> Any:
     tx = memoptax.sm3(0.1, cover=memoptax.covers.rows)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -12,6 +12,7 @@ from jax.experimental.sparse import BCOO
 import memoptax
 
 from streams import sparse
+from untyped import untyped
 
 pytestmark = pytest.mark.few(2)
 
@@ -67,7 +68,7 @@ def cover_of_tables(path, leaf):
 def test_the_wrapper_passes_on_the_rows_of_the_parameters():
     tx = memoptax.sparse.on_values(optax.add_decayed_weights(0.5))
     gradient = duplicated()
-    updates, _ = tx.update(gradient, tx.init(TABLES), TABLES)
+    updates, _ = untyped(tx.update(gradient, tx.init(TABLES), TABLES))
     decayed = densely(gradient)["table"].at[jnp.array([1, 5])].add(0.5)
     np.testing.assert_allclose(updates["table"].todense(), decayed)
 
@@ -84,8 +85,7 @@ def test_a_mask_may_be_a_function():
     for mask in (large, vectors):
         updates = []
         for same in (mask, mask(TABLES)):
-            options = dict(cover=cover_of_tables, weight_decay=0.1, mask=same)
-            tx = memoptax.sm3(0.1, **options)
+            tx = memoptax.sm3(0.1, cover=cover_of_tables, weight_decay=0.1, mask=same)
             step = jax.jit(tx.update)(duplicated(), tx.init(TABLES), TABLES)
             updates.append(step[0])
         np.testing.assert_array_equal(updates[0]["w"], updates[1]["w"])
@@ -103,7 +103,7 @@ def test_apply_if_finite_goes_around_it():
     )
     state, good, step = tx.init(TABLES), duplicated(), jax.jit(tx.update)
     updates, state = step(good, state, TABLES)
-    moved = memoptax.sparse.apply_updates(TABLES, updates)
+    moved = untyped(memoptax.sparse.apply_updates(TABLES, updates))
     assert np.all(moved["table"][1] < 1) and np.all(moved["table"][0] == 1)
     bad = {**good, "table": sparse([1, 2], jnp.full((2, 2), jnp.nan), 6)}
     updates, after = step(bad, state, TABLES)
@@ -114,7 +114,7 @@ def test_apply_if_finite_goes_around_it():
 
 
 def test_zero_nans_acts_on_the_values():
-    tx = memoptax.sparse.on_values(ELEMENTWISE["zero_nans"])
+    tx = untyped(memoptax.sparse.on_values(ELEMENTWISE["zero_nans"]))
     good = duplicated()
     bad = sparse([1, 2], jnp.array([[jnp.nan, 2.0], [3.0, 4.0]]), 6)
     updates, state = tx.update({**good, "table": bad}, tx.init(TABLES), TABLES)

@@ -17,7 +17,7 @@ SMALLEST, LARGEST, DIMENSION, STEPS = 0.5, 5.0, 6, 4000
 def _hash(gradients):
     """A key that does not depend on the size of the gradients."""
     total = optax.tree.sum(jax.tree.map(jnp.sum, gradients))
-    bits = jax.lax.bitcast_convert_type(total.astype(jnp.float32), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(jnp.float32(total), jnp.uint32)
     return jax.random.uniform(jax.random.key(bits))
 
 

@@ -25,6 +25,13 @@ def is_exhaustive(row, opt, wrap):
 def cases(takes):
     """Rows vary fastest, so that each optimizer compiles once for all of them."""
     found = [
+        (row, opt, wrap)
+        for row in ROWS
+        if row.takes == takes
+        for opt, wrap in training_faults.cases(row)
+    ]
+    found.sort(key=lambda case: (case[1].name, case[2]))
+    marked = [
         pytest.param(
             row,
             opt,
@@ -32,12 +39,9 @@ def cases(takes):
             id=f"{row.fault}: {opt.name}, {wrap or 'alone'}",
             marks=[pytest.mark.exhaustive] if is_exhaustive(row, opt, wrap) else [],
         )
-        for row in ROWS
-        if row.takes == takes
-        for opt, wrap in training_faults.cases(row)
+        for row, opt, wrap in found
     ]
-    found.sort(key=lambda case: (case.values[1].name, case.values[2]))
-    return pytest.mark.parametrize(("row", "opt", "wrap"), found)
+    return pytest.mark.parametrize(("row", "opt", "wrap"), marked)
 
 
 @cases("wrap")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.sparse import BCOO
 from jax.sharding import AbstractMesh, PartitionSpec
 
 import memoptax
@@ -155,11 +156,17 @@ def columns(path: Any, leaf: Any) -> list[tuple[int, ...]]:
     return memoptax.covers.axes(path, leaf)[-1:]
 
 
+def both(path: Any, leaf: Any) -> list[tuple[int, ...]]:
+    blocks = memoptax.covers.blocks(2, 2)
+    return memoptax.covers.axes(path, leaf) + blocks(path, leaf)
+
+
 def test_a_cover_is_a_function_or_a_list():
     chosen: list[memoptax.Cover] = [
         memoptax.covers.rows,
         memoptax.covers.blocks(None, 2),
         columns,
+        both,
     ]
     for cover in chosen:
         run(memoptax.sm3(0.1, cover=cover))
@@ -220,6 +227,8 @@ def test_row_sparse_gradients():
         value, gradients = memoptax.sparse.row_value_and_grad(loss, table, ids, weight)
         updates, _ = tx.update(gradients, tx.init((table, weight)), (table, weight))
         assert value.shape == ()
+        rows: BCOO = gradients[0]
+        memoptax.sparse.apply_updates({"table": table}, {"table": rows})
         return memoptax.sparse.apply_updates((table, weight), updates)
 
     table, _ = TRACED.eval_shape(step, np.ones((5, 2), np.float32), 2.0)

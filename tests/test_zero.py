@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ import memoptax
 from memoptax import _sharding
 
 from compiled import step_of, train, whole_buffer_operations
+from untyped import untyped
 
 pytestmark = [
     pytest.mark.cpu_only("a mesh of eight devices"),
@@ -36,8 +38,8 @@ EIGHT = {"data": 8}
 TWO_BY_FOUR = {"data": 2, "model": 4}
 SPECS = {"matrix": P(None, "model"), "odd": P()}
 
-BUFFER = {"decay": 0.9}
-INT8 = {"mu_dtype": "int8", "buffer_dtype": "int8"}
+BUFFER: dict[str, Any] = {"decay": 0.9}
+INT8: dict[str, Any] = {"mu_dtype": "int8", "buffer_dtype": "int8"}
 OPTIMIZERS = {
     "sgd_c, 1": lambda: memoptax.sgd_c(0.01, momentum=0.9, topc=1, **BUFFER),
     "sgd_c, 5": lambda: memoptax.sgd_c(0.01, topc=5, **BUFFER),
@@ -353,7 +355,8 @@ def test_linen(mesh):
     init, rules = functools.partial(linen_state, INT8_CM()), [("out", "model")]
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         shapes = jax.eval_shape(init)
-        shardings = nn.logical_to_mesh_sharding(
+        # Flax does not mark it as exported.
+        shardings = untyped(nn).logical_to_mesh_sharding(
             nn.get_partition_spec(shapes), mesh, rules
         )
         params = jax.tree.map(
