@@ -143,7 +143,7 @@ def reset_buffer(state: State) -> State:
     return _map_buffers(resizing.reset, state)
 
 
-def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> None:
+def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
     """Refuse a state that does not belong to ``tx`` and ``params``.
 
     ``update`` checks only shapes and dtypes, while it is traced. This function checks

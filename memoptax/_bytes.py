@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.typing import DTypeLike
 
 from memoptax import _check
 
 
-def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
+def state_bytes(tx: _check.Optimizer, params: Any) -> int:
     """The bytes of ``tx.init(params)``, without running it.
 
     Args:
@@ -92,7 +91,7 @@ def _table(columns) -> str:
 
 
 def memory_report(
-    tx: optax.GradientTransformation, params: Any, shardings: Any = None
+    tx: _check.Optimizer, params: Any, shardings: Any = None
 ) -> MemoryReport:
     """The bytes of ``tx.init(params)`` by field of the state, without running it.
 
@@ -211,7 +210,7 @@ class LargestTopc(NamedTuple):
 
 
 def largest_topc(
-    optimizer: Callable[..., optax.GradientTransformation],
+    optimizer: Callable[..., _check.Optimizer],
     params: Any,
     budget: float,
     *,

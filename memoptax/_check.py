@@ -13,7 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
+
+# What has an init. MultiSteps is a class of its own.
+Optimizer = optax.GradientTransformation | optax.MultiSteps
 
 WIDE = (jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
 

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import (
     AbstractMesh,
     AxisType,
@@ -28,7 +27,7 @@ from memoptax._buffer import algorithm, matching
 
 
 def state_partition_specs(
-    tx: optax.GradientTransformation,
+    tx: _check.Optimizer,
     params: Any,
     specs: Any,
     mesh: Mesh | AbstractMesh | None = None,
@@ -119,7 +118,7 @@ def state_partition_specs(
 
 
 def state_shardings(
-    tx: optax.GradientTransformation,
+    tx: _check.Optimizer,
     params: Any,
     mesh: Mesh | AbstractMesh | None = None,
     *,

@@ -125,7 +125,7 @@ def test_names_of_parameters_are_no_names_of_fields(params):
         optax.MultiSteps(ADAM_C(topc=1), 2),
         optax.partition({n: ADAM_C(topc=1) for n in (2, 3)}, labels),
     ):
-        fields = memoptax.memory_report(untyped(tx), params).fields
+        fields = memoptax.memory_report(tx, params).fields
         assert "state" not in fields
         assert fields["slots"] == 4 * numbers
         assert fields["mu"] == fields["nu"] == 4 * numbers

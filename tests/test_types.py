@@ -198,6 +198,8 @@ def test_bytes_are_known_before_anything_is_allocated():
     report: memoptax.MemoryReport = memoptax.memory_report(tx, SHAPES)
     assert report.total == memoptax.state_bytes(tx, SHAPES) == best.bytes
     assert report.fields["mu"] == 32
+    several = optax.MultiSteps(tx, 2)
+    assert memoptax.state_bytes(several, SHAPES) > report.total
 
 
 def test_specs_of_a_state():
