@@ -191,8 +191,11 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
         try:
             leaf = jnp.asarray(leaf)
         except (TypeError, ValueError):
-            kind = type(leaf).__name__
-            raise ValueError(f"{name} must be an array, but is a {kind}.") from None
+            array = isinstance(leaf, np.ndarray)
+            kind = f"of {leaf.dtype.name}" if array else f"a {type(leaf).__name__}"
+            raise ValueError(
+                f"{name} must be an array of numbers, but is {kind}."
+            ) from None
         if leaf.shape != like.shape or leaf.dtype != like.dtype:
             raise ValueError(
                 f"{name} has shape {leaf.shape} and dtype {leaf.dtype},"
@@ -269,8 +272,8 @@ def _stats(buffer, updates):
     ages = jnp.where(filled, buffer.ages - 1, 0).astype(dtype)
     stats = {
         "fill": jnp.mean(fill),
-        "acceptance": jnp.sum(buffer.accepted)
-        / jnp.maximum(jnp.sum(buffer.offered), 1),
+        "acceptance": jnp.sum(buffer.accepted, dtype=dtype)  # int32 would overflow
+        / jnp.maximum(jnp.sum(buffer.offered, dtype=dtype), 1),
         "key_min": jnp.min(buffer.keys, where=filled, initial=jnp.finfo(dtype).max),
         "key_mean": jnp.sum(jnp.where(filled, buffer.keys, 0)) / entries,
         "key_max": jnp.max(buffer.keys, where=filled, initial=0),
@@ -295,11 +298,14 @@ def _sums(buffer, leaf):
     def add(sums, entry):
         total, lengths = sums
         value = _holding.value(buffer, leaf, entry, buffer.keys.dtype)
-        return (total + value, lengths + norms.of([value], value.dtype)[0]), None
+        return (total + value, lengths + norms.of([value], value.dtype)), None
 
     like = _holding.value(buffer, leaf, 0, buffer.keys.dtype)
-    start = jnp.zeros_like(like), jnp.zeros((), like.dtype)
-    return jax.lax.scan(add, start, jnp.arange(buffer.keys.shape[1]))[0]
+    # In explicit mode JAX can divide an ensemble between devices only along an axis.
+    start = jnp.zeros_like(like), jnp.zeros((1,), like.dtype)
+    entries = jnp.arange(buffer.keys.shape[1])
+    (total, lengths), _ = jax.lax.scan(add, start, entries)
+    return total, jnp.squeeze(lengths)
 
 
 def _norm(leaves, dtype):

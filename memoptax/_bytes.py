@@ -110,7 +110,8 @@ def memory_report(
       (``donate_argnums``), and so holds both the old and the new one.
 
     Raises:
-      ValueError: if ``shardings`` is not like the state.
+      ValueError: if ``shardings`` is not like the state, or has something else than
+        shardings, such as specs.
 
     Examples:
       >>> import memoptax, jax, jax.numpy as jnp
@@ -159,6 +160,8 @@ def memory_report(
                 f"{treedef}."
             )
         laid_out = jax.tree.leaves(tree)
+        for (path, _), one in zip(leaves, laid_out):
+            _check.sharding("shardings" + jax.tree_util.keystr(path), one)
     inside = {path for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     roots = _paths_of(type(params), state)
     fields, per_device, whole = (collections.Counter() for _ in range(3))

@@ -247,6 +247,12 @@ def transformation(name: str, value) -> None:
         )
 
 
+def sharding(name: str, value) -> None:
+    """Refuse what is no sharding."""
+    if not isinstance(value, jax.sharding.Sharding):
+        raise ValueError(f"{name} must be a jax.sharding.Sharding, but is {value!r}.")
+
+
 def state(found, kind: Any) -> None:
     """Refuse the state of another optimizer."""
     if not isinstance(found, kind):

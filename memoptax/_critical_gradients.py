@@ -218,7 +218,8 @@ def sgd_c(
     :func:`critical_gradients` followed by ``optax.sgd``. The default ``aggr='sum'``
     roughly doubles the step, so compare it with SGD at twice the rate.
 
-    Memory: C + 1 copies of the parameters (1 for C = 1), and one more with momentum.
+    Memory: C + 1 copies of the parameters, 1 for C = 1; one more each with momentum and
+    with a running sum (``holding='sum'``); less with ``buffer_dtype``.
 
     Args:
       learning_rate: η, a number or an optax schedule.
@@ -285,8 +286,8 @@ def rmsprop_c(
     ``eps_in_sqrt=False``. If centered, the square of the mean of u is subtracted from
     :math:`v_t`, and the difference is clamped at 0.
 
-    Memory: C + 2 copies of the parameters (2 for C = 1), one more with momentum and one
-    more if centered.
+    Memory: C + 2 copies of the parameters, 2 for C = 1; one more each with momentum, if
+    centered, and with a running sum (``holding='sum'``); less with ``buffer_dtype``.
 
     Args:
       learning_rate: η, a number or an optax schedule.
@@ -360,8 +361,8 @@ def adam_c(
 
     This is :func:`critical_gradients` followed by ``optax.adam``.
 
-    Memory: C + 3 copies of the parameters (3 for C = 1), and one more with AMSGrad;
-    less with ``buffer_dtype``.
+    Memory: C + 3 copies of the parameters, 3 for C = 1; one more each with AMSGrad and
+    with a running sum (``holding='sum'``); less with ``buffer_dtype``.
 
     Args:
       learning_rate: η, a number or an optax schedule. The authors tune it again, from
@@ -432,8 +433,8 @@ def adamw_c(
     with the moments of :func:`adam_c` without its L2 term. This is
     :func:`critical_gradients` followed by ``optax.adamw``.
 
-    Memory: C + 3 copies of the parameters (3 for C = 1), and one more with AMSGrad;
-    less with ``buffer_dtype``.
+    Memory: C + 3 copies of the parameters, 3 for C = 1; one more each with AMSGrad and
+    with a running sum (``holding='sum'``); less with ``buffer_dtype``.
 
     Args:
       learning_rate: η, a number or an optax schedule.

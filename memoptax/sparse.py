@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.experimental.sparse import BCOO
 
-from memoptax import _parameters
+from memoptax import _check, _parameters
 from memoptax._tensors import families, row_sparse
 
 __all__ = ["apply_updates", "on_values", "row_value_and_grad"]
@@ -136,15 +136,16 @@ def on_values(
     `optax.apply_if_finite` can wrap :func:`memoptax.sm3` without this wrapper.
 
     Args:
-      inner: a transformation whose state has nothing per entry of a parameter.
+      inner: a transformation whose state has nothing per row of a row-sparse leaf.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      ValueError: in `update`, if a leaf is row-sparse and the state of `inner` has
-        something per entry of its parameter, as momenta and `optax.MultiSteps` do. In
-        place of `optax.MultiSteps`, look up the ids of all micro-batches at once.
+      ValueError: if `inner` is not a transformation. In `update`, if a leaf is
+        row-sparse and the state of `inner` has something per row of its parameter, as
+        momenta, `optax.MultiSteps` and :func:`memoptax.sm3` have. In place of
+        `optax.MultiSteps`, look up the ids of all micro-batches at once.
 
     Examples:
       >>> import memoptax, optax
@@ -153,16 +154,16 @@ def on_values(
       ...     memoptax.sm3(0.1, cover=memoptax.covers.rows),
       ... )
     """
+    _check.transformation("inner", inner)
     extended = optax.with_extra_args_support(inner)
 
     def update_fn(updates, state, params=None, **extra_args):
         def merged(path, update):
             if not row_sparse.is_row_sparse(update):
                 return update
-            name = families.name(path)
-            _check_state(inner, state, name)
-            return row_sparse.merged(update, name)
+            return row_sparse.merged(update, families.name(path))
 
+        _check_state(inner, updates, updates if params is None else params)
         updates = jax.tree_util.tree_map_with_path(
             merged, updates, is_leaf=row_sparse.is_row_sparse
         )
@@ -182,20 +183,31 @@ def _rows(update, param):
     return row_sparse.gather(jnp.asarray(param), update)
 
 
-def _check_state(inner, state, name):
-    """Refuse a state that has something per entry of a parameter.
+def _check_state(inner, updates, params):
+    """Refuse a transformation that keeps something for each row of a row-sparse leaf.
 
-    A scalar for each parameter, like the flag of ``optax.zero_nans``, is no such thing.
+    Its state would have other shapes if the table had one row more.
     """
-    found = []
-    optax.tree.map_params(inner, lambda leaf: found.append(jnp.ndim(leaf)), state)
-    if any(found):
-        raise ValueError(
-            f"inner must hold nothing for each entry of a parameter, but {name} has a "
-            f"row-sparse gradient and inner is {inner!r}: an array as large as the "
-            "parameter cannot follow the rows. In place of optax.MultiSteps look up "
-            "the ids of all micro-batches at once."
-        )
+    is_leaf = row_sparse.is_row_sparse
+
+    def shapes(longer=None):
+        def like(path, update, param):
+            param = param if hasattr(param, "shape") else jnp.asarray(param)
+            rows = [(param.shape[0] + 1)] if path == longer else param.shape[:1]
+            return jax.ShapeDtypeStruct((*rows, *param.shape[1:]), param.dtype)
+
+        tree = jax.tree.map_with_path(like, updates, params, is_leaf=is_leaf)
+        return [x.shape for x in jax.tree.leaves(jax.eval_shape(inner.init, tree))]
+
+    for path, update in jax.tree.leaves_with_path(updates, is_leaf=is_leaf):
+        if is_leaf(update) and shapes() != shapes(longer=path):
+            raise ValueError(
+                f"inner must keep nothing for each row of a row-sparse leaf, but "
+                f"{families.name(path)} has a row-sparse gradient and inner is "
+                f"{inner!r}: its numbers cannot follow the rows. memoptax.sm3 belongs "
+                "behind this wrapper. In place of optax.MultiSteps look up the ids of "
+                "all micro-batches at once."
+            )
 
 
 def _places(table, ids):

@@ -342,7 +342,7 @@ def test_the_mean_used_is_exact_to_the_bound_and_the_arriving_outlier():
             assert error <= 1.2e-5 * norms[leaf].sum() + arriving
 
 
-@pytest.mark.parametrize("topc", [5, 100, 169, 334])
+@pytest.mark.parametrize("topc", [5, 100, 169, 334, 1400])
 @pytest.mark.few(1)
 def test_without_outliers_rebuilds_are_rare(topc):
     random = np.random.default_rng(0)
@@ -441,3 +441,10 @@ def test_a_resized_sum_has_the_derivative_of_what_was_kept(topc, x64):
     np.testing.assert_array_equal(
         jax.grad(total)(stream), jnp.where(kept, jnp.array([1.0, 2.0]), 0)
     )
+
+
+def test_a_sum_that_was_infinite_is_rebuilt_when_it_fits_again():
+    """40 entries of 1e37 are infinite together, and 40 of 5e36 are not."""
+    stream = np.repeat(np.array([1e37, 5e36], np.float32), [40, 80])[:, None]
+    buffer = run_of_sums(empty(jnp.zeros(1), 40, holding="sum"), stream)
+    np.testing.assert_allclose(buffer.total, 40 * 5e36, rtol=1e-5)

@@ -32,6 +32,7 @@ from contract import (
     steps_of,
     trained,
 )
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import memoptax
 
@@ -67,6 +68,26 @@ def test_vmap_over_seeds_equals_runs_apart(opt):
     batched = jax.jit(jax.vmap(run, (None, 0)))(params_like(SHAPES), both)
     for seed in (0, 1):
         close(at(batched, seed), expected(opt, seed))
+
+
+@each_optimizer
+def test_an_ensemble_may_be_divided_in_explicit_mode(opt):
+    tx, params = opt.build(), params_like(SHAPES)
+
+    def run(stream):
+        params_, state = params, tx.init(params)
+        for t in range(3):
+            params_, state = step_of(tx)(params_, state, at(stream, t))
+        stats = memoptax.buffer_stats(state) if opt.accepts("topc") else {}
+        return params_, stats
+
+    streams = [gradients(seed, steps=3) for seed in range(8)]
+    streams = jax.tree.map(lambda *g: jnp.stack(g), *streams)
+    want = jax.jit(jax.vmap(run))(streams)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        divided = jax.device_put(streams, NamedSharding(mesh, PartitionSpec("data")))
+        close(jax.jit(jax.vmap(run))(divided), want)
 
 
 @each_optimizer

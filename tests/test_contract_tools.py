@@ -79,6 +79,27 @@ def test_an_eager_step_compiles_nothing_after_the_second(opt):
     assert len(COMPILED) == before
 
 
+@pytest.mark.parametrize("topc", [1, 5, 20])
+def test_a_sharded_norm_compiles_nothing_more(topc):
+    norm = memoptax.sharded_norm("auto")
+    tx = memoptax.adam_c(0.1, topc=topc, priority_fn=norm)
+    params, counts = params_like(SHAPES), []
+    state = tx.init(params)
+    for gradient in steps_of(gradients())[:5]:
+        _, state = tx.update(gradient, state, params)
+        counts.append(len(COMPILED))
+    assert counts[1] == counts[-1]
+
+
+def test_a_state_resized_again_compiles_nothing_more():
+    state = memoptax.sgd_c(0.1).init(params_like(SHAPES))
+    before = 0
+    for way in ("sum", "sum", "read", "read"):
+        before = len(COMPILED)
+        memoptax.resize_buffer(state, 3, holding=way)
+    assert len(COMPILED) == before
+
+
 def test_compilations_are_seen():
     before = len(COMPILED)
     jax.jit(lambda x: x + 1)(jnp.ones(3))

@@ -195,6 +195,7 @@ def test_state_is_as_large_as_documented(factory, options, more, counts):
             assert state_bytes(drawing, params) == state_bytes(tx, params) + 8
     said = int(re.findall(r"C \+ (\d) copies", factory.__doc__)[0])
     assert said == 1 + min(m for f, _, m, _ in COPIES if f is factory)
+    assert "running sum" in factory.__doc__.partition("Memory:")[2].partition("\n\n")[0]
 
 
 @pytest.mark.parametrize("options", [{"topc": 1}, {"topc": 2}, {"holding": "sum"}])

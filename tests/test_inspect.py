@@ -54,6 +54,16 @@ def test_stats_of_a_buffer_by_hand():
     assert {k: pytest.approx(v, rel=1e-6) for k, v in expected.items()} == stats
 
 
+def test_counters_of_many_leaves_do_not_overflow_together():
+    params = [jnp.zeros(3)] * 4
+    state = untyped(memoptax.sgd_c(0.1, synced=False).init(params))
+    counts = [jnp.full((4,), n, jnp.int32) for n in (1_400_000_000, 700_000_000)]
+    _, state = memoptax.sgd_c(0.1, synced=False).update([jnp.ones(3)] * 4, state)
+    buffer = state[0].buffer._replace(offered=counts[0], accepted=counts[1])
+    state = (state[0]._replace(buffer=buffer), *state[1:])
+    assert memoptax.buffer_stats(state)["acceptance"] == 0.5
+
+
 @pytest.mark.parametrize("synced", [True, False])
 def test_coherence_and_share_are_those_of_the_entries(synced):
     """Against the entries themselves. Without syncing they differ between leaves."""
@@ -285,10 +295,18 @@ def test_a_name_of_a_field_may_mean_another_thing(tx, params):
 def test_what_is_no_array_is_named():
     tx, params = memoptax.sgd_c(0.1), jnp.ones(3)
     state = untyped(tx.init(params))
-    for leaf in ("abc", object(), jax.eval_shape(lambda: state[0].buffer.slots)):
+    shape = jax.eval_shape(lambda: state[0].buffer.slots)
+    for leaf, kind in (
+        ("abc", "a str"),
+        (object(), "a object"),
+        (shape, "a ShapeDtypeStruct"),
+        (np.zeros(shape.shape, "V2"), "of void16"),  # bfloat16 from np.load
+    ):
         buffer = state[0].buffer._replace(slots=leaf)
         forged = (state[0]._replace(buffer=buffer), *state[1:])
-        with pytest.raises(ValueError, match="slots must be an array, but is a"):
+        with pytest.raises(
+            ValueError, match=f"slots must be .* numbers, but is {kind}"
+        ):
             memoptax.check_state(tx, params, forged)
 
 

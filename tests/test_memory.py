@@ -138,6 +138,17 @@ def test_shardings_unlike_the_state_are_refused(mesh):
         memoptax.memory_report(optax.adam(0.1), PARAMS, like_params)
 
 
+def test_specs_are_no_shardings():
+    specs = functools.partial(memoptax.state_partition_specs, specs=P())
+    for call in (
+        lambda: memoptax.memory_report(ADAM_C(), PARAMS, specs(ADAM_C(), PARAMS)),
+        lambda: memoptax.memory_report(ADAM_C(), PARAMS, specs),
+        lambda: memoptax.largest_topc(ADAM_C, PARAMS, 1e6, shardings=specs),
+    ):
+        with pytest.raises(ValueError, match=r"shardings.*must be a jax.sharding.Shar"):
+            call()
+
+
 @pytest.mark.parametrize("optimizer", [ADAM_C, functools.partial(memoptax.sgd_cm, 0.1)])
 @pytest.mark.parametrize("budget", [2000, 3333, 5000, 8642])
 def test_the_largest_topc_fits_and_one_more_would_not(optimizer, budget):

@@ -255,6 +255,21 @@ def test_sharded_norm_is_the_norm(mesh):
     assert memoptax.sharded_norm("auto")({"none": None}) == 0
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_sharded_norm_needs_no_square_in_range(size, mesh):
+    gradients = {k: jnp.full_like(g, size) for k, g in few(values()).items()}
+    expected = sum(np.linalg.norm(np.float64(g)) for g in gradients.values())
+    norm = jax.shard_map(
+        memoptax.sharded_norm(SPECS),
+        mesh=mesh,
+        in_specs=(SPECS,),
+        out_specs=P(),
+        check_vma=False,
+    )
+    for found in (norm(gradients), memoptax.sharded_norm("auto")(gradients)):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("axes", "message"),
     [

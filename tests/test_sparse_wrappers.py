@@ -125,15 +125,44 @@ def test_zero_nans_acts_on_the_values():
 
 @pytest.mark.parametrize(
     "inner",
-    [optax.trace(0.9), optax.scale_by_adam(), optax.MultiSteps(optax.sgd(0.1), 2)],
-    ids=["trace", "adam", "MultiSteps"],
+    [
+        optax.trace(0.9),
+        optax.scale_by_adam(),
+        optax.MultiSteps(optax.sgd(0.1), 2),
+        optax.chain(optax.clip(1.0), memoptax.sm3(0.1, cover=cover_of_tables)),
+    ],
+    ids=["trace", "adam", "MultiSteps", "sm3"],
 )
-def test_what_holds_numbers_for_every_entry_is_refused(inner):
+def test_what_holds_numbers_for_every_row_is_refused(inner):
     tx = memoptax.sparse.on_values(inner)
-    with pytest.raises(ValueError, match=r"inner must hold nothing .*\['table'\] has"):
+    with pytest.raises(ValueError, match=r"inner must keep nothing .*\['table'\] has"):
         tx.update(duplicated(), tx.init(TABLES), TABLES)
     dense = densely(duplicated())
     tx.update(dense, tx.init(TABLES), TABLES)
+
+
+def test_as_many_ids_as_rows_do_not_hide_the_numbers_of_rows():
+    tx = memoptax.sparse.on_values(memoptax.sm3(0.1, cover=memoptax.covers.rows))
+    table = jnp.zeros((3, 2))
+    with pytest.raises(ValueError, match="inner must keep nothing"):
+        tx.update(sparse([2, 2, 2], jnp.ones((3, 2)), 3), tx.init(table))
+
+
+def test_momenta_of_dense_leaves_alone_are_no_hindrance():
+    masked = optax.masked(optax.trace(0.9), {"table": False, "w": True})
+    tx, gradient = memoptax.sparse.on_values(masked), duplicated()
+    state = tx.init(TABLES)
+    for _ in range(2):
+        updates, state = tx.update(gradient, state, TABLES)
+    np.testing.assert_allclose(updates["w"], 1.9 * gradient["w"], rtol=1e-6)
+    table = densely(gradient)["table"]
+    np.testing.assert_array_equal(untyped(updates)["table"].todense(), table)
+
+
+@pytest.mark.parametrize("inner", [optax.clip, "x", None], ids=str)
+def test_what_is_no_transformation_is_refused(inner):
+    with pytest.raises(ValueError, match="inner must be an optax.GradientTransf"):
+        memoptax.sparse.on_values(inner)
 
 
 @pytest.mark.parametrize("name", ["clip", "scale"])

@@ -133,6 +133,18 @@ def test_what_does_not_fit_is_known(at, bad, dtype):
     assert bool(fits) == (bad == 1e6 and dtype != "float16")
 
 
+@pytest.mark.parametrize("size", [3.38e38, 3.39e38, 3.4e38])
+def test_what_rounds_to_infinity_does_not_fit(size):
+    x = jnp.full((1,), size)
+    stored = storage.encode(x, like(x, "bfloat16"))
+    (fits,) = storage.fits(jnp.float32([size]), [x], [stored])
+    finite = np.isfinite(np.float32(storage.decode(stored, jnp.float32)))
+    assert bool(fits) == (size < 3.3895e38)
+    assert finite or not fits
+    bound = storage.norm_bounds(jnp.float32([size]), [x], [stored])
+    assert np.isfinite(bound) or not fits
+
+
 def test_saturated_values_are_stored_as_finite_ones(x64):
     x = jnp.asarray([1e300, -1e39, 7e4, 1.0])
     for dtype in storage.DTYPES[1:]:

@@ -91,7 +91,9 @@ def bound(buffer, totals, new, incoming):
     rounding = unit * incoming + unit * outgoing + scale + lost
     error = buffer.error + jnp.where(jnp.any(new, axis=1), rounding, 0)
     exact = jnp.all(error <= _TOLERANCE * scale)  # not so if a tool has made it NaN
-    inexact = ~exact | _is_changed(buffer)
+    # A sum that was infinite stays so, whatever is taken from it.
+    finite = jnp.all(jnp.isfinite(jnp.sum(buffer.norms, axis=1)))
+    inexact = ~exact | ~finite | _is_changed(buffer)
     return norms, jnp.where(inexact, fresh_error(norms, unit), error), inexact
 
 
@@ -138,6 +140,7 @@ def in_slots(held, entries):
     return jnp.take_along_axis(held, entries, axis=1)
 
 
+@jax.jit  # so that an eager step compiles it once
 def from_slots(totals, stacks, held, wanted=True):
     """The sums. If ``wanted``, each is added up from the slots that are ``held``.
 
@@ -150,7 +153,9 @@ def from_slots(totals, stacks, held, wanted=True):
     block = _block(slots)
     rows = [0] * len(stacks) if held.shape[0] == 1 else range(len(stacks))
 
-    def add_block(turn, totals):
+    def add_block(carry):
+        counter, totals = carry
+        turn = jnp.squeeze(counter)
         places = [turn * block + k for k in range(block)]
         # The last turn may reach beyond the last slot.
         each = [jnp.minimum(k, slots - 1) for k in places]
@@ -163,12 +168,15 @@ def from_slots(totals, stacks, held, wanted=True):
             ]
             return jnp.where(turn == 0, 0, total) + _pairwise(terms)
 
-        return [add(*leaf) for leaf in zip(totals, stacks, rows)]
+        return counter + 1, [add(*leaf) for leaf in zip(totals, stacks, rows)]
 
-    turns = -(-slots // block)
-    if wanted is not True:
-        turns = jnp.where(wanted, turns, 0)
-    return jax.lax.fori_loop(0, turns, add_block, totals)
+    # An ensemble has a counter for each member. In explicit mode JAX can divide it
+    # between devices only if the counter has an axis.
+    turns = jnp.where(wanted, -(-slots // block), jnp.zeros((1,), jnp.int32))
+    start = jnp.zeros_like(turns), totals
+    return jax.lax.while_loop(
+        lambda carry: jnp.all(carry[0] < turns), add_block, start
+    )[1]
 
 
 def _decoded(stack, slot, dtype):
@@ -180,9 +188,10 @@ def _block(slots):
 
     Every turn reads and writes the sum once and rounds once, which favours large blocks
     for many slots. Every slot of a block is compiled for each leaf, which favours small
-    blocks for many leaves.
+    blocks for many leaves. More than 64 turns would round so often that a sum would
+    have to be rebuilt soon after it was rebuilt.
     """
-    return 2 if slots < 32 else 8
+    return 2 if slots < 32 else max(8, 2 ** math.ceil(math.log2(slots / 64)))
 
 
 def _pairwise(terms):

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from memoptax import _check
-from memoptax._tensors import dtypes
+from memoptax._tensors import dtypes, norms
 
 Names = tuple[Any, ...]
 
@@ -87,8 +87,8 @@ class ShardedNorm:
         if self.rule is not None:
             return self.rule(gradients)
         leaves = jax.tree.leaves(gradients)
-        squares = [jnp.sum(jnp.square(x.astype(_wide(x)))) for x in leaves]
-        return sum(map(jnp.sqrt, self.across(squares)), jnp.zeros(()))
+        dtype = dtypes.widest(jnp.float32, *(x.dtype for x in leaves))
+        return jnp.sum(norms.of(leaves, dtype, self.across))
 
     def across(self, squares: list[jax.Array]) -> list[jax.Array]:
         """The sums of the elements of each leaf, over all devices that share it."""
@@ -163,10 +163,6 @@ def _devices(name) -> int:
     """The number of devices along an axis, or 1 if shard_map does not manage it."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return jax.lax.axis_size(name) if name in manual else 1
-
-
-def _wide(x):
-    return dtypes.widest(x.dtype, jnp.float32)
 
 
 def _is_entry(node) -> bool:

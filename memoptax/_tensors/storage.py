@@ -199,13 +199,17 @@ def fits(norms, leaves, stacks: list[Stored]):
 
 
 def is_narrower(leaf, stack: Stored) -> bool:
-    """Whether the dtype of the leaf has a larger range than its slots."""
-    return math.isfinite(_limit(leaf.dtype, _precision(stack)))
+    """Whether the dtype of the leaf has more exponents than its slots."""
+    return jnp.finfo(_precision(stack)).maxexp < jnp.finfo(leaf.dtype).maxexp
 
 
 def _limit(dtype, stored) -> float:
-    narrower = jnp.finfo(stored).maxexp < jnp.finfo(dtype).maxexp
-    return float(jnp.finfo(stored).max) if narrower else math.inf
+    """The largest number in ``stored``, or infinity if all of ``dtype`` are in it.
+
+    bfloat16 has the exponents of float32, but rounds its last numbers to infinity.
+    """
+    largest = float(jnp.finfo(stored).max)
+    return largest if largest < float(jnp.finfo(dtype).max) else math.inf
 
 
 def norm_bounds(norms, leaves, stored: list[Stored], across=None):
