@@ -153,9 +153,7 @@ def from_slots(totals, stacks, held, wanted=True):
     block = _block(slots)
     rows = [0] * len(stacks) if held.shape[0] == 1 else range(len(stacks))
 
-    def add_block(carry):
-        counter, totals = carry
-        turn = jnp.squeeze(counter)
+    def add_block(turn, totals):
         places = [turn * block + k for k in range(block)]
         # The last turn may reach beyond the last slot.
         each = [jnp.minimum(k, slots - 1) for k in places]
@@ -168,15 +166,20 @@ def from_slots(totals, stacks, held, wanted=True):
             ]
             return jnp.where(turn == 0, 0, total) + _pairwise(terms)
 
-        return counter + 1, [add(*leaf) for leaf in zip(totals, stacks, rows)]
+        return [add(*leaf) for leaf in zip(totals, stacks, rows)]
 
-    # An ensemble has a counter for each member. In explicit mode JAX can divide it
-    # between devices only if the counter has an axis.
-    turns = jnp.where(wanted, -(-slots // block), jnp.zeros((1,), jnp.int32))
-    start = jnp.zeros_like(turns), totals
-    return jax.lax.while_loop(
-        lambda carry: jnp.all(carry[0] < turns), add_block, start
-    )[1]
+    def one_more(carry):
+        counter, totals = carry
+        return counter + 1, add_block(jnp.squeeze(counter), totals)
+
+    turns = -(-slots // block)
+    if wanted is True:  # a loop whose turns are known has a derivative
+        return jax.lax.fori_loop(0, turns, add_block, totals)
+    # Each member of an ensemble has a counter. In explicit mode JAX can divide counters
+    # between devices only along an axis.
+    end = jnp.where(wanted, turns, jnp.zeros((1,), jnp.int32))
+    start = jnp.zeros_like(end), totals
+    return jax.lax.while_loop(lambda carry: jnp.all(carry[0] < end), one_more, start)[1]
 
 
 def _decoded(stack, slot, dtype):
