@@ -38,6 +38,24 @@ def test_a_norm_is_right_even_if_its_square_is_out_of_range(dtype, exponent, acr
         np.testing.assert_allclose(np.float64(one) / unit, expected, rtol=rtol)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_pass_of_an_accelerator_has_the_same_range(dtype):
+    """On a CPU other code runs. The sizes straddle where entries begin to be scaled."""
+    entries = np.random.default_rng(0).uniform(1, 9, (64,))
+    with jax.enable_x64(dtype == "float64"):
+        top = jnp.finfo(dtype).maxexp
+        sizes = 2.0 ** np.linspace(12 - top, top - 12, 41)
+        mixed = np.concatenate([entries * 2.0 ** (top / 3), entries])
+        leaves = [entries * size for size in sizes] + [mixed, mixed / 2.0 ** (top / 3)]
+        squares = [norms._squares_by_size(jnp.asarray(x, dtype)) for x in leaves]
+        found = np.asarray(norms._roots(jnp.stack(squares)))
+    rtol = 4 * float(jnp.finfo(dtype).eps)
+    for one, leaf in zip(found, leaves):
+        unit = leaf.max()
+        want = np.linalg.norm(leaf / unit)
+        np.testing.assert_allclose(np.float64(one) / unit, want, rtol=rtol)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_a_bad_number_is_seen_in_its_leaf_alone(dtype, bad):

@@ -196,6 +196,18 @@ def test_a_kappa_that_grows_shows_where_the_square_overflows(factory):
     assert all(np.all(u != 0) for u in jax.tree.leaves(updates))
 
 
+@each_squaring
+@pytest.mark.parametrize("kappa", [0.25, 1.0, 7.0])
+def test_a_gradient_is_refused_from_the_norm_that_the_page_gives(factory, kappa):
+    tx, params = factory(0.1, kappa=kappa, topc=1), jnp.zeros(4)
+    limit = 9.2e18 / (1 + kappa) / 2  # the norm of four equal entries is twice one
+    for size, moves in ((0.98, True), (1.02, False)):
+        gradient = jnp.full(4, size * limit)
+        updates, state = tx.update(gradient, tx.init(params), params)
+        assert np.isfinite(updates).all() == moves
+        assert (optax.tree.get(state, "ages")[0, 0] > 0) == moves
+
+
 # Large finite gradients
 
 

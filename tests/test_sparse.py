@@ -165,6 +165,7 @@ def test_ids_outside_of_the_table_change_nothing():
 @pytest.mark.parametrize(
     "cover", [None, memoptax.covers.full, memoptax.covers.whole, [(1, 1), (1, 2)]]
 )
+@pytest.mark.few(4)
 def test_any_other_cover_is_refused(cover):
     tx = memoptax.sm3(0.1, cover=cover)
     params = {"table": jnp.ones((4, 2))}

@@ -83,6 +83,12 @@ def test_small_rows_of_half_precision_are_not_lost():
     np.testing.assert_allclose(round_trip(x, "int8"), np.float32(x), rtol=0.01)
 
 
+def test_float16_is_the_nearest_one_with_subnormal_numbers():
+    x = normal(400) * np.float32(10.0) ** np.linspace(-9, 4, 400, dtype=np.float32)
+    want = x.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(round_trip(jnp.asarray(x), "float16"), want)
+
+
 @pytest.mark.parametrize("of", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_bits_are_those_of_the_nearest_bfloat16(of):
     tails = [0, 1e-40, 1e-38, -3e38, LARGEST, np.inf, -np.inf, 1.00390625]
@@ -131,6 +137,13 @@ def test_what_does_not_fit_is_known(at, bad, dtype):
     norms = jnp.sqrt(jnp.sum(x * x))[None]
     (fits,) = storage.fits(norms, [x], [like(x, dtype)]) & jnp.isfinite(norms)
     assert bool(fits) == (bad == 1e6 and dtype != "float16")
+
+
+@pytest.mark.parametrize("size", [65504.0, 65505.0])
+def test_the_largest_number_fits(size):
+    x = jnp.full((1,), size)
+    (fits,) = storage.fits(jnp.float32([size]), [x], [like(x, "float16")])
+    assert bool(fits) == (size == 65504)
 
 
 @pytest.mark.parametrize("size", [3.38e38, 3.39e38, 3.4e38])
