@@ -22,7 +22,8 @@ def buffer_stats(state: Any, updates: Any = None) -> dict[str, jax.Array]:
 
     It finds the buffers in any nesting of chains and wrappers, and in the
     ``opt_state`` of Flax's ``nnx.Optimizer``. It copies no slot. Jit it on its own,
-    apart from the training step. Rows and leaves are averaged.
+    apart from the training step. Without ``synced`` the statistics are taken over all
+    leaves together.
 
     With :math:`\bar B_l` the mean of the F stored values of leaf l, and g the updates,
 
@@ -84,9 +85,10 @@ def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> Sta
     Keys, ages and counters stay, and the sums are rebuilt. Restore a checkpoint with
     the ``topc`` that it was saved with, and then resize it.
 
-    Only with parameters in both float32 and float64 and a ``buffer_dtype`` may a new
-    sum differ from that of ``init``: the state does not say which leaf is which, so all
-    sums are in float64. ``update`` takes them, but :func:`check_state` does not.
+    In one case a new sum has another dtype than in ``init``: with a ``buffer_dtype``,
+    and parameters in both float32 and float64. The state does not say which leaf is
+    which, so all sums are in float64. ``update`` accepts them, but :func:`check_state`
+    does not.
 
     Args:
       state: the state of an optimizer with critical gradients or momenta.
@@ -248,7 +250,7 @@ def _check_numbers(buffer):
     numbers = buffer._replace(slots=None, scales=None, total=None)
     if any(isinstance(x, Tracer) or _is_abstract(x) for x in jax.tree.leaves(numbers)):
         return
-    numbers = jax.tree.map(np.asarray, numbers)  # of JAX they would be traced in a jit
+    numbers = jax.tree.map(np.asarray, numbers)  # JAX's own would be traced inside jit
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-1:]), numbers)
     if problem := resizing.problem(flat):
         raise ValueError(f"state has a buffer whose {problem}.")
@@ -319,7 +321,7 @@ def _ratio(part, whole):
 
 
 def _leaves_like(buffer, updates):
-    """The leaves of ``updates`` that the buffer has. Under a mask it lacks some."""
+    """The leaves of ``updates`` that the buffer has. A mask may leave some out."""
     if updates is None:
         return None
     by_path = dict(jax.tree_util.tree_leaves_with_path(updates))
@@ -391,7 +393,7 @@ def _boxed(buffer, function):
 
 
 def _for_each(function, buffer, *rest):
-    """``function`` of a buffer, or of each buffer of a batch. Shapes give shapes."""
+    """``function`` of a buffer, or of each buffer of a batch, also on shapes."""
     for _ in range(buffer.keys.ndim - 2):
         function = jax.vmap(function)
     if any(map(_is_abstract, jax.tree.leaves((buffer, rest)))):

@@ -110,7 +110,7 @@ def memory_report(
       (``donate_argnums``), and so holds both the old and the new one.
 
     Raises:
-      ValueError: if ``shardings`` is not like the state, or has something else than
+      ValueError: if ``shardings`` is not like the state, or has something other than
         shardings, such as specs.
 
     Examples:
@@ -156,7 +156,7 @@ def memory_report(
         if jax.tree.structure(tree) != treedef:
             raise ValueError(
                 "shardings must be a tree like the state, with a sharding for each of "
-                f"its arrays, and is {jax.tree.structure(tree)} where the state is "
+                f"its arrays, but is {jax.tree.structure(tree)} where the state is "
                 f"{treedef}."
             )
         laid_out = jax.tree.leaves(tree)
@@ -227,8 +227,8 @@ def largest_topc(
     wins. So slots are rounded only if that allows a larger C.
 
     Args:
-      optimizer: a function of ``topc`` and ``buffer_dtype``, by name, to the
-        transformation, such as ``functools.partial(memoptax.adam_c, 1e-3)``.
+      optimizer: a function that takes ``topc`` and ``buffer_dtype`` by name and returns
+        the transformation, such as ``functools.partial(memoptax.adam_c, 1e-3)``.
       params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
       budget: bytes for the whole state, moments included, or with ``shardings`` those
         on one device. Parameters, gradients and activations are not counted.
@@ -279,6 +279,6 @@ def largest_topc(
     if topc == 0:
         least = min(size(1, d) for d in buffer_dtypes)
         raise ValueError(
-            f"budget is {budget:,.0f} bytes, and even topc=1 takes {least:,}."
+            f"budget is {budget:,.0f} bytes, but even topc=1 takes {least:,}."
         )
     return LargestTopc(topc, dtype, size(topc, dtype))

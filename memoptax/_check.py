@@ -89,7 +89,7 @@ def number(
         )
     if finite and abs(found) > _LARGEST:
         raise ValueError(
-            f"{name} must be a number of float32, up to {_LARGEST:.2e} in magnitude, "
+            f"{name} must fit into float32, up to {_LARGEST:.2e} in magnitude, "
             f"but is {value!r}."
         )
     return _plain(value)
@@ -100,7 +100,7 @@ def is_inside(
 ) -> Any:
     """Whether a traced number is finite and in the range that ``number`` is given.
 
-    True where the number is known, for then it has been checked.
+    True if the number is known, because it has been checked then.
     """
     if not isinstance(value, jax.Array):
         return True
@@ -112,7 +112,7 @@ def is_inside(
 
 
 def known(name: str, value, *bounds, **options) -> Any:
-    """Like :func:`number`, for one that must not be traced. It returns Python's own."""
+    """Like :func:`number`, for one that must not be traced. Returns a Python number."""
     if isinstance(value, Tracer):
         raise ValueError(f"{name} must be a static number, but is {value!r}.")
     value = number(name, value, *bounds, **options)
@@ -122,7 +122,7 @@ def known(name: str, value, *bounds, **options) -> Any:
 def integer(
     name: str, value, low=-math.inf, high=math.inf, *, traced: bool = False
 ) -> Any:
-    """``value`` as an integer in [low, high]. If it may be ``traced``, JAX's too."""
+    """``value`` as an integer in [low, high]. With ``traced``, also a JAX one."""
     whole = _is_scalar_of(value, (jnp.integer,))
     if whole and traced and isinstance(value, jax.Array):
         return value
@@ -152,7 +152,7 @@ def rate(name: str, value) -> Any:
 
 
 def _takes(function, count: int) -> bool:
-    """Whether a function takes so many arguments, as far as Python knows."""
+    """Whether a function takes ``count`` arguments, as far as Python knows."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-in functions have none
@@ -213,7 +213,7 @@ def dtype(name: str, value) -> None:
 
 
 def _is_array(value) -> bool:
-    """Whether it is one, whose dtype is not what was meant."""
+    """Whether it is an array. It has a dtype, but is not meant as one."""
     return isinstance(value, (jax.Array, np.ndarray, np.generic))
 
 
@@ -239,7 +239,7 @@ def choice(name: str, value, allowed) -> None:
 
 
 def transformation(name: str, value) -> None:
-    """Refuse what is no transformation of optax."""
+    """Refuse what is not an optax transformation."""
     if not callable(getattr(value, "init", None)):
         raise ValueError(
             f"{name} must be an optax.GradientTransformation, but is a "
@@ -248,7 +248,7 @@ def transformation(name: str, value) -> None:
 
 
 def sharding(name: str, value) -> None:
-    """Refuse what is no sharding."""
+    """Refuse what is not a sharding."""
     if not isinstance(value, jax.sharding.Sharding):
         raise ValueError(f"{name} must be a jax.sharding.Sharding, but is {value!r}.")
 
@@ -274,7 +274,7 @@ def without_buffer(has_one: bool) -> None:
 
 
 def same_tree(updates, made_for) -> None:
-    """Refuse updates of another structure than the state was made for."""
+    """Refuse updates of a structure for which the state was not made."""
     if updates != made_for:
         raise ValueError(
             f"updates have the structure {updates}, but the state was made for "
@@ -306,7 +306,7 @@ def same_dtype(name: str, asked, found, allowed) -> None:
 
 
 def wide(name: str, tree) -> None:
-    """Refuse floating-point arrays of a state in less than float32."""
+    """Refuse floating-point arrays of a state that are narrower than float32."""
     for leaf in jax.tree.leaves(tree):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):

@@ -74,7 +74,7 @@ def critical_gradients(
         bit for bit.
       decay: the factor in [0, 1] that multiplies the buffer's keys at every step. It is
         not the decay of a moment. With a larger ``decay``, values may stay longer. The
-        papers' grid is 0.7, 0.9, 0.99. The product is computed in float32 or better.
+        papers' grid is 0.7, 0.9, 0.99. The keys are multiplied in float32 or better.
       kappa: κ, the weight of the buffer's mean. A concrete 0 keeps no buffer.
       aggr: how an update u and the n values held are combined. ``'sum'`` is
         u + κ·mean(B), ``'mid'`` is half of that, and ``'mean'`` is
@@ -475,6 +475,7 @@ def adamw_c(
         pytorch.learning_rate(learning_rate),
     )
     sound = pytorch.adam_is_sound(b1, b2, eps, eps_root)
+    # Decoupled weight decay enters no state, so no schedule has to be finite for one.
     return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound)
 
 
@@ -482,12 +483,14 @@ def _in_front_of(
     base, options, sound, entering: dict[int, Any] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The buffer in front of ``base``, which computes in float32. The state of both
-    stays while traced numbers are not ``sound``. That of the base also stays while a
-    schedule is not finite whose value is ``entering`` it, by its place in the chain.
+    stays as it was while traced numbers are not ``sound``. ``entering`` has the
+    schedules whose values enter the state of ``base``, by their places in the chain.
+    While one of them is not finite, that state stays too.
 
-    The updates may be sharded over more mesh axes than the gradients. They stay so from
-    the buffer to the end of ``base``, and are gathered once there.
+    The updates may be sharded over more mesh axes than the gradients. They stay sharded
+    like that from the buffer to the end of ``base``, and are gathered once there.
     """
+    # The buffer asks for these itself. The base must not take what it then emits.
     sound &= _check.is_inside(options.kappa)
     sound &= _check.is_inside(options.fifo_probability)
     base = guards.while_finite(base, entering or {})

@@ -259,7 +259,7 @@ def scale_by_adam_cm(
     def check(updates, state, params):
         _check.state(state, ScaleByAdamCmState)
         _momentum.check(options, updates, state, mu_dtype, params)
-        if state.nu is not None:  # as of a tree of None
+        if state.nu is not None:  # None for a tree of None
             _check.same("amsgrad", amsgrad, state.nu_max is not None)
 
     def update_fn(updates, state, params=None):
@@ -347,9 +347,9 @@ def adam_cm(
 
     :math:`\theta_{t+1} = \theta_t - \eta\,u_t` with the u of :func:`scale_by_adam_cm`,
     which has the equations and the reference. The escape needs a large learning rate.
-    With a ``decay`` of .99 the optimizer leaves the sharp basin and settles in a flat
-    one. On networks it was level with Adam, or worse, after full training
-    (``docs/evidence.md``).
+    Without a warm-up and with a ``decay`` of .99, the optimizer leaves the sharp basin
+    and settles in a flat one. On networks it was level with Adam, or worse, after full
+    training (``docs/evidence.md``).
 
     Memory: C + 3 copies of the parameters, 3 for C = 1; one more each with AMSGrad and
     with a running sum (``holding='sum'``).

@@ -40,7 +40,8 @@ def fit(box, made):
 
 
 def leaves_with_path(params):
-    """The path of every parameter, its box (or the array if there is none), its array.
+    """The path, the box (or the array if there is none) and the array of each
+    parameter.
 
     Unlike the path that JAX gives, this one is the same for parameters without boxes.
     """

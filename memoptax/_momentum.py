@@ -44,13 +44,14 @@ def beside(state, gradients):
 
 
 def is_sound(options, gradients, dtype, numbers, squares=False):
-    """Whether gradients are finite, and the traced ``numbers`` in their ranges, so that
-    the state may move; and the norms of the gradients, (L,).
+    """Whether the state may change, and the norms of the gradients, (L,).
+
+    It may if the gradients are finite and the traced ``numbers`` are in their ranges.
 
     ``dtype`` is that of the state's arithmetic. With ``squares`` the square of the
     aggregate M must be finite too. M is at most 1 + |κ| times the largest gradient that
     was let through, so this needs no pass over M. With an ``aggr`` of the user, or a κ
-    that changes, M may be larger: :func:`or_nan` shows that.
+    that changes, M may be larger. Then :func:`or_nan` makes the update NaN.
     """
     norms = algorithm.norms_of(options, gradients, dtype)
     limit = jnp.finfo(dtype).max
@@ -60,7 +61,8 @@ def is_sound(options, gradients, dtype, numbers, squares=False):
 
 
 def as_released(options, gradients, state, b1, sound, norms):
-    """M, the two fields of m, and the buffer, as the authors' released code has them.
+    """M, the two fields of m, and the buffer, as the authors' released code computes
+    them.
 
     The first step offers the bare gradient to the buffer, and m and M are 0. With a κ
     of 0 the first step is like any other.
@@ -113,7 +115,7 @@ def or_nan(sound, updates, gradients, squared=None):
 
     Also NaN where the square of ``squared`` overflows, if given. Such a step, or entry,
     does not change the state. The NaN makes it visible to later transformations, and to
-    a training loop that applies finite updates alone.
+    a training loop that applies only finite updates.
     """
 
     def leaf(update, gradient, x=None):

@@ -44,8 +44,8 @@ def real_arrays(tree, kind: str = "parameter"):
 def state_arrays(state):
     """The state with JAX's arrays in place of numbers and NumPy's arrays.
 
-    A restored state may have them. So ``update`` takes what it takes under ``jax.jit``.
-    Anything else stays, and a check names it.
+    A restored state may have them. An eager ``update`` then accepts the same states as
+    one under ``jax.jit``. Any other leaf stays as it is, and a later check names it.
     """
 
     def array(leaf):
@@ -58,7 +58,7 @@ def state_arrays(state):
 
 
 def _array(leaf):
-    """A number of Python or NumPy as a JAX array that is not weakly typed.
+    """A Python number or NumPy array as a JAX array that is not weakly typed.
 
     JAX's arrays and shapes stay as they are. Without x64, zeros like a NumPy array in
     float64 would give a warning. Zeros like this array do not.

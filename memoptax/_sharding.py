@@ -277,7 +277,7 @@ def _checked_over(over, mesh) -> tuple[str, ...]:
     names = (over,) if isinstance(over, str) else over
     if not (isinstance(names, tuple) and all(isinstance(name, str) for name in names)):
         raise ValueError(
-            f"over must be a name of a mesh axis or a tuple of such, but is {over!r}."
+            f"over must be a mesh axis name or a tuple of names, but is {over!r}."
         )
     if len(set(names)) < len(names):
         raise ValueError(f"over is {over!r}, but must name each mesh axis once.")

@@ -56,21 +56,22 @@ def scale_by_sm3(
     .. math::
       q_t = g_t / \sqrt{\nu_t + \epsilon}, \qquad m_t = \mu m_{t-1} + (1 - \mu) q_t
 
-    The update is :math:`q_t`, or :math:`m_t` with momentum. An entry of :math:`q_t` is
-    at most 1 in magnitude. With ``beta``, each sum x + y becomes an average
+    The update is :math:`q_t`, or :math:`m_t` with momentum. Without ``beta``, an entry
+    of :math:`q_t` is at most 1 in magnitude. With it, each sum x + y becomes an average
     :math:`\beta x + (1 - \beta) y`. The average starts at 0 without bias correction, so
-    the first steps are up to :math:`1 / \sqrt{1 - \beta}` long.
+    an entry may be up to :math:`1 / \sqrt{1 - \beta}` in the first steps.
 
     Memory: for a tensor :math:`n_1 \times \dots \times n_k` the accumulators hold
-    :math:`\sum_i n_i` numbers in float32 (float64 for float64 parameters). Rank 0 and 1
-    are exact Adagrad. Momentum adds one copy of the parameters in float32, half of one
-    in bfloat16 and a quarter in int8 (with one scale per row of the last axis).
+    :math:`\sum_i n_i` numbers in float32 (float64 for float64 parameters). For tensors
+    of rank 0 and 1 this is exactly Adagrad. Momentum adds one copy of the parameters in
+    float32, half of one in bfloat16 and a quarter in int8 (with one scale per row of
+    the last axis).
 
-    If a squared gradient of a leaf is not finite, the accumulators and the momentum of
-    the leaf do not change. Where every entry has its own accumulator (vectors and
-    scalars, by default), this applies entry by entry, or row by row with an int8
-    momentum. The update is not finite where the gradient is not, so that later
-    transformations see it.
+    If the square of an entry in the gradient of a leaf is not finite, the accumulators
+    and the momentum of the leaf do not change. Where every entry has its own
+    accumulator (vectors and scalars, by default), this applies entry by entry, or row
+    by row with an int8 momentum. The update is not finite where the gradient is not, so
+    that later transformations see it.
 
     A gradient leaf may be row-sparse (``jax.experimental.sparse.BCOO`` with one sparse
     dimension, see :func:`memoptax.sparse.row_value_and_grad`). Its parameter needs the
@@ -211,8 +212,8 @@ def _check_options(momentum, momentum_dtype, accumulator_dtype, state):
 def _check_tree(leaves, treedef, state, params):
     """Refuse updates of other parameters.
 
-    Without momentum the state has neither names nor shapes, and those of ``params``
-    count, if given. Accumulators may fit several shapes.
+    Without momentum the state has neither names nor shapes, and accumulators may fit
+    several shapes. So those of ``params`` are used, if given.
     """
     known = jax.tree.leaves_with_path(_flax_metadata.bare(params))
     shapes = {path: np.shape(param) for path, param in known}

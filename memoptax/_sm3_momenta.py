@@ -178,7 +178,7 @@ def _second_moment(boxes, joined, parts, state, b2, taken):
     if not leaves:
         return joined, state.accumulators
     each = zip(boxes, leaves, parts, state.accumulators)
-    # A b2 that is known stays a number of Python: 1 - b2 is then exact in float32.
+    # A b2 that is known stays a Python number. Then 1 - b2 is exact in float32.
     leaf = _LEAF[isinstance(b2, float)]
     done = [leaf(*one, b2, taken) for one in each]
     nu, accumulators = zip(*done)

@@ -22,7 +22,7 @@ class Rule(NamedTuple):
     precondition: Callable  # sm3_i or sm3_ii
 
     def is_sound(self):
-        """Whether numbers that are traced are in their ranges. True if none is."""
+        """Whether the traced numbers are in their ranges. True if none is traced."""
         return (
             _check.is_inside(self.momentum, 0, 1, below=True)
             & _check.is_inside(self.beta, 0, 1, above=True, below=True)
@@ -118,7 +118,10 @@ def _check_rows(gradient, boxes, name: str) -> None:
 
 
 def sm3_ii(g, numbers, families, beta, parts=None):
-    """SM3-II: nu = min A + g^2, then A = max nu. g may be computed from ``parts``."""
+    """SM3-II: nu = min A + g^2, then A = max nu. g may be computed from ``parts``.
+
+    The floors are of the old A.
+    """
 
     def nu(g, *floors):
         return _accumulate(_least(floors), g * g, beta)
@@ -128,7 +131,7 @@ def sm3_ii(g, numbers, families, beta, parts=None):
 
 
 def sm3_i(g, numbers, families, beta):
-    """SM3-I: A = A + max g^2, then nu = min A."""
+    """SM3-I: A = A + max g^2, then nu = min A. The floors are of the new A."""
 
     def nu(g, *floors):
         return _least(floors)
@@ -155,7 +158,8 @@ def _accumulate(old, new, decay):
 def _direction(nu, eps, g, *floors):
     """g / sqrt(nu + eps), with 0 / 0 = 0 and finite derivatives.
 
-    NaN where nu overflows. The quotient would be 0, and nobody would see it.
+    NaN where nu overflows. The quotient would be 0, and the overflow would go
+    unnoticed.
     """
     square = nu(g, *floors) + eps
     # A static eps > 0 needs no guard. A guard would be recomputed in every fusion.
@@ -172,8 +176,8 @@ def _is_finite(g):
 def _are_finite(raised, precondition):
     """Whether all new accumulators are finite.
 
-    SM3-I adds up each family by itself. Those of SM3-II are maxima of one nu, so the
-    shortest answers for all.
+    In SM3-I each family is a sum of its own, so all are tested. In SM3-II they are
+    maxima of one nu, so testing the smallest array is enough.
     """
     if precondition is sm3_ii:
         raised = [min(raised, key=jnp.size)]
@@ -213,7 +217,7 @@ def accumulator_dtype(leaf, dtype):
 
 
 def check_leaves(leaves, accumulators):
-    """Refuse a number of leaves other than that the accumulators were made for."""
+    """Refuse updates with more or fewer leaves than the accumulators were made for."""
     if leaves and len(leaves) != len(accumulators):
         raise ValueError(
             f"updates have {len(leaves)} leaves, but the state was made for "

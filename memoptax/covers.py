@@ -115,7 +115,7 @@ def blocks(*size: int | None) -> Callable[[Any, Any], list[Box]]:
       >>> blocks((), jax.ShapeDtypeStruct((512, 1024), "float32"))
       [(512, 128)]
 
-      Lists of box shapes add up, so covers can be combined:
+      Lists of box shapes can be concatenated, so covers can be combined:
 
       >>> axes = memoptax.covers.axes
       >>> cover = lambda path, leaf: axes(path, leaf) + blocks(path, leaf)

@@ -144,7 +144,7 @@ def on_values(
     Raises:
       ValueError: if `inner` is not a transformation. In `update`, if a leaf is
         row-sparse and the state of `inner` has something per row of its parameter, as
-        momenta, `optax.MultiSteps` and :func:`memoptax.sm3` have. In place of
+        with momenta, `optax.MultiSteps` and :func:`memoptax.sm3`. In place of
         `optax.MultiSteps`, look up the ids of all micro-batches at once.
 
     Examples:
@@ -205,8 +205,8 @@ def _check_state(inner, updates, params):
                 f"inner must keep nothing for each row of a row-sparse leaf, but "
                 f"{families.name(path)} has a row-sparse gradient and inner is "
                 f"{inner!r}: its numbers cannot follow the rows. memoptax.sm3 belongs "
-                "behind this wrapper. In place of optax.MultiSteps look up the ids of "
-                "all micro-batches at once."
+                "beside this wrapper in the chain, not inside it. In place of "
+                "optax.MultiSteps look up the ids of all micro-batches at once."
             )
 
 

@@ -29,6 +29,7 @@ class Optimizer:
     options: dict = dataclasses.field(default_factory=dict)
     rate: float = 0.01  # descends the test problems
     needs_params: bool = False
+    smooth: bool = True  # a derivative flows through a step
     memory: str | None = "buffer"  # the field that a bad gradient never enters
 
     def __repr__(self):

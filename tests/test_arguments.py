@@ -330,7 +330,7 @@ def test_a_priority_may_be_any_real_scalar(priority):
 def test_an_aggregate_must_be_real_and_have_the_shape_of_its_update(factory, aggr):
     tx, params = build(factory, aggr=aggr), {"w": jnp.ones(2)}
     state = jax.eval_shape(tx.init, params)
-    with pytest.raises(ValueError, match="aggr must return an array of the shape"):
+    with pytest.raises(ValueError, match="aggr must return a real array of shape"):
         jax.eval_shape(tx.update, params, state, params)
 
 

@@ -53,7 +53,7 @@ def test_specs_that_do_not_fit(specs, message):
 @pytest.mark.parametrize(
     ("over", "message"),
     [
-        (["data"], r"over must be a name of a mesh axis or a tuple .* is \['data'\]"),
+        (["data"], r"over must be a mesh axis name or a tuple .* is \['data'\]"),
         (("data", "data"), r"over is \('data', 'data'\), but must name each .* once"),
         (
             "dat",

@@ -159,7 +159,7 @@ def test_accumulators_and_wrappers_follow():
     ("over", "message"),
     [
         ("dat", r"over is 'dat', but the mesh has no axis 'dat': it has 'data', 'm"),
-        (["data"], r"over must be a name of a mesh axis or a tuple .* is \['data'\]"),
+        (["data"], r"over must be a mesh axis name or a tuple .* is \['data'\]"),
         (("data", 3), r"over must be .*, but is \('data', 3\)"),
         (None, "over must be .*, but is None"),
         (("data", "data"), r"over is \('data', 'data'\), but must name each .* once"),

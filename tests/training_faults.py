@@ -107,7 +107,7 @@ BITWISE = (
     "in `MultiSteps` with `skip_not_finite`, so are parameters and moments."
 )
 OWN = "norms and priorities in `algorithm`, `_momentum.is_sound`, `_sm3_rules`"
-LAST = "From the last whole checkpoint the run is bitwise that without the fault."
+LAST = "From the last complete checkpoint the run is bitwise that without the fault."
 
 ROWS = [
     Row(
@@ -142,8 +142,9 @@ ROWS = [
     ),
     Row(
         "1e30 in the gradient",
-        "What squares it (`adam_cm`, SM3) refuses the step: bitwise as without it. "
-        "Other buffers hold it. Clipped, it is what optax's clipping makes of it. "
+        "Optimizers that square it (`adam_cm`, SM3) refuse the step: the run is "
+        "bitwise that without it. Other buffers store it. Behind clipping they store "
+        "what optax's clipping makes of it. "
         "The memory is finite at every step.",
         "`_momentum.is_sound`, `_sm3_rules`, norms over the whole range",
         check_huge,
@@ -154,8 +155,8 @@ ROWS = [
     ),
     Row(
         "gradients of zero",
-        "No parameter moves before the first other gradient. A full buffer refuses "
-        "them, and the run goes on finite.",
+        "No parameter moves before the first gradient that is not zero. A full buffer "
+        "refuses zeros, and the run stays finite.",
         "the gate of the buffer is strict; 0/0 is 0 in SM3",
         check_zero,
         "wrap",
@@ -165,7 +166,7 @@ ROWS = [
     ),
     Row(
         "a leaf of the gradient is missing",
-        "A sentence while it is traced. State and parameters are as they were.",
+        "An error sentence during tracing. State and parameters stay as they were.",
         "`matching._check_leaves`, `_sm3_rules.check_leaves`",
         functools.partial(check_leaves, without_vector),
         "opt",
@@ -191,7 +192,7 @@ ROWS = [
     ),
     Row(
         "gradients change to bfloat16 and back",
-        "No array of the state changes its dtype. The run differs by the rounding.",
+        "No array of the state changes its dtype. The run differs only by rounding.",
         "storage casts to the dtype of the state",
         check_gradient_dtype,
         "opt",
@@ -200,7 +201,7 @@ ROWS = [
     ),
     Row(
         "another `topc`",
-        "A sentence that names `resize_buffer`, which keeps all entries.",
+        "An error sentence that names `resize_buffer`, which keeps all entries.",
         "`matching._check_capacity`",
         check_topc,
         "opt",
@@ -210,7 +211,8 @@ ROWS = [
     ),
     Row(
         "another `buffer_dtype`",
-        "A sentence that names it. With the old one the run is bitwise as without.",
+        "An error sentence that names it. With the old one the run is bitwise that "
+        "without the fault.",
         "`matching._check_dtypes`",
         check_dtype,
         "opt",
@@ -220,7 +222,7 @@ ROWS = [
     ),
     Row(
         "a stale state beside newer parameters",
-        "It is a valid state. Its memory goes on bitwise from its own step.",
+        "The state is valid. Its memory continues bitwise from the step of the state.",
         "gradients alone decide what a memory holds",
         check_stale,
         "opt",
@@ -236,7 +238,7 @@ ROWS = [
     Row(
         "SIGKILL between two saves",
         LAST,
-        "the state is all there is",
+        "the state holds everything that a run needs",
         functools.partial(check_killed, "step", "6", 4),
         "folder",
         SAVING,

@@ -11,8 +11,8 @@ from memoptax._tensors import layout, row_sparse
 
 
 def expecting(inner: optax.GradientTransformation, kind: type, **arguments):
-    """``inner``, which refuses a state that is no ``kind`` and names the arguments that
-    decide on it. Some tools restore an ``optax.EmptyState`` as another empty node.
+    """``inner``, which refuses a state that is not a ``kind``, and names the arguments
+    that decide this. Some tools restore an ``optax.EmptyState`` as another empty node.
     """
 
     def check(state):
@@ -53,7 +53,9 @@ def _refuse_row_sparse(updates):
 
 
 def wide(inner: optax.GradientTransformation, name: str):
-    """``inner``, which refuses moments in less than float32: sums in few bits stop."""
+    """``inner``, which refuses moments in less than float32. A sum in few bits stops
+    growing.
+    """
     return checking(inner, lambda state: _check.wide(name, state))
 
 
@@ -71,7 +73,8 @@ def checking(inner: optax.GradientTransformation, check):
 def while_sound(inner: optax.GradientTransformation, sound):
     """``inner``, whose state stays and whose updates are NaN where not ``sound``.
 
-    That says whether traced numbers are in their ranges; True is of known ones.
+    ``sound`` says whether traced numbers are in their ranges. It is True if all are
+    known.
     """
     if sound is True:
         return inner
@@ -88,8 +91,8 @@ def while_finite(chain: optax.GradientTransformation, rates: dict[int, Any]):
     """``chain``, whose state stays and whose updates are NaN where a schedule is not
     finite.
 
-    ``rates`` are what may be schedules, by their places in the chain. They count on, or
-    their values would not change again.
+    ``rates`` has what may be a schedule, by its place in the chain. Schedules keep
+    counting, because otherwise their values would not change again.
     """
     schedules: dict[int, Any] = {k: f for k, f in rates.items() if callable(f)}
     if not schedules:
@@ -111,7 +114,7 @@ def while_finite(chain: optax.GradientTransformation, rates: dict[int, Any]):
 def _chosen(taken, updates, new, old):
     """The updates and the new state where ``taken``, or NaN and the old one.
 
-    By leaves: a restored state may have lists where a new one has tuples.
+    Leaf by leaf, because a restored state may have lists where a new one has tuples.
     """
     leaves, treedef = jax.tree.flatten(new)
     leaves = [

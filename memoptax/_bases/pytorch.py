@@ -76,7 +76,7 @@ def check_adam(b1, b2, eps, eps_root):
 
 
 def adam_is_sound(b1, b2, eps, eps_root: ArrayLike = 0.0):
-    """Whether those that are traced are in these ranges. True if none is."""
+    """Whether those that are traced are in these ranges. True if none is traced."""
     return (
         _check.is_inside(b1, 0, 1, below=True)
         & _check.is_inside(b2, 0, 1, below=True)
@@ -266,8 +266,8 @@ def normalize(mu, nu, count, b1, b2, eps, eps_root: ArrayLike = 0.0):
     """(m / (1 − b1ᵗ)) / (√(v / (1 − b2ᵗ) + eps_root) + eps)."""
 
     def leaf(m, v):
-        # The scalars are inverted first. Every consumer that recomputes this would
-        # repeat a division per element.
+        # The scalars are inverted first. Otherwise every consumer that recomputes this
+        # would repeat a division per element.
         m_scale = (1 / bias_correction(b1, count)).astype(m.dtype)
         v_scale = (1 / bias_correction(b2, count)).astype(v.dtype)
         return m * m_scale / (jnp.sqrt(v * v_scale + eps_root) + eps)

@@ -54,7 +54,8 @@ def weights(fill, kappa, sound, aggr):
     weight, total_weight, of = WEIGHTS[aggr](jnp.maximum(fill, 1), k)
     # The choice is between scalars. Consumers recompute that at no cost, but not a
     # choice between tensors. The division comes last, because XLA's CPU backend repeats
-    # the rest in the code of every leaf (adam_c: 130 instructions a leaf, not 106).
+    # the rest in the code of every leaf (adam_c: otherwise 130 instructions per leaf
+    # instead of 106).
     weight = jnp.where(sound, jnp.where(untouched, of, weight), jnp.nan)
     return weight / of, jnp.where(untouched, 0, total_weight) / of
 
@@ -75,8 +76,8 @@ def _called(aggr, update, total, fill, kappa, sound):
     joined = aggr(x, mean, fill)
     if getattr(joined, "shape", None) != x.shape or not dtypes.is_real(joined.dtype):
         raise ValueError(
-            f"aggr must return an array of the shape {x.shape} of its update, of real "
-            f"numbers, but returned {joined!r}."
+            f"aggr must return a real array of shape {x.shape}, as its update has, but "
+            f"returned {joined!r}."
         )
     joined = jnp.where(untouched, x, jnp.asarray(joined, dtype))
     return jnp.where(sound, joined, jnp.nan).astype(update.dtype)

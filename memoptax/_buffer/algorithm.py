@@ -3,14 +3,17 @@
 For a value x_t (the gradient g_t, or the momentum m_t) and a buffer B_t of at most C
 values with keys::
 
-  read    ΣB_t and |B_t|
-  join    u_t = x_t + κ/|B_t| · ΣB_t
-  offer   if |B_t| < C, or if ‖g_t‖ is above the least key:
-              store x_t with the key ‖g_t‖ in an empty entry, or else in place of the
-              entry with the least key
-  decay   multiply all keys by the decay
+  read    ΣB_t and |B_t|                              holding.exchange, eviction.fill
+  join    u_t = x_t + κ/|B_t| · ΣB_t                  aggregation.join
+  offer   if |B_t| < C, or if ‖g_t‖ is above the
+          least key: store x_t with the key ‖g_t‖     eviction.decide, holding.exchange
+          in an empty entry, or else in place of
+          the entry with the least key
+  decay   multiply all keys by the decay              eviction.insert
 
-:func:`recall_and_offer` does one step of it.
+:func:`recall_and_offer` does one step of it. Each slot is read and written in the same
+pass, so the code decides on the offer first, and joins last. The sum is still that of
+B_t.
 """
 
 import functools
@@ -46,7 +49,7 @@ class Buffer(NamedTuple):
     total: Any  # sum: like the params, float32 or better: of all values; else None
     norms: Any  # sum: (L, C), dtype of keys: bound on the L2 norm of each value
     error: Any  # sum: (L,), dtype of keys: bound on the L2 error of total
-    rebuilds: Any  # sum: (), int32: times that total was taken from the slots
+    rebuilds: Any  # sum: (), int32: how often total was rebuilt
 
 
 def empty(options: Options, params) -> Buffer:
@@ -103,7 +106,7 @@ def recall_and_offer(
     """
     matching.check(options, buffer, gradients, params)
     check_scales(options, gradients, buffer.scales)
-    if values is gradients:  # momenta have the layout of their state
+    if values is gradients:  # momenta already have the layout of the slots
         values = gradients = holding.beside(buffer, gradients)
     leaves, treedef = jax.tree.flatten(values)
     stored = [None] * len(leaves) if stored is None else stored
@@ -191,7 +194,7 @@ def parts(options: Options, before: Buffer, after: Buffer, values) -> list:
 
 
 def joining(parts: Parts, dtype):
-    """A function, entry by entry, and the tensors from which it computes the result."""
+    """An entrywise function, and the tensors from which it computes the result."""
 
     def join(value, *terms):
         total = functools.reduce(jnp.add, terms)

@@ -94,7 +94,7 @@ def problem(buffer) -> str | None:
     held = np.asarray(buffer.ages) > 0
     offered, accepted = np.ravel(buffer.offered), np.ravel(buffer.accepted)
     found = {
-        "keys are not all finite and at least 0": not _are_norms(buffer.keys),
+        "keys are negative or not finite": not _are_norms(buffer.keys),
         "ages are negative, or positive after an empty entry": (
             np.any(np.asarray(buffer.ages) < 0)
             or np.any(np.diff(held.astype(int), axis=1) > 0)
@@ -103,8 +103,8 @@ def problem(buffer) -> str | None:
             np.any(accepted < held.sum(1)) or np.any(offered < accepted)
         ),
         "entries are not a permutation of the slots": _are_misplaced(buffer.entries),
-        "norms are not all finite and at least 0": not _are_norms(buffer.norms),
-        "error is not finite and at least 0": not _are_norms(buffer.error),
+        "norms are negative or not finite": not _are_norms(buffer.norms),
+        "error is negative or not finite": not _are_norms(buffer.error),
     }
     return next((sentence for sentence, wrong in found.items() if wrong), None)
 

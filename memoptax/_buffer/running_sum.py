@@ -90,7 +90,7 @@ def bound(buffer, totals, new, incoming):
     lost = jnp.where(jnp.any((norms > 0) | (buffer.norms > 0), axis=1), lost, 0)
     rounding = unit * incoming + unit * outgoing + scale + lost
     error = buffer.error + jnp.where(jnp.any(new, axis=1), rounding, 0)
-    exact = jnp.all(error <= _TOLERANCE * scale)  # not so if a tool has made it NaN
+    exact = jnp.all(error <= _TOLERANCE * scale)  # false if a tool has made it NaN
     # A sum that was infinite stays so, whatever is taken from it.
     finite = jnp.all(jnp.isfinite(jnp.sum(buffer.norms, axis=1)))
     inexact = ~exact | ~finite | _is_changed(buffer)
@@ -98,10 +98,11 @@ def bound(buffer, totals, new, incoming):
 
 
 def _is_changed(buffer):
-    """Whether a tool has averaged or scaled the state, and the sum is not of its slots.
+    """Whether a tool has averaged or scaled the state, so that the sum is not that of
+    its slots.
 
-    Integers were truncated then: entries are no permutation, or a value is no longer
-    held and has a norm.
+    Integers were truncated then: entries are not a permutation, or a value is no longer
+    held but still has a norm.
     """
     held, entries = eviction.held(buffer), buffer.entries
     wanted = jnp.arange(entries.shape[1], dtype=entries.dtype)

@@ -51,8 +51,8 @@ def sharded_norm(
       ValueError: in three places.
         - At once, if ``rule`` is not a function.
         - When the result is called, if the tree ``axes`` has the wrong number of
-          leaves, or ``'auto'`` under ``check_vma=False``, where JAX does not track
-          which values vary between devices.
+          leaves, or if ``axes`` is ``'auto'`` under ``check_vma=False``, where JAX does
+          not track which values vary between devices.
         - In ``update``, if a ``PartitionSpec`` divides the last axis of a leaf in int8,
           because a row has one scale.
 
@@ -70,7 +70,7 @@ def sharded_norm(
     for entry in jax.tree.leaves(axes, is_leaf=_is_entry):
         if not _is_entry(entry):
             raise ValueError(
-                "axes must be 'auto', names of mesh axes or a tree of such, but has "
+                "axes must be 'auto', names of mesh axes or a tree of names, but has "
                 f"{entry!r}."
             )
     return ShardedNorm(axes, rule)
@@ -154,8 +154,8 @@ def _sums(squares, names):
         return jax.lax.psum(squares, names)
     except NameError as error:
         raise ValueError(
-            f"sharded_norm was given the axes {names}, of which there is none around "
-            f"it by that name: {error}."
+            f"sharded_norm was given the axes {names}, but is not inside a shard_map "
+            f"over all of them: {error}."
         ) from None
 
 

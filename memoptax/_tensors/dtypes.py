@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 
 def widest(*dtypes) -> jnp.dtype:
-    """The floating-point one that holds the numbers of all floating-point ones.
+    """The floating-point dtype that can represent every value of the others.
 
-    It is float32 if none does, as of bfloat16 and float16. Without x64 it is never
+    It is float32 if none can, as with bfloat16 and float16. Without x64 it is never
     float64.
     """
     floating = [

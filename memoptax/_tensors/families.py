@@ -171,7 +171,7 @@ class Families:
         ]
 
     def maxima(self, f, g, floors=(), parts=None) -> tuple[jax.Array, ...]:
-        """For each family, the maximum over its boxes of `f(g, *numbers >= 0)`.
+        """For each family, the maximum over its boxes of `f(g, *numbers)` (>= 0).
 
         f works entry by entry. Its `numbers` are those of the boxes that contain the
         entry, one for each sweep. `parts` are a function, entry by entry, and the

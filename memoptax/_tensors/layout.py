@@ -20,8 +20,10 @@ def like(x, other, leading: int = 0):
 
 
 def in_runs(x, axis: int, size: int):
-    """``x`` with an axis that can be split into runs of this size, the last of which
-    may be shorter: gathered where devices divide it otherwise, by JAX's explicit mode.
+    """``x`` with an axis that can be split into runs of this size. The last may be
+    shorter.
+
+    In JAX's explicit mode the axis is gathered if devices divide it in another way.
     """
     sharding = jax.typeof(x).sharding
     spec = list(_whole(sharding.spec, x.ndim))

@@ -1,7 +1,7 @@
 """How arrays are kept in few bytes: as they are, rounded, or in int8 with scales.
 
 A state stores a tree in two fields: the values, a tree like the parameters, and the
-scales, a tuple with one array per leaf (None without int8). The scales are apart
+scales, a tuple with one array per leaf (None without int8). The scales are separate
 because they have neither the shape nor the sharding of the parameters, and code must
 not take them for parameters. Outside of the state, every leaf is a :class:`Stored`. A
 stack holds several values of one parameter, with the axis of slots first.
@@ -87,7 +87,7 @@ def encode(x, like: Stored, wanted: Any = True, other: Stored | None = None) -> 
     """``x`` as ``like`` stores it, rounded to nearest, or ``other`` if not ``wanted``.
 
     In int8 the largest magnitude of a row (of the last axis) becomes ±127, and no
-    derivative flows. Without ``other`` there is zero instead.
+    derivative flows. Without ``other`` the result is then zero.
     """
     return _chosen(_rounded(x, like), like, wanted, other)
 
@@ -139,8 +139,8 @@ def _rounded(x, like: Stored) -> Stored:
 def _rounded_to(info, x):
     """``x`` rounded to a dtype of 16 bits.
 
-    A GPU skips a conversion there and back. The running sum would then add a number
-    that differs from the one in the slot.
+    A GPU skips a conversion to a narrow dtype and back. The running sum would then add
+    a number that differs from the one in the slot.
     """
     wide = x.astype(dtypes.widest(x.dtype, jnp.float32))
     rounded = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
@@ -199,7 +199,7 @@ def fits(norms, leaves, stacks: list[Stored]):
 
 
 def is_narrower(leaf, stack: Stored) -> bool:
-    """Whether the dtype of the leaf has more exponents than its slots."""
+    """Whether the dtype of the leaf has a larger exponent range than its slots."""
     return jnp.finfo(_precision(stack)).maxexp < jnp.finfo(leaf.dtype).maxexp
 
 
@@ -229,8 +229,8 @@ def _rounding(x, stored, norm):
     """
     if stored.scale is not None:
         # The square of a scale may overflow, but not that of its share of the norm.
-        # XLA divides by multiplying, so the inverse of the unit must be a number too.
-        # If a norm is known to be 0, XLA multiplies 0 by 1 / unit², which is infinite.
+        # XLA divides by multiplying, so the inverse of the unit must be finite too. If
+        # a norm is known to be 0, XLA multiplies 0 by 1 / unit², which is infinite.
         unit = jnp.where(norm > 0, jnp.clip(norm, 2.0**-100, 2.0**120), 1)
         squares = jnp.square(stored.scale.astype(norm.dtype) / unit)
         return 1, jnp.sum(squares) * math.prod(x.shape[-1:]) / 4, unit

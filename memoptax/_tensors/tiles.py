@@ -54,7 +54,7 @@ def maxima(
     operands: Sequence[jax.Array],
     box: Box,
 ) -> jax.Array:
-    """The maximum over every box of `f(*entries(*operands)) >= 0`, without storing it.
+    """The maximum of `f(*entries(*operands))` over every box. f is never negative.
 
     If an operand is not finite, the maximum over its box is not finite.
 
@@ -190,5 +190,5 @@ def _no_nan(x):
 
 
 def _is_sharded(x):
-    """Whether the type has a sharding. Such an axis cannot be reshaped freely."""
+    """Whether the type has a sharded axis, which cannot be reshaped freely."""
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)
