@@ -195,10 +195,13 @@ class Worker:
 def ordered(mutant, seconds, lines, noticing, most):
     """The tests that run the line of a mutant, for at most as many seconds.
 
-    Those that noticed others come first, then the cheapest. If none runs the line, as
-    with one that runs when the package is imported, all tests may.
+    Those that noticed others come first, then the cheapest. A line that runs when the
+    package is imported, such as the default of an argument, has the tests of the next
+    line that tests run.
     """
-    running = lines.get(mutant["file"], {}).get(str(mutant["line"])) or seconds
+    of_file = {int(k): tests for k, tests in lines.get(mutant["file"], {}).items()}
+    later = [k for k, tests in of_file.items() if tests and k >= mutant["line"]]
+    running = of_file[min(later)] if later else seconds
     tests = [test for test in running if test in seconds]
     tests.sort(key=lambda test: (-noticing[test], seconds[test]))
     total = itertools.accumulate(seconds[test] for test in tests)

@@ -329,6 +329,13 @@ def test_a_resized_sum_is_as_wide_as_a_new_one(dtype, x64):
     memoptax.check_state(memoptax.sgd_c(0.1, holding="sum", **options), params, state)
 
 
+def test_sums_of_mixed_slots_are_resized_as_wide_as_new_ones(x64):
+    params = {"a": jnp.ones(3, jnp.float64), "b": jnp.ones(3, jnp.float32)}
+    read, summed = (memoptax.sgd_c(0.1, topc=2, holding=w) for w in ("read", "sum"))
+    state = memoptax.resize_buffer(untyped(read.init(params)), 2, holding="sum")
+    memoptax.check_state(summed, params, state)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_resized_sums_of_mixed_parameters_are_wide_enough(dtype, x64):
     """The state does not say which of the slots belong to float64."""

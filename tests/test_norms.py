@@ -47,6 +47,9 @@ def test_the_pass_of_an_accelerator_has_the_same_range(dtype):
         sizes = 2.0 ** np.linspace(12 - top, top - 12, 41)
         mixed = np.concatenate([entries * 2.0 ** (top / 3), entries])
         leaves = [entries * size for size in sizes] + [mixed, mixed / 2.0 ** (top / 3)]
+        edge = 2.0 ** (top * 5 // 16)
+        straddling = 2.0 ** np.linspace(-2, 2, 64)
+        leaves += [straddling * edge, straddling / edge, straddling[:3] / edge / 9]
         squares = [norms._squares_by_size(jnp.asarray(x, dtype)) for x in leaves]
         found = np.asarray(norms._roots(jnp.stack(squares)))
     rtol = 4 * float(jnp.finfo(dtype).eps)

@@ -54,7 +54,6 @@ class Buffer(NamedTuple):
 
 def empty(options: Options, params) -> Buffer:
     """An empty buffer for these options and parameters."""
-    jax.tree_util.tree_map_with_path(_check_floating, params)
     leaves, topc = jax.tree.leaves(params), options.topc
     dtype = dtypes.widest(jnp.float32, *(leaf.dtype for leaf in leaves))
     rows = 1 if options.synced else max(len(leaves), 1)
@@ -283,12 +282,3 @@ def _key(seed):
 def _slot_dtype(options: Options, param):
     dtype = param.dtype if options.buffer_dtype is None else options.buffer_dtype
     return jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(dtype))
-
-
-def _check_floating(path, leaf):
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(
-            "A buffer keeps real floating-point values, but parameter "
-            f"{jax.tree_util.keystr(path) or '(the only one)'} has dtype {leaf.dtype};"
-            " leave it out with optax.masked."
-        )
