@@ -17,8 +17,8 @@ end.
 The tables are kept in results/ahead-of-time-DEVICE.json. ``--table`` prints these as
 Markdown and compiles nothing. ``--check`` compiles only six steps, and fails if one is
 over its limits. v5e-256 is the update of a model of Llama-7B's shapes on 256 chips,
-with parameters that all of them share, or with data-parallel parameters and a state
-that is divided (ZeRO-1).
+with parameters divided over all of them, or with data-parallel parameters and a state
+that is divided further (ZeRO-1).
 """
 
 import argparse
@@ -201,7 +201,7 @@ def label(row):
 
 
 def print_exceeded(over):
-    """Rows of table, name, what, how much, at most."""
+    """Print rows of five cells: table, step, figure, its value and its limit."""
     if not over:
         print("\nNothing is over its limit.")
         return
@@ -291,7 +291,7 @@ def main(argv=None):
         "--only", nargs="+", metavar="TEXT", help="rows whose name contains one of them"
     )
     parser.add_argument("--dump", type=Path, help="folder for the programs' texts")
-    parser.add_argument("--check", action="store_true", help="with h100 or v5e")
+    parser.add_argument("--check", action="store_true", help="only six steps")
     parser.add_argument("--table", action="store_true")
     add_arguments(parser)
     args = parser.parse_args(argv)

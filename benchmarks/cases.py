@@ -53,7 +53,7 @@ OPTIMIZERS = {
 
 
 class Limit(NamedTuple):
-    """The most that a compiled step may cost; None is no limit.
+    """The most that a compiled step may cost. None means no limit.
 
     It may copy no slot or leaf, must update stacks of slots in place, and must return
     the state in the memory of its arguments.

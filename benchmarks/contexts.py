@@ -32,7 +32,7 @@ def undonated(tx, params):
 
 
 def scan(tx, params):
-    """The gradient is the parameters (of half their squared norm), so no new array."""
+    """The parameters are the gradient of half their squared norm: no new array."""
 
     def scanned(params, state):
         def body(carry, _):

@@ -2,7 +2,7 @@
 
     python benchmarks/eager.py [--quick] [--leaves 4] [--steps 50]
 
-The caller jits nothing, as when a user tries an optimizer in a prompt or a debugger.
+The caller jits nothing, as when a user tries an optimizer at a prompt or in a debugger.
 Leaves are small, so that the time is that of dispatching the operations. Each optimizer
 takes turns with adam.
 """

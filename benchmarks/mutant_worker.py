@@ -5,8 +5,8 @@ once, and ``tests`` in the order in which they run until one fails. The answer i
 object with the test that failed. Without a file, it has the seconds of each test and
 the tests that run each line of the package as well.
 
-What the repository holds is imported again for each object, and nothing else. So JAX
-starts once, and keeps what it has compiled for single operations.
+Only what the repository holds is imported again for each object. So JAX starts once,
+and keeps what it has compiled for single operations.
 """
 
 import collections

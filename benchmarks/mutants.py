@@ -9,8 +9,8 @@ cosmic-ray names all mutants of the files below, and a seeded sample of them is 
 each in a copy of the repository. First the fast suite runs once, to measure which tests
 run each line. The tests of a mutant are those that run its line: those that noticed
 others first, then the cheapest, until one fails or they have taken ``--seconds``. A
-mutant that hangs is noticed as well. Two processes run the tests, so JAX starts twice
-only, and what XLA compiles is cached on disk.
+mutant that hangs is noticed as well. Two processes run the tests, so JAX starts only
+twice, and what XLA compiles is cached on disk.
 
 Results are added to benchmarks/results/mutants.json, and what is kept there is not
 tried again. A mutant counts only while the code of its file stays, so the tool starts
@@ -65,7 +65,7 @@ OTHERS = "docs examples hlo layout learning multihost platform release trust typ
 RESTART = 40  # mutants after which a process starts over: its memory grows
 IGNORED = shutil.ignore_patterns(".git", ".venv*", "_build", ".sdist")
 # Operators of arrays that take each other's place. cosmic-ray has others, such as a
-# shift for a product. Arrays of numbers have none, so every test would notice it.
+# shift for a product. Floating-point arrays have no shift, so every test would notice.
 KINDS = ({"Add", "Sub", "Mul", "Div"}, {"BitAnd", "BitOr", "BitXor"})
 
 
@@ -134,7 +134,7 @@ def code(text):
 
 
 def is_idle(mutant, text):
-    """Whether no code has changed, or what came out is no Python."""
+    """Whether no code has changed, or the result is not valid Python."""
     try:
         return code((ROOT / "memoptax" / mutant["file"]).read_text()) == code(text)
     except SyntaxError:
@@ -262,9 +262,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=500, help="size of the sample")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--minutes", type=float, default=180, help="stop after these")
-    parser.add_argument("--limit", type=float, default=300, help="seconds a mutant")
-    parser.add_argument("--seconds", type=float, default=90, help="of tests a mutant")
+    parser.add_argument("--minutes", type=float, default=180, help="stop after so many")
+    parser.add_argument("--limit", type=float, default=300, help="seconds per mutant")
+    parser.add_argument("--seconds", type=float, default=90, help="of tests per mutant")
     parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
     parser.add_argument("--cache", help="folder of compiled programs, to use again")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of file names")

@@ -104,7 +104,7 @@ def run_on(device, tx, params, gradients):
 
 
 def difference(start, one, other):
-    """The distance of two ends, in millionths of the distance from the start."""
+    """The distance between two ends, in millionths of that from the start."""
     apart = [np.linalg.norm(np.subtract(one[k], other[k], dtype=float)) for k in start]
     moved = [np.linalg.norm(np.subtract(one[k], start[k], dtype=float)) for k in start]
     return 1e6 * max(a / m for a, m in zip(apart, moved))
@@ -259,16 +259,16 @@ def main(argv=None):
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", help="rows whose name contains one of them"
     )
-    parser.add_argument("--size", type=int, help="parameters of memory and times")
+    parser.add_argument("--size", type=int, help="parameters in memory and times")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=40, help="steps of numbers")
+    parser.add_argument("--steps", type=int, default=40, help="steps in numbers")
     parser.add_argument(
         "--notebooks",
         nargs="*",
         type=Path,
         default=sorted(ROOT.glob("notebooks/*.ipynb")),
     )
-    parser.add_argument("--timeout", type=int, default=1800, help="s of a cell")
+    parser.add_argument("--timeout", type=int, default=1800, help="seconds per cell")
     add_arguments(parser)
     args = parser.parse_args(argv)
     names = [

@@ -4,7 +4,8 @@
 
 Each of the three is varied around 4 M float32 parameters in 4 leaves at C = 5. The
 donated update with apply_updates takes turns with optax.adam. Every gradient enters the
-buffer. The growth is the slope of the logarithm of time from the first to the last.
+buffer. The growth is the exponent of the time as a power of what is varied, from the
+first row to the last.
 """
 
 import argparse

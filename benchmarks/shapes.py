@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from measuring import nbytes
 
-# Llama-7B, its equal layers stacked, and how 64 x 4 devices share it.
+# Llama-7B, its equal layers stacked, and how it is divided over 64 x 4 devices.
 LAYERS, WIDTH, HIDDEN, VOCABULARY = 32, 4096, 11008, 32000
 SQUARE = (LAYERS, WIDTH, WIDTH)
 IN, OUT = P(None, "data", "model"), P(None, "model", "data")

@@ -112,7 +112,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shape", nargs="*", help="names that a shape contains")
+    parser.add_argument("shape", nargs="*", help="parts of names of shapes")
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--dtype", default="float32", help="of the parameters")
     add_arguments(parser)

@@ -245,7 +245,7 @@ def _listen(event, duration, **_):
 
 
 def resident():
-    """The memory of this process, in bytes, where Linux tells."""
+    """The memory of this process, in bytes, where Linux reports it."""
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * 4096 if status.exists() else 0
 

@@ -4,7 +4,7 @@
         [--leaves 1 64] [--topc 1 5 20 80] [--dtype float32 bfloat16 int8] [--steps 10]
 
 In one process, each optimizer takes turns with adam on the same parameters and
-gradients, so that other work of the machine slows both. The donated, jitted update with
+gradients, so that other work on the machine slows both. The donated, jitted update with
 ``apply_updates`` is timed once the buffer is full, in two streams of gradients. In one
 every gradient enters the buffer, in the other none does.
 

@@ -27,8 +27,8 @@ RESULTS = ROOT / "benchmarks/results/versions.json"
 PYTHONS = ("3.11", "3.12", "3.13")
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "equinox")
 
-# Runs in each environment: a state after five steps to a file, or the files of others
-# from there on. Arrays alone are kept, so that any version can read them.
+# Runs in each environment. It saves a state after five steps to a file, or goes on from
+# the files of the others. Only arrays are kept, so that any version can read them.
 STATES = """
 import sys
 import jax, jax.numpy as jnp, memoptax, numpy as np, optax
@@ -165,7 +165,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pythons", nargs="*", default=PYTHONS)
     parser.add_argument("--rows", nargs="*", default=("newest", "oldest"))
-    parser.add_argument("--use", nargs="*", help="Pythons of environments to take")
+    parser.add_argument("--use", nargs="*", help="Pythons of existing venvs")
     parser.add_argument("--select", nargs="*", default=[], help="tests to run instead")
     parser.add_argument("--workers", default="2")
     parser.add_argument("--states-only", action="store_true")

@@ -9,7 +9,8 @@ the shards of its own devices. The numbers do not depend on how many processes s
 devices. On Cloud TPU, SLURM, Open MPI and Kubernetes `jax.distributed.initialize()`
 finds the other processes by itself. Elsewhere give each process
 `--coordinator host:port --processes N --process i`. With `--local` a parent starts the
-processes on simulated CPU devices, which communicate by gloo on the loopback.
+processes on simulated CPU devices, which communicate through gloo on the loopback
+interface.
 """
 
 import argparse
@@ -109,7 +110,7 @@ def train(tx, steps):
 
 
 def start_local(processes, devices, arguments):
-    """Run this script in ``processes`` on this machine, which share the devices."""
+    """Run this script in several processes on this machine, which share the devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -133,10 +134,10 @@ def main(arguments=None):
         "--local", type=int, help="how many processes to start on this machine (none)"
     )
     parser.add_argument(
-        "--devices", type=int, default=4, help="simulated by all of --local (4)"
+        "--devices", type=int, default=4, help="devices of --local, in all (4)"
     )
     parser.add_argument(
-        "--cluster", action="store_true", help="find the other processes by itself"
+        "--cluster", action="store_true", help="let JAX find the other processes"
     )
     parser.add_argument(
         "--coordinator", help="host:port of process 0, where --cluster finds nothing"

@@ -56,7 +56,7 @@ def train(tx, params, state, data, steps, loss_fn=loss_fn):
 
 
 def lora(steps=200):
-    """Adapters of low rank on a frozen network: the buffer is for the adapters only."""
+    """Low-rank adapters on a frozen network: the buffer is for the adapters only."""
     data, tx, params = digits(), optax.adam(3e-3), create_params()
     frozen, _, _ = train(tx, params, tx.init(params), data, steps)
     create = jax.nn.initializers.lecun_normal()

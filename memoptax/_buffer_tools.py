@@ -85,10 +85,10 @@ def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> Sta
     Keys, ages and counters stay, and the sums are rebuilt. Restore a checkpoint with
     the ``topc`` that it was saved with, and then resize it.
 
-    In one case a new sum has another dtype than in ``init``: with a ``buffer_dtype``,
-    and parameters in both float32 and float64. The state does not say which leaf is
-    which, so all sums are in float64. ``update`` accepts them, but :func:`check_state`
-    does not.
+    In one case a new sum has a different dtype than in ``init``: with a
+    ``buffer_dtype``, and parameters in both float32 and float64. The state does not say
+    which leaf is which, so all sums are in float64. ``update`` accepts them, but
+    :func:`check_state` does not.
 
     Args:
       state: the state of an optimizer with critical gradients or momenta.

@@ -130,7 +130,8 @@ def memory_report(
       in all     32,000,076         32.000
       undonated  64,000,152         64.000
 
-      Divided over eight devices with the same parameters, where a bias stays whole:
+      Divided over eight devices that all hold the same parameters. The bias of 1001
+      entries stays whole, because eight does not divide 1001:
 
       >>> from functools import partial
       >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))

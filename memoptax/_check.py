@@ -294,7 +294,7 @@ def same_shape(name: str, found, made_for) -> None:
 def same_dtype(name: str, asked, found, allowed) -> None:
     """Refuse arrays of a state that another value of ``name`` made.
 
-    ``asked`` is that value, and ``found`` are dtypes of which all must be ``allowed``.
+    ``asked`` is that value. All dtypes in ``found`` must be in ``allowed``.
     """
     canonical = {jax.dtypes.canonicalize_dtype(dtype) for dtype in allowed}
     if wrong := sorted(dtype.name for dtype in set(found) - canonical):

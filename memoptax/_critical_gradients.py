@@ -87,9 +87,9 @@ def critical_gradients(
       priority_fn: a function that says how critical a gradient is. It maps the
         gradients (one leaf if not ``synced``) to a scalar of at least 0. None
         means the sum of the leaves' L2 norms, which is the authors' rule.
-        ``optax.tree.norm`` is the global norm. Inside ``jax.shard_map`` a function sees
-        only the shards of one device. Use :func:`memoptax.sharded_norm` there, so that
-        all devices agree. It also takes a rule of your own.
+        ``optax.tree.norm`` is the global norm. Inside ``jax.shard_map`` any of these
+        sees only the shards of one device. Use :func:`memoptax.sharded_norm` there, so
+        that all devices agree. It also takes a rule of your own.
       buffer_dtype: dtype of the slots: None (that of the parameters), float64, float32,
         bfloat16, float16 or int8. Sums and keys stay in float32 or better. A leaf is
         refused if its norm exceeds the range of the dtype (65504 in float16). int8 has
@@ -104,9 +104,9 @@ def critical_gradients(
         shape of its parameter. ``'read'`` has C + 1 slots and reads C of them on every
         step. ``'sum'`` has C + 1 slots and their sum, and moves two slots for any C.
         The error of that sum is at most 1e-5 of the summed norms of the leaf's values
-        (2e-14 in float64). None means ``'select'`` for C = 1, ``'read'`` for up to 20
-        bytes of slots per parameter, and ``'sum'`` beyond that. On a CPU ``'sum'`` is
-        faster from about C = 5 in float32 and C = 20 in int8.
+        (2e-14 in float64). None means ``'select'`` for C = 1, ``'read'`` if the C
+        values take up to 20 bytes per parameter, and ``'sum'`` beyond that. On a CPU
+        ``'sum'`` is faster from about C = 5 in float32 and C = 20 in int8.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. It ignores extra arguments, and its

@@ -138,7 +138,7 @@ def state_shardings(
 
     With ``over`` each device holds a part of the state that would otherwise be
     replicated (ZeRO-1). In both modes such a state is made as above. The step then also
-    needs the shardings of its results, and so gathers the parameters::
+    needs the shardings of its results, so that it gathers the parameters::
 
       of_params = jax.tree.map(lambda p: p.sharding, params)
       step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(of_params, shardings))
@@ -151,9 +151,9 @@ def state_shardings(
       over: names of mesh axes, as a tuple or a single name, over which parameters are
         replicated and their state is to be divided.
       slots_memory_kind: ``'pinned_host'`` puts the slots of buffers into the memory of
-        the host. A step fetches one slot and writes one, for any C. All other arrays
-        stay on the devices. On a CPU this needs a newer JAX than the oldest supported.
-        It has not been measured on an accelerator.
+        the host. This needs ``holding='sum'``: a step fetches one slot and writes one,
+        for any C. All other arrays stay on the devices. On a CPU this needs a newer JAX
+        than the oldest supported. It has not been measured on an accelerator.
 
     Returns:
       A tree like the state.
@@ -161,7 +161,8 @@ def state_shardings(
     Raises:
       ValueError: if ``mesh`` is None and the parameters are on no mesh, or on two;
         if ``over`` does not name axes of the mesh, or names one that already divides a
-        parameter; if the devices have no memory of that kind.
+        parameter; if the devices have no memory of that kind, or a buffer with slots in
+        host memory is not held as a sum.
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax

@@ -1,4 +1,4 @@
-"""SM3: adaptive step sizes from a few numbers per axis, in place of one per entry."""
+"""SM3: adaptive step sizes from one number per slice, in place of one per entry."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -16,8 +16,8 @@ its memory with ``XLA_PYTHON_CLIENT_PREALLOCATE=false``. All is set before JAX s
 
 ``pytest`` runs the fast suite, ``-m long`` the rest, ``-m "long or not long"`` all.
 A test marked ``few(n)`` has n of its cases in the fast suite, spread evenly. CI leaves
-out what is marked ``exhaustive``: more of what other cases show, as a table's rows with
-each optimizer where they are tried with some in turn.
+out what is marked ``exhaustive``. Such cases repeat what others show, for example the
+rows of a table with each optimizer, where the other cases take the optimizers in turn.
 """
 
 import importlib.metadata

@@ -45,11 +45,11 @@ class Precision(NamedTuple):
 
     @property
     def sum_tolerance(self):
-        """That of a running sum, of the norms held, with 10 % for their own bounds."""
+        """That of a running sum as a share of the norms held, with 10 % for bounds."""
         return 1.1e-5 * self.eps / Precision.of(np.float32).eps
 
     def rounding(self, size, steps=1):
-        """What one formula may round, or ``steps`` of them, for terms of this size."""
+        """What ``steps`` formulas may lose to rounding, for terms of this size."""
         return _ROUNDINGS * steps * (self.eps * size + self.tiny)
 
     def overflows(self, x, error=0.0):

@@ -311,7 +311,7 @@ def run(
     Args:
       params0: dict of arrays.
       grads: dict of arrays with a leading time axis.
-      l2_before_buffer: store g + wd * p under the key of g, as the released SGD_C.
+      l2_before_buffer: store g + wd * p under the key of g, as the released SGD_C does.
       fifo: one boolean per step, whether a full buffer evicts its oldest entry.
       guarded: keep every number whose step is not finite.
 

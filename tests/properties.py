@@ -6,9 +6,9 @@ numbers traced, and hypothesis chooses the configuration, the numbers and the st
 numbers, and entries from 1e-37 to 1e37. ``property_oracles`` has what is expected, and
 ``error_bars`` says how far a result may be from it.
 
-Where two keys are so close that rounding decides between them, or a square so close to
-the largest number, the comparison ends with that step. The state must be a valid one
-even then.
+The comparison ends with a step where two keys are so close that rounding decides
+between them, or where a square is so close to the largest number that rounding decides
+whether it overflows. The state must be a valid one even then.
 """
 
 import collections
@@ -58,7 +58,7 @@ def params_of(config):
 def compiled(config):
     """All updates of a stream, the last parameters and the last state.
 
-    A gradient that is not finite reaches the buffer alone, and leaves the state of
+    A gradient that is not finite reaches only the buffer, and leaves the state of
     optax's transformations behind it. Updates that are not finite are not applied.
     """
 

@@ -84,7 +84,7 @@ def test_numbers_that_may_be_none_may_be_traced(opt):
 
 @each_factory
 def test_hyperparameters_in_half_precision_are_not_kept_in_it(opt):
-    """Injected numbers have the dtype of the parameters, but the state has not."""
+    """Injected numbers have the dtype of the parameters, but the state does not."""
     params, tx = params_like(SHAPES, jnp.bfloat16), opt.build(optax.inject_hyperparams)
     state = jax.eval_shape(tx.init, params)
     updates, after = jax.eval_shape(tx.update, params, state, params)

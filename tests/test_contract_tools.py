@@ -229,12 +229,12 @@ def test_a_count_may_be_set_to_a_number(opt):
 
 
 def number(array):
-    """A number of Python is as wide as float32, and no number of fewer bits."""
+    """A scalar of 32 bits as a Python number. Python has none of fewer bits."""
     return array.item() if array.shape == () and array.itemsize == 4 else array
 
 
 def double(array):
-    """As files of text restore it."""
+    """As text files restore it."""
     wide = {"float32": np.float64, "int32": np.int64}.get(array.dtype.name)
     return np.asarray(array, wide)
 

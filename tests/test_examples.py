@@ -287,7 +287,7 @@ def test_the_language_model_computes_in_bfloat16():
     assert set(text.characters) > set("aeiou \n")
     for name in ("sm3", "adamw", "muon", 'adam_c:buffer_dtype="bfloat16",topc=1'):
         model.find_optimizer(name, settings).init({"w": jnp.ones((2, 2))})
-    with pytest.raises(SystemExit, match="adamm is no optimizer"):
+    with pytest.raises(SystemExit, match="adamm is not an optimizer"):
         model.find_optimizer("adamm", settings)
 
 

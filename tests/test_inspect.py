@@ -413,7 +413,7 @@ def test_a_bent_buffer_is_refused_in_a_sentence(options):
 
 @each_holding
 def test_shapes_of_a_state_give_shapes(options):
-    """As of a target for a checkpoint that is to be resized."""
+    """Such as those of a target for a checkpoint that is to be resized."""
     tx = memoptax.critical_gradients(**options)
     state = tx.init(TREE)
     shapes = jax.eval_shape(tx.init, TREE)

@@ -28,7 +28,7 @@ def problems(draw):
 
 @pytest.fixture(autouse=True)
 def folded(monkeypatch):
-    """However small: and what is not folded is not tested here."""
+    """Small tensors are folded too, and a test that folds none fails."""
     monkeypatch.setattr(tiles, "_SMALL", 1)
     folds = []
     fold = tiles._fold

@@ -14,7 +14,7 @@ CASES += [("bfloat16", -30), ("bfloat16", 30), ("float16", -3), ("float16", 3)]
 
 
 def in_shards(squares):
-    """As if two devices had half of every square."""
+    """As if each of two devices had half of every square."""
     return [x / 2 + x / 2 for x in squares]
 
 

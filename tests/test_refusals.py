@@ -1,4 +1,4 @@
-"""Refusals, and odd but good arguments, that the other fast tests do not meet."""
+"""Refusals, and odd but good arguments, that the other fast tests do not cover."""
 
 import collections
 

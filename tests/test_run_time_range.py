@@ -68,8 +68,8 @@ def injected(opt):
 
 
 def kept(opt, state):
-    """What of an injected state is memory: not the spare slots, which may hold anything
-    finite, and not SM3's count, which is of all steps.
+    """The part of an injected state that is memory: not the spare slots, which may hold
+    anything finite, and not SM3's count, which counts all steps.
     """
     parts = jax.tree.leaves_with_path(state.inner_state)
     named = {jax.tree_util.keystr(path): leaf for path, leaf in parts}

@@ -49,7 +49,7 @@ def test_oracle_with_duplicates(beta, shape):
 
 @pytest.mark.parametrize("variant", ["I", "II"])
 def test_equals_the_dense_step_with_rows(variant):
-    """Rows with a zero gradient do not move and keep their numbers, also densely."""
+    """Rows with a zero gradient do not move and keep their numbers, dense or not."""
     tx = untyped(memoptax.sm3(0.1, cover=memoptax.covers.rows, variant=variant))
     roads = [(jnp.ones((9, 3)), tx.init(jnp.ones((9, 3))))] * 2
     for ids, values in stream(5, 9):

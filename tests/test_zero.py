@@ -311,7 +311,7 @@ def test_types_stay_in_explicit_mode(name, sizes, entered):
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.few(6)
 def test_a_state_on_every_device_is_taken_beside_divided_gradients(name):
-    """As one is restored. Nothing runs."""
+    """As after a restore. Nothing runs."""
     tx, mesh = OTHERS[name](), mesh_of(TWO_BY_FOUR, AxisType.Explicit)
 
     def typed(specs):

@@ -1,4 +1,4 @@
-"""Values of which pyright asks nothing."""
+"""Values that pyright does not check."""
 
 from typing import Any
 

@@ -32,7 +32,7 @@ def main(argv=None) -> None:
         "--only",
         nargs="+",
         metavar="TEXT",
-        help="make the runs of rows whose first words are one of them",
+        help="make only the runs of rows that begin with one of these",
     )
     parser.add_argument("--quick", action="store_true", help="20 steps, kept nowhere")
     parser.add_argument(

@@ -65,7 +65,7 @@ def averaged_plain_sgd(rate, steps):
 
 
 def sharpness_aware(loss, radius=0.05):
-    """The loss at the worst of the parameters near by, for two gradients (SAM)."""
+    """The loss at the worst nearby parameters, at the cost of two gradients (SAM)."""
 
     def worst(params, batch):
         slope = jax.grad(loss)(params, batch)

@@ -125,7 +125,7 @@ def fill(page: str, made: dict[str, str]) -> str:
     def new(match):
         name = match[1]
         if name not in made:
-            raise ValueError(f"page asks for {name!r}, which is no experiment.")
+            raise ValueError(f"page asks for {name!r}, which is not an experiment.")
         return f"<!-- evidence: {name} -->\n{made[name]}\n<!-- end -->"
 
     pattern = r"<!-- evidence: (\w+) -->\n.*?<!-- end -->"

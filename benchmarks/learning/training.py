@@ -46,7 +46,7 @@ def with_average(tx, decay) -> optax.GradientTransformation:
 def train(task: tasks.Task, make: Callable, runs: list[dict], schedule=None, loss=None):
     """Train ``runs``, each a dict of ``rate``, ``seed`` and the numbers of ``make``.
 
-    ``schedule`` stands for the task's, and ``loss`` makes another loss of the task's.
+    ``schedule`` replaces the task's, and ``loss`` makes another loss from the task's.
     Yields a list of records for each ``task.lanes`` of them.
     """
     task = task._replace(name="", schedule=schedule or task.schedule)

@@ -31,7 +31,7 @@ SHOWN = ["exceptions", "string", "float", "lists", "class", "attribute", "import
 
 
 def read_corpus():
-    """Words of the language reference, and their numbers in the text."""
+    """The vocabulary of the language reference, and its text as one number per word."""
     from pydoc_data import topics
 
     text = " ".join(topics.topics.values()).lower()
@@ -53,7 +53,7 @@ def hashed_ngrams(word):
 
 
 def batches(text, size, seed=0):
-    """Pairs of words at most WINDOW apart, with fewer frequent words, and noise."""
+    """Pairs of words at most WINDOW apart, frequent ones thinned out, and noise."""
     rng = np.random.default_rng(seed)
     frequency = np.bincount(text) / len(text)
     keep = np.minimum(1, np.sqrt(1e-3 / frequency))

@@ -51,19 +51,19 @@ class Settings(NamedTuple):
 
 QUICK = Settings(width=32, layers=1, heads=2, context=32, batch=8, steps=40, rate=1e-2)
 HELP = {
-    "width": "numbers of a character's vector",
+    "width": "length of a character's vector",
     "layers": "layers of attention",
     "heads": "heads of each layer",
     "context": "characters that the model sees",
     "batch": "windows of text in a step",
     "steps": "steps of each run",
     "seed": "seed of the parameters and the batches",
-    "rate": "learning rate, between a warm-up and a cosine decay",
+    "rate": "peak learning rate, after a warm-up and before a cosine decay",
 }
 
 
 class Text(NamedTuple):
-    """Text as numbers of characters."""
+    """Text as one number per character."""
 
     characters: np.ndarray  # (V,), the character of each number
     training: np.ndarray  # (n,), uint8
@@ -189,7 +189,7 @@ def find_optimizer(name, settings):
     for module in (memoptax, optax, optax.contrib):
         if hasattr(module, function):
             return getattr(module, function)(**keywords)
-    raise SystemExit(f"{function} is no optimizer of memoptax or optax.")
+    raise SystemExit(f"{function} is not an optimizer of memoptax or optax.")
 
 
 def loss_fn(model, windows):
@@ -462,7 +462,7 @@ def parse(argv):
         help="texts to generate for each optimizer (2)",
     )
     parser.add_argument(
-        "--length", type=int, default=400, help="characters of such a text (400)"
+        "--length", type=int, default=400, help="characters of each text (400)"
     )
     parser.add_argument(
         "--output",
@@ -481,7 +481,7 @@ def parse(argv):
         parser.error(f"--mesh is two numbers as in 4x2, not {args.mesh}")
     args.mesh = tuple(map(int, args.mesh.split("x")))
     if settings.batch % args.mesh[0]:
-        parser.error(f"--batch {settings.batch} does not divide over {args.mesh[0]}")
+        parser.error(f"--batch {settings.batch} is not divisible by {args.mesh[0]}")
     return args, settings
 
 

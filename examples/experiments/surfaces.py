@@ -1,8 +1,8 @@
 """Walk over three classic surfaces with and without critical gradients.
 
-It prints the loss after 50, 100, 200 and 999 steps beside that of the authors' PyTorch
-code, and draws the paths. Aggregation by 'sum' about doubles the step. So compare the C
-variants with the controls at twice the learning rate.
+It prints the loss after 50, 100, 200 and 999 steps, and that of the authors' PyTorch
+code where it was recorded. It draws the paths. Aggregation by 'sum' about doubles the
+step. So compare the C variants with the controls at twice the learning rate.
 """
 
 import argparse
@@ -70,7 +70,8 @@ OPTIMIZERS = {
     "SGDM_C": lambda rate: memoptax.sgd_c(rate, momentum=0.9),
 }
 
-# Colour (Okabe-Ito), line and width of the base, its control at twice the rate, and C.
+# Colour (Okabe-Ito), line and width: the base, its control at twice the rate, the C
+# variant.
 STYLES = [("#0072B2", "-", 3.5), ("#E69F00", "--", 2.0), ("#D55E00", "-", 2.0)]
 
 # The losses of the authors' PyTorch code (CGOptimizer) in float32 at TIMES. The

@@ -62,12 +62,12 @@ def _decay_of_dense(rate):
                 "call update(updates, state, params)."
             )
 
-        # A row-sparse leaf becomes None, which is no leaf.
+        # A row-sparse leaf becomes None, which is not a leaf.
         kept, decayed = (
             _map(lambda u, x: None if row_sparse.is_row_sparse(u) else x, updates, tree)
             for tree in (updates, params)
         )
-        # In a tuple, because a lone None would be no parameters.
+        # In a tuple, because None by itself would mean that there are no parameters.
         found: Any
         found, state = dense.update((kept,), state, (decayed,))
         return _map(

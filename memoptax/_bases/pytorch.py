@@ -282,7 +282,7 @@ def bias_correction(decay, count):
     else:
         decay = jnp.asarray(decay, dtypes.widest(decay.dtype, jnp.float32))
         is_zero = decay == 0
-        log = jnp.log(jnp.where(is_zero, 1, decay))  # a log of 0 is no finite number
+        log = jnp.log(jnp.where(is_zero, 1, decay))  # the log of 0 is not finite
     correction = -jnp.expm1(count.astype(jnp.result_type(log, float)) * log)
     return jnp.where(is_zero, 1, correction)
 

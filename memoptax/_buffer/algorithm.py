@@ -35,7 +35,7 @@ class Buffer(NamedTuple):
 
     There are R rows of keys. R is 1 if all leaves are kept or dropped together
     (``synced``), and L if not. A buffer of zeros is empty. Values are held in one of
-    three ways: select, read or sum (``holding``).
+    three ways: *select*, *read* or *sum* (``holding``).
     """
 
     slots: Any  # (C + 1, ...), or for select like the params, in the storage's dtype
@@ -171,11 +171,11 @@ class Parts(NamedTuple):
 def parts(options: Options, before: Buffer, after: Buffer, values) -> list:
     """Per leaf, the :class:`Parts` of what :func:`recall_and_offer` returned, or None.
 
-    It is None unless the way is read, because other ways overwrite what they read. It
+    It is None unless the way is *read*, because other ways overwrite what they read. It
     is None if ``aggr`` is a function, which may look at other elements. It is None if
     the slots are as wide as the result. Reading them again would then move more bytes
-    than storing the result (sm3_cm with C = 5 on an H100: 88
-    bytes per parameter instead of 68).
+    than storing the result (sm3_cm with C = 5 on an H100: 88 bytes per parameter
+    instead of 68).
     """
     leaves, stacks = jax.tree.leaves(values), holding.stacks_of(after)[0]
     if options.way(before.slots) != "read" or callable(options.aggr):

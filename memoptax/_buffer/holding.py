@@ -25,10 +25,10 @@ from memoptax._tensors import dtypes, layout, storage
 
 WAYS = ("select", "read", "sum")
 
-# Reading all slots is the default up to this many bytes of slots per parameter. Beyond
-# that it moves more bytes than the sum does. On an H100, adam_c with C = 20 in float32
-# (80 bytes of slots) moves 120 bytes per parameter instead of 52, and with int8
-# (20 bytes of slots) 57.
+# Reading all slots is the default if C values take up to this many bytes per parameter.
+# Beyond that it moves more bytes than the sum does. On an H100, adam_c with C = 20 in
+# float32 (80 bytes of values) moves 120 bytes per parameter instead of 52, and with
+# int8 (20 bytes of values) 57.
 _READ_BYTES = 20
 
 

@@ -52,8 +52,9 @@ def _before(total, after, change):
     """The sum before a change.
 
     XLA's CPU backend copies a sum that is read after it was overwritten. The copy takes
-    a quarter of the parameters in temporaries and a fifth of the step. So on a CPU the
-    change is subtracted from the updated sum, which costs 2·eps·|new| of accuracy.
+    temporaries of a quarter of the parameters, and a fifth of the step's time. So on a
+    CPU the change is subtracted from the updated sum, which costs 2·eps·|new| of
+    accuracy.
     """
     return jax.lax.platform_dependent(
         total,

@@ -49,10 +49,11 @@ def sharded_norm(
 
     Raises:
       ValueError: in three places.
-        - At once, if ``rule`` is not a function.
+        - At once, if ``rule`` is not a function, or ``axes`` is none of the above.
         - When the result is called, if the tree ``axes`` has the wrong number of
-          leaves, or if ``axes`` is ``'auto'`` under ``check_vma=False``, where JAX does
-          not track which values vary between devices.
+          leaves, if the call is not inside a ``shard_map`` over the named axes, or if
+          ``axes`` is ``'auto'`` under ``check_vma=False``, where JAX does not track
+          which values vary between devices.
         - In ``update``, if a ``PartitionSpec`` divides the last axis of a leaf in int8,
           because a row has one scale.
 
@@ -137,7 +138,7 @@ class ShardedNorm:
     def _entries(self, count) -> list[Any]:
         """The entry of ``axes`` for each of ``count`` leaves."""
         entries = jax.tree.leaves(self.axes, is_leaf=_is_entry)
-        if len(entries) > count:  # a None may belong to a None, which is no leaf
+        if len(entries) > count:  # a None may belong to a None, not to a leaf
             entries = [entry for entry in entries if entry is not None]
         if _is_entry(self.axes):
             entries *= count

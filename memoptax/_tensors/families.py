@@ -174,10 +174,10 @@ class Families:
         """For each family, the maximum over its boxes of `f(g, *numbers)` (>= 0).
 
         f works entry by entry. Its `numbers` are those of the boxes that contain the
-        entry, one for each sweep. `parts` are a function, entry by entry, and the
-        tensors from which it computes g. Sweeps across rows call it, because a GPU
-        would store a g that they share with the update (sm3_cm with C = 5 in int8: one
-        copy of the parameters instead of .06).
+        entry, one for each sweep. `parts` are an entrywise function and the tensors
+        from which it computes g. Sweeps across rows call it, because a GPU would store
+        a g that they share with the update (sm3_cm with C = 5 in int8: one copy of the
+        parameters instead of .06).
         """
         out = {}
         for common, members in self.sweeps:

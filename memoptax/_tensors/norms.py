@@ -34,8 +34,8 @@ def total(norms):
     """The sum of the norms, (1,).
 
     XLA turns a plain sum of L scalars into L - 1 additions, and its CPU backend repeats
-    these in the code of every leaf. It does not look behind the magnitudes, so a step
-    of 200 leaves compiles in 5 s instead of 26 (sgd_c with C = 1).
+    these in the code of every leaf. With ``abs`` in between it does not, so a step of
+    200 leaves compiles in 5 s instead of 26 (sgd_c with C = 1).
     """
     return jnp.sum(jnp.abs(norms), keepdims=True)
 

@@ -206,7 +206,8 @@ def is_narrower(leaf, stack: Stored) -> bool:
 def _limit(dtype, stored) -> float:
     """The largest number in ``stored``, or infinity if all of ``dtype`` are in it.
 
-    bfloat16 has the exponents of float32, but rounds its last numbers to infinity.
+    bfloat16 has the exponents of float32, but the largest numbers of float32 round to
+    infinity in it.
     """
     largest = float(jnp.finfo(stored).max)
     return largest if largest < float(jnp.finfo(dtype).max) else math.inf

@@ -23,7 +23,7 @@ MODEL = mlp(9, 1)  # of shuttle
 
 
 def loss(params, batch):
-    """Logistic loss and half the squared weights, the bias's too."""
+    """Logistic loss and PENALTY / 2 times the squared weights, the bias's too."""
     x, y = batch
     margins = (x @ params[0]["w"] + params[0]["b"])[:, 0] * (2 * y - 1)
     squares = sum(jnp.sum(p**2) for p in jax.tree.leaves(params))

@@ -34,7 +34,7 @@ def loss(params, batch):
 
 @functools.cache
 def flipped(size, share):
-    """A ``share`` of the examples have the label of another class, always the same."""
+    """A ``share`` of the examples have a wrong label, the same throughout a run."""
 
     def draw(split, key, count):
         rows = mnist.draw(size)(split, key, count)
