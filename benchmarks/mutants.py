@@ -61,7 +61,7 @@ FILES = (
     "_bases/precision.py",
 )
 # Tests of pages, scripts and processes notice a mutant by its text, or late.
-OTHERS = "docs examples hlo layout learning multihost platform release trust types"
+OTHERS = "docs examples hlo layout learning multihost platform release trust"
 RESTART = 40  # mutants after which a process starts over: its memory grows
 IGNORED = shutil.ignore_patterns(".git", ".venv*", "_build", ".sdist")
 # Operators of arrays that take each other's place. cosmic-ray has others, such as a

@@ -65,6 +65,7 @@ def test_counters_of_many_leaves_do_not_overflow_together():
 
 
 @pytest.mark.parametrize("synced", [True, False])
+@pytest.mark.few(2)
 def test_coherence_and_share_are_those_of_the_entries(synced):
     """Against the entries themselves. Without syncing they differ between leaves."""
     buffer = trained(memoptax.critical_gradients(4, 0.9, synced=synced), 9).buffer
