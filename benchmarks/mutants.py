@@ -23,6 +23,7 @@ import ast
 import collections
 import concurrent.futures
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -195,7 +196,8 @@ class Worker:
 def ordered(mutant, seconds, lines, noticing, most):
     """The tests that run the line of a mutant, for at most as many seconds.
 
-    Those that noticed others come first, then the cheapest. A line that runs when the
+    Those that noticed others come first, then those of files that are near, then the
+    cheapest. A line that runs when the
     package is imported, such as the default of an argument, has the tests of the next
     line that tests run.
     """
@@ -203,9 +205,22 @@ def ordered(mutant, seconds, lines, noticing, most):
     later = [k for k, tests in of_file.items() if tests and k >= mutant["line"]]
     running = of_file[min(later)] if later else seconds
     tests = [test for test in running if test in seconds]
-    tests.sort(key=lambda test: (-noticing[test], seconds[test]))
+    near = {file for file in test_files() if is_near(file, mutant["file"])}
+    far = {test: test.partition("::")[0] not in near for test in tests}
+    tests.sort(key=lambda test: (-noticing[test], far[test], seconds[test]))
     total = itertools.accumulate(seconds[test] for test in tests)
     return [test for test, end in zip(tests, total) if end <= most]
+
+
+@functools.cache
+def is_near(test, file):
+    """Whether a file of tests is named after a module of the package, or imports it."""
+    name = Path(file).stem
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / test).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("memoptax."):
+            found |= {node.module.split(".")[-1], *(name.name for name in node.names)}
+    return name in found or Path(test).stem.startswith(f"test_{name.strip('_')}")
 
 
 def test_files():
