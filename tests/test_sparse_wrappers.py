@@ -159,7 +159,9 @@ def test_momenta_of_dense_leaves_alone_are_no_hindrance():
     np.testing.assert_array_equal(untyped(updates)["table"].todense(), table)
 
 
-@pytest.mark.parametrize("inner", [optax.clip, "x", None], ids=str)
+@pytest.mark.parametrize(
+    "inner", [optax.clip, "x", None], ids=["function", "text", "None"]
+)
 def test_what_is_no_transformation_is_refused(inner):
     with pytest.raises(ValueError, match="inner must be an optax.GradientTransf"):
         memoptax.sparse.on_values(inner)
