@@ -120,6 +120,13 @@ def test_no_stored_value_is_longer_than_its_bound(shape, scale, dtype):
     assert bound <= 1.1 * np.linalg.norm(x) + 3e-8 * np.sqrt(x.size)
 
 
+def test_the_largest_entry_of_a_row_becomes_127():
+    stored = storage.encode(
+        jnp.asarray(normal((50, 6))), like(np.zeros((50, 6)), "int8")
+    )
+    np.testing.assert_array_equal(np.abs(np.asarray(stored.values)).max(axis=1), 127)
+
+
 def test_rows_of_zeros_are_stored_without_a_division():
     """A CPU makes 0 of NaN in int8. Other devices need not."""
     stored = storage._quantized(jnp.zeros((2, 3)), jnp.zeros((2, 1)))
