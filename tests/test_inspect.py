@@ -56,9 +56,9 @@ def test_stats_of_a_buffer_by_hand():
 
 def test_counters_of_many_leaves_do_not_overflow_together():
     params = [jnp.zeros(3)] * 4
-    state = untyped(memoptax.sgd_c(0.1, synced=False).init(params))
+    tx = untyped(memoptax.sgd_c(0.1, synced=False))
     counts = [jnp.full((4,), n, jnp.int32) for n in (1_400_000_000, 700_000_000)]
-    _, state = memoptax.sgd_c(0.1, synced=False).update([jnp.ones(3)] * 4, state)
+    _, state = tx.update([jnp.ones(3)] * 4, tx.init(params))
     buffer = state[0].buffer._replace(offered=counts[0], accepted=counts[1])
     state = (state[0]._replace(buffer=buffer), *state[1:])
     assert memoptax.buffer_stats(state)["acceptance"] == 0.5
