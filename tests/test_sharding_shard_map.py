@@ -237,17 +237,21 @@ def test_an_axis_left_to_the_compiler_divides_no_row(mesh):
 # The norm
 
 
+def norm_on(mesh, axes, check_vma):
+    return jax.shard_map(
+        memoptax.sharded_norm(axes),
+        mesh=mesh,
+        in_specs=(SPECS,),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+
+
 def test_sharded_norm_is_the_norm(mesh):
     gradients = few(values())
     expected = sum(np.linalg.norm(g) for g in gradients.values())
     for axes, check_vma in ((SPECS, False), ("auto", True)):
-        norm = jax.shard_map(
-            memoptax.sharded_norm(axes),
-            mesh=mesh,
-            in_specs=(SPECS,),
-            out_specs=P(),
-            check_vma=check_vma,
-        )
+        norm = norm_on(mesh, axes, check_vma)
         np.testing.assert_allclose(norm(gradients), expected, rtol=1e-6)
     np.testing.assert_allclose(
         memoptax.sharded_norm("auto")(gradients), expected, rtol=1e-6
@@ -259,13 +263,7 @@ def test_sharded_norm_is_the_norm(mesh):
 def test_sharded_norm_needs_no_square_in_range(size, mesh):
     gradients = {k: jnp.full_like(g, size) for k, g in few(values()).items()}
     expected = sum(np.linalg.norm(np.float64(g)) for g in gradients.values())
-    norm = jax.shard_map(
-        memoptax.sharded_norm(SPECS),
-        mesh=mesh,
-        in_specs=(SPECS,),
-        out_specs=P(),
-        check_vma=False,
-    )
+    norm = norm_on(mesh, SPECS, False)
     for found in (norm(gradients), memoptax.sharded_norm("auto")(gradients)):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 

@@ -92,7 +92,7 @@ def bound(buffer, totals, new, incoming):
     rounding = unit * incoming + unit * outgoing + scale + lost
     error = buffer.error + jnp.where(jnp.any(new, axis=1), rounding, 0)
     exact = jnp.all(error <= _TOLERANCE * scale)  # false if a tool has made it NaN
-    # A sum that was infinite stays so, whatever is taken from it.
+    # A sum that has overflowed stays infinite until it is rebuilt.
     finite = jnp.all(jnp.isfinite(jnp.sum(buffer.norms, axis=1)))
     inexact = ~exact | ~finite | _is_changed(buffer)
     return norms, jnp.where(inexact, fresh_error(norms, unit), error), inexact
