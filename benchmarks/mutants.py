@@ -197,9 +197,8 @@ def ordered(mutant, seconds, lines, noticing, most):
     """The tests that run the line of a mutant, for at most as many seconds.
 
     Those that noticed others come first, then those of files that are near, then the
-    cheapest. A line that runs when the
-    package is imported, such as the default of an argument, has the tests of the next
-    line that tests run.
+    cheapest. A line that runs when the package is imported, such as the default of an
+    argument, has the tests of the next line that tests run.
     """
     of_file = {int(k): tests for k, tests in lines.get(mutant["file"], {}).items()}
     later = [k for k, tests in of_file.items() if tests and k >= mutant["line"]]
@@ -293,8 +292,7 @@ def main(argv=None):
     everything = mutants()
     sample = random.Random(options.seed).sample(everything, len(everything))
     if options.again:
-        settled = (m for m in kept["mutants"] if m["noticed"] or "why" in m)
-        kept["mutants"] = list(settled)
+        kept["mutants"] = [m for m in kept["mutants"] if m["noticed"] or "why" in m]
     known = {key(m) for m in kept["mutants"]}
     active = (mutant for mutant in sample if not is_idle(mutant, mutated(mutant)))
     chosen = [

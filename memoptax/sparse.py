@@ -193,14 +193,19 @@ def _check_state(inner, updates, params):
     def shapes(longer=None):
         def like(path, update, param):
             param = param if hasattr(param, "shape") else jnp.asarray(param)
-            rows = [(param.shape[0] + 1)] if path == longer else param.shape[:1]
-            return jax.ShapeDtypeStruct((*rows, *param.shape[1:]), param.dtype)
+            shape = param.shape
+            if path == longer:
+                shape = (shape[0] + 1, *shape[1:])
+            return jax.ShapeDtypeStruct(shape, param.dtype)
 
         tree = jax.tree.map_with_path(like, updates, params, is_leaf=is_leaf)
         return [x.shape for x in jax.tree.leaves(jax.eval_shape(inner.init, tree))]
 
-    for path, update in jax.tree.leaves_with_path(updates, is_leaf=is_leaf):
-        if is_leaf(update) and shapes() != shapes(longer=path):
+    leaves = jax.tree.leaves_with_path(updates, is_leaf=is_leaf)
+    tables = [path for path, update in leaves if is_leaf(update)]
+    as_they_are = shapes() if tables else []
+    for path in tables:
+        if shapes(longer=path) != as_they_are:
             raise ValueError(
                 f"inner must keep nothing for each row of a row-sparse leaf, but "
                 f"{families.name(path)} has a row-sparse gradient and inner is "
