@@ -133,12 +133,12 @@ def critical_momenta(
         seed,
         holding,
     )
-    numbers = _check.is_inside(b1, 0, 1, below=True)
+    in_range = _check.is_inside(b1, 0, 1, below=True)
     if options.keeps_nothing:
         average = optax.ema(b1, debias=False)
         average = guards.expecting(average, optax.EmaState, mu_dtype=mu_dtype)
         average = precision.stored_moment(average, "ema", mu_dtype)
-        return _without_buffer(average, numbers, CriticalMomentaState)
+        return _without_buffer(average, in_range, CriticalMomentaState)
 
     def init_fn(params):
         mu, mu_scales = _momentum.zeros(params, mu_dtype)
@@ -148,7 +148,7 @@ def critical_momenta(
         _check.state(state, CriticalMomentaState)
         _momentum.check(options, updates, state, mu_dtype, params)
         g = _momentum.beside(state, updates)
-        sound, norms = _momentum.is_sound(options, g, state.buffer.keys.dtype, numbers)
+        sound, norms = _momentum.is_sound(options, g, state.buffer.keys.dtype, in_range)
         m, stored, mu = _momentum.average(g, state, b1, sound)  # m_t
         M, buffer = algorithm.recall_and_offer(  # M_t, B_{t+1}
             options, state.buffer, m, g, sound, stored, norms=norms
@@ -237,10 +237,10 @@ def scale_by_adam_cm(
     _check.flag("skip_first", skip_first)
     mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
     options = _options.options(aggr=aggr, **buffer)
-    numbers = pytorch.adam_is_sound(b1, b2, eps, eps_root)
+    in_range = pytorch.adam_is_sound(b1, b2, eps, eps_root)
     if options.keeps_nothing:
         adam = pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, amsgrad=amsgrad)
-        return _without_buffer(adam, numbers, ScaleByAdamCmState)
+        return _without_buffer(adam, in_range, ScaleByAdamCmState)
 
     def init_fn(params):
         def zeros():
@@ -266,7 +266,7 @@ def scale_by_adam_cm(
         check(updates, state, params)
         g = _momentum.beside(state, updates)
         sound, norms = _momentum.is_sound(
-            options, g, state.buffer.keys.dtype, numbers, squares=True
+            options, g, state.buffer.keys.dtype, in_range, squares=True
         )
         if skip_first:
             M, mu, buffer = _momentum.as_released(options, g, state, b1, sound, norms)
@@ -474,9 +474,9 @@ def adamw_cm(
     )
 
 
-def _without_buffer(base, numbers, kind):
+def _without_buffer(base, in_range, kind):
     """``base`` in float32, which keeps no buffer and refuses a state that has one."""
-    base = guards.without_buffer(guards.while_sound(base, numbers), kind)
+    base = guards.without_buffer(guards.while_sound(base, in_range), kind)
     return precision.in_float32(base)
 
 

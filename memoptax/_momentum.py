@@ -43,10 +43,10 @@ def beside(state, gradients):
     return jax.tree.map(layout.like, gradients, state.mu)
 
 
-def is_sound(options, gradients, dtype, numbers, squares=False):
+def is_sound(options, gradients, dtype, in_range, squares=False):
     """Whether the state may change, and the norms of the gradients, (L,).
 
-    It may if the gradients are finite and the traced ``numbers`` are in their ranges.
+    It may if the gradients are finite and the traced numbers are ``in_range``.
 
     ``dtype`` is that of the state's arithmetic. With ``squares`` the square of the
     aggregate M must be finite too. M is at most 1 + |κ| times the largest gradient that
@@ -57,7 +57,7 @@ def is_sound(options, gradients, dtype, numbers, squares=False):
     limit = jnp.finfo(dtype).max
     if squares:
         limit = jnp.sqrt(limit) / (2 * (1 + jnp.abs(options.kappa)))
-    return jnp.all(norms <= limit) & options.is_sound() & numbers, norms
+    return jnp.all(norms <= limit) & options.is_sound() & in_range, norms
 
 
 def as_released(options, gradients, state, b1, sound, norms):

@@ -168,13 +168,13 @@ def scale_by_sm3(
         _sm3_rules.check_leaves(leaves, state.accumulators)
         _check_tree(leaves, treedef, state, params)
         steps = []
-        for (path, g), numbers, memory in zip(
+        for (path, g), own, memory in zip(
             leaves, state.accumulators, _load(state, treedef)
         ):
             boxes = families.resolve(cover, path, g)
-            families.check_shapes(boxes, path, g, numbers)
+            families.check_shapes(boxes, path, g, own)
             step = _STEPS[row_sparse.is_row_sparse(g)]
-            steps.append(step(rule, path, boxes, g, numbers, memory))
+            steps.append(step(rule, path, boxes, g, own, memory))
         directions, accumulators, memories = zip(*steps)
         state = _save(state, treedef, memories)._replace(
             count=count, accumulators=accumulators

@@ -114,7 +114,7 @@ def scale_by_sm3_cm(
     cover = covers.axes if cover is None else cover
     mu_dtype = _options.storage_dtype("mu_dtype", mu_dtype)
     options = _options.options(aggr=aggr, **buffer)
-    numbers = pytorch.adam_is_sound(b1, b2, eps)
+    in_range = pytorch.adam_is_sound(b1, b2, eps, 0.0)
 
     def init_fn(params):
         mu, mu_scales = _momentum.zeros(params, mu_dtype)
@@ -137,7 +137,7 @@ def scale_by_sm3_cm(
         accumulators = jax.tree.leaves(state.accumulators)
         dtype = dtypes.widest(jnp.float32, *(a.dtype for a in accumulators))
         g = _momentum.beside(state, updates)
-        sound, norms = _momentum.is_sound(options, g, dtype, numbers, squares=True)
+        sound, norms = _momentum.is_sound(options, g, dtype, in_range, squares=True)
         parts = [None] * len(boxes)
         if options.keeps_nothing:
             M, _, mu = _momentum.average(g, state, b1, sound)  # M_t is m_t
@@ -152,7 +152,7 @@ def scale_by_sm3_cm(
             parts = algorithm.parts(options, state.buffer, buffer, m)
         nu, accumulators = _second_moment(boxes, M, parts, state, b2, sound)  # ν_t, A_t
         count = jnp.where(sound, optax.safe_increment(state.count), state.count)
-        u = pytorch.normalize(M, nu, jnp.maximum(count, 1), b1, b2, eps)  # u_t
+        u = pytorch.normalize(M, nu, jnp.maximum(count, 1), b1, b2, eps, 0.0)  # u_t
         state = ScaleBySM3CmState(count, *mu, accumulators, buffer)
         return _momentum.or_nan(sound, u, updates, M), state
 
@@ -164,8 +164,8 @@ def _boxes(cover, updates, accumulators):
     leaves = jax.tree.leaves_with_path(updates)
     _sm3_rules.check_leaves(leaves, accumulators)
     boxes = [families.resolve(cover, path, leaf) for path, leaf in leaves]
-    for one, leaf, numbers in zip(boxes, leaves, accumulators if leaves else ()):
-        families.check_shapes(one, *leaf, numbers)
+    for one, leaf, own in zip(boxes, leaves, accumulators if leaves else ()):
+        families.check_shapes(one, *leaf, own)
     return boxes
 
 
@@ -185,18 +185,18 @@ def _second_moment(boxes, joined, parts, state, b2, taken):
     return treedef.unflatten(nu), accumulators
 
 
-def _leaf(boxes, x, parts, numbers, b2, taken):
+def _leaf(boxes, x, parts, accumulators, b2, taken):
     if x.size == 0:
-        return x, numbers
-    dtype = numbers[0].dtype
+        return x, accumulators
+    dtype = accumulators[0].dtype
     x, b2 = x.astype(dtype), _sm3_rules.hyperparameter(b2, dtype)
     found = families.Families(boxes, x.shape)
     parts = None if parts is None else algorithm.joining(parts, dtype)
-    nu, floors, raised = _sm3_rules.sm3_ii(x, numbers, found, b2, parts)
+    nu, floors, raised = _sm3_rules.sm3_ii(x, accumulators, found, b2, parts)
     # A number that overflows stays as it was. An infinite one would never come down.
     raised = tuple(
         jnp.where(taken & jnp.isfinite(new), new, old)
-        for new, old in zip(raised, numbers)
+        for new, old in zip(raised, accumulators)
     )
     if len(raised) == 1 and raised[0].shape == x.shape:
         # With a box per entry, ν is the accumulator. It is read from the new one, so

@@ -30,30 +30,30 @@ class Rule(NamedTuple):
         )
 
 
-def step(rule, path, boxes, gradient, numbers, memory):
+def step(rule, path, boxes, gradient, accumulators, memory):
     """One leaf: its update, its new accumulators and its new momentum."""
     del path
     if gradient.size == 0:
-        return gradient, numbers, memory
-    numbers, dtype = tuple(numbers), numbers[0].dtype
+        return gradient, accumulators, memory
+    accumulators, dtype = tuple(accumulators), accumulators[0].dtype
     eps: Any
     momentum, beta, eps = (hyperparameter(x, dtype) for x in rule[:3])
     sound = rule.is_sound()
     if sound is not True:
         eps = jnp.where(sound, eps, jnp.nan)  # so that no direction is finite
-    g = _beside(gradient, numbers, memory).astype(dtype)
+    g = _beside(gradient, accumulators, memory).astype(dtype)
     families = _families.Families(boxes, g.shape)
-    nu, floors, raised = rule.precondition(g, numbers, families, beta)
-    raised = tuple(map(layout.like, raised, numbers))
+    nu, floors, raised = rule.precondition(g, accumulators, families, beta)
+    raised = tuple(map(layout.like, raised, accumulators))
     if len(raised) == 1 and raised[0].shape == g.shape:
         # Adagrad rejects non-finite entries one at a time. Testing only the new sum
         # lets XLA reuse the memory of the old sum.
         finite = _is_finite(g) & sound
-        raised = _select(jnp.isfinite(raised[0]) & sound, raised, numbers)
+        raised = _select(jnp.isfinite(raised[0]) & sound, raised, accumulators)
         nu, floors = functools.partial(_adagrad, beta), raised
     else:
         finite = _are_finite(raised, rule.precondition) & sound
-        raised = _select(finite, raised, numbers)
+        raised = _select(finite, raised, accumulators)
     direction = functools.partial(_direction, nu, eps)
     if memory is None:
         q = direction(g, *families.spread(floors))
@@ -63,9 +63,9 @@ def step(rule, path, boxes, gradient, numbers, memory):
     return layout.like(q.astype(gradient.dtype), gradient), raised, memory
 
 
-def _beside(gradient, numbers, memory):
+def _beside(gradient, accumulators, memory):
     """The gradient with the sharding of an array of its shape in the state, if any."""
-    home = numbers[0] if memory is None else memory.values
+    home = accumulators[0] if memory is None else memory.values
     return layout.like(gradient, home) if home.shape == gradient.shape else gradient
 
 
@@ -89,11 +89,11 @@ def _average(direction, momentum, families, g, floors, memory, finite):
     return jnp.where(finite, storage.decode(memory, g.dtype), jnp.nan), memory
 
 
-def row_sparse_step(rule, path, boxes, gradient, numbers, memory):
+def row_sparse_step(rule, path, boxes, gradient, accumulators, memory):
     """One row-sparse leaf: a step on the rows touched, as if they were the table."""
     _check_rows(gradient, boxes, _families.name(path))
     gradient = row_sparse.merged(gradient, _families.name(path))
-    (table,) = numbers
+    (table,) = accumulators
     rows, data = row_sparse.gather(table, gradient), gradient.data
     boxes = covers.rows(path, data)
     q, (raised,), _ = step(rule, path, boxes, data, (rows,), None)
@@ -117,7 +117,7 @@ def _check_rows(gradient, boxes, name: str) -> None:
 # Families.floors), so that each consumer can recompute it.
 
 
-def sm3_ii(g, numbers, families, beta, parts=None):
+def sm3_ii(g, accumulators, families, beta, parts=None):
     """SM3-II: nu = min A + g^2, then A = max nu. g may be computed from ``parts``.
 
     The floors are of the old A.
@@ -126,18 +126,18 @@ def sm3_ii(g, numbers, families, beta, parts=None):
     def nu(g, *floors):
         return _accumulate(_least(floors), g * g, beta)
 
-    floors = families.floors(numbers)
+    floors = families.floors(accumulators)
     return nu, floors, families.maxima(nu, g, floors, parts)
 
 
-def sm3_i(g, numbers, families, beta):
+def sm3_i(g, accumulators, families, beta):
     """SM3-I: A = A + max g^2, then nu = min A. The floors are of the new A."""
 
     def nu(g, *floors):
         return _least(floors)
 
     tops = families.maxima(jnp.square, g)
-    raised = tuple(_accumulate(a, top, beta) for a, top in zip(numbers, tops))
+    raised = tuple(_accumulate(a, top, beta) for a, top in zip(accumulators, tops))
     return nu, families.floors(raised), raised
 
 
@@ -181,7 +181,7 @@ def _are_finite(raised, precondition):
     """
     if precondition is sm3_ii:
         raised = [min(raised, key=jnp.size)]
-    finite = [jnp.all(jnp.isfinite(numbers)) for numbers in raised]
+    finite = [jnp.all(jnp.isfinite(new)) for new in raised]
     return functools.reduce(jnp.logical_and, finite)
 
 
@@ -201,8 +201,8 @@ def zero_accumulators(params, cover, dtype=None):
     def of(path, box, leaf):
         boxes = _families.resolve(cover, path, leaf)
         own = accumulator_dtype(leaf, dtype)
-        numbers = tuple(_families.zeros(leaf, size, own) for size in boxes)
-        return _flax_metadata.fit(box, numbers)
+        accumulators = tuple(_families.zeros(leaf, size, own) for size in boxes)
+        return _flax_metadata.fit(box, accumulators)
 
     leaves = _flax_metadata.leaves_with_path(params)
     # optax.tree.map_params finds the parameters by passing init a tree without leaves.

@@ -75,7 +75,7 @@ def check_adam(b1, b2, eps, eps_root):
     )
 
 
-def adam_is_sound(b1, b2, eps, eps_root: ArrayLike = 0.0):
+def adam_is_sound(b1, b2, eps, eps_root):
     """Whether those that are traced are in these ranges. True if none is traced."""
     return (
         _check.is_inside(b1, 0, 1, below=True)
@@ -87,9 +87,10 @@ def adam_is_sound(b1, b2, eps, eps_root: ArrayLike = 0.0):
 
 def trace(
     momentum: ArrayLike | None,
-    dampening: ArrayLike = 0.0,
-    nesterov: bool = False,
+    dampening: ArrayLike,
+    nesterov: bool,
     accumulator_dtype: DTypeLike | None = None,
+    *,
     finite: bool = False,
 ) -> optax.GradientTransformation:
     """``optax.trace``, or a dampened one, or nothing for a momentum of None.
@@ -158,7 +159,7 @@ class DampenedTraceState(NamedTuple):
     trace: Any  # like the params, and in their dtypes
 
 
-def dampened_trace(momentum, dampening, nesterov=False, accumulator_dtype=None):
+def dampened_trace(momentum, dampening, nesterov, accumulator_dtype):
     """b₁ = u₁, then b = momentum·b + (1 − dampening)·u. The update is b.
 
     Differs from ``optax.trace`` in the dampening, which does not apply to the first
@@ -194,7 +195,7 @@ class CenteredRmsState(NamedTuple):
     nu: Any  # like the params: mean of their squares
 
 
-def scale_by_centered_rms(decay, eps, initial_scale=0.0):
+def scale_by_centered_rms(decay, eps, initial_scale):
     """u / (√max(v − h², 0) + eps), with h and v the averages of u and u².
 
     Differs from ``optax.scale_by_stddev`` in the clamp. Rounding makes the variance of
@@ -233,7 +234,7 @@ class AmsgradState(NamedTuple):
     nu_max: Any  # like the params: its maximum so far
 
 
-def scale_by_amsgrad(b1, b2, eps, eps_root: ArrayLike = 0.0):
+def scale_by_amsgrad(b1, b2, eps, eps_root):
     """Adam over the maximum of the *uncorrected* second moment.
 
     Differs from ``optax.scale_by_amsgrad``, which takes the maximum of the corrected
@@ -262,7 +263,7 @@ def scale_by_amsgrad(b1, b2, eps, eps_root: ArrayLike = 0.0):
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def normalize(mu, nu, count, b1, b2, eps, eps_root: ArrayLike = 0.0):
+def normalize(mu, nu, count, b1, b2, eps, eps_root):
     """(m / (1 − b1ᵗ)) / (√(v / (1 − b2ᵗ) + eps_root) + eps)."""
 
     def leaf(m, v):
