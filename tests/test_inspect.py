@@ -16,6 +16,14 @@ from untyped import untyped
 
 pytestmark = pytest.mark.few(1)
 
+HELD = [
+    {"topc": 2},
+    {"topc": 2, "holding": "sum", "buffer_dtype": "int8", "synced": False},
+    {"topc": 1, "buffer_dtype": "int8", "fifo_probability": 0.5},
+]
+TREE = {"a": jnp.ones((4, 5)), "b": jnp.ones(())}
+each_holding = pytest.mark.parametrize("options", HELD, ids=str)
+
 
 def trained(tx, steps=12, seed=0) -> Any:
     """The state after gradients of random scale, on a tree of two leaves."""
@@ -167,6 +175,30 @@ def test_a_resized_buffer_keeps_the_most_critical_entries(topc, synced, dtype):
             )
     for total, exact in zip(jax.tree.leaves(new.total), exact_sums(new)):
         np.testing.assert_allclose(total, exact, rtol=1e-6)
+
+
+@each_holding
+@pytest.mark.few(9)
+def test_an_empty_buffer_is_resized_to_a_new_one(options):
+    small, large = (
+        untyped(memoptax.critical_gradients(**options | {"topc": topc})).init(TREE)
+        for topc in (options["topc"], 5)
+    )
+    # The numbers behind the empty entries may be anything.
+    odd = small.buffer._replace(keys=jnp.full_like(small.buffer.keys, 7.0))
+    small = small._replace(buffer=odd)
+    resized = memoptax.resize_buffer(small, 5, holding=options.get("holding"))
+    jax.tree.map(np.testing.assert_array_equal, resized, large)
+
+
+def test_the_norms_of_a_resized_sum_are_those_of_each_leaf():
+    tx = memoptax.critical_gradients(2, 0.5, synced=False, holding="read")
+    state = tx.init([jnp.zeros(()), jnp.zeros(())])
+    for gradient in ([1.0, 8.0], [2.0, 4.0], [3.0, 1.0]):
+        _, state = tx.update(jax.tree.map(jnp.asarray, gradient), state)
+    resized = untyped(memoptax.resize_buffer(state, 2, holding="sum"))
+    # The third gradient of the first leaf took the place of the first one.
+    np.testing.assert_allclose(resized.buffer.norms, [[3, 2], [8, 4]], rtol=1e-6)
 
 
 @pytest.mark.long
@@ -364,17 +396,12 @@ def test_statistics_of_a_batch_of_empty_leaves_are_numbers():
 
 # Buffers that something has bent, and states of shapes
 
-HELD = [
-    {"topc": 2},
-    {"topc": 2, "holding": "sum", "buffer_dtype": "int8", "synced": False},
-    {"topc": 1, "buffer_dtype": "int8", "fifo_probability": 0.5},
-]
-TREE = {"a": jnp.ones((4, 5)), "b": jnp.ones(())}
-each_holding = pytest.mark.parametrize("options", HELD, ids=str)
-
 
 def bent(buffer):
     """The buffer with one array of another rank or length, or none, or no array."""
+    yield "keys", buffer._replace(keys=buffer.keys[:, :0])
+    if buffer.scales is None:
+        yield "scales", buffer._replace(scales={"a": jnp.ones((4, 1))})
     for name, field in zip(buffer._fields, buffer):
         leaves, treedef = jax.tree.flatten(field)
         for k, leaf in enumerate(leaves):
@@ -395,6 +422,7 @@ def bent(buffer):
 
 
 @each_holding
+@pytest.mark.few(9)
 def test_a_bent_buffer_is_refused_in_a_sentence(options):
     tx = untyped(memoptax.critical_gradients(**options))
     _, state = tx.update(TREE, tx.init(TREE))
