@@ -15,10 +15,10 @@ are figures of one device. Figures over the limits of ``cases.py`` are listed at
 end.
 
 The tables are kept in results/ahead-of-time-DEVICE.json. ``--table`` prints these as
-Markdown and compiles nothing. ``--check`` compiles only six steps, and fails if one is
-over its limits. v5e-256 is the update of a model of Llama-7B's shapes on 256 chips,
-with parameters divided over all of them, or with data-parallel parameters and a state
-that is divided further (ZeRO-1).
+Markdown and compiles nothing. ``--check`` compiles only six steps, four of them on a
+mesh too, and fails if one is over its limits. v5e-256 is the update of a model of
+Llama-7B's shapes on 256 chips, with parameters divided over all of them, or with
+data-parallel parameters and a state that is divided further (ZeRO-1).
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Runs tests again and again in one process, for benchmarks/mutants.py.
 
 Each line of its input is a JSON object: ``file`` of the package, its ``text`` for this
-once, and ``tests`` in the order in which they run until one fails. The answer is a JSON
+run, and ``tests`` in the order in which they run until one fails. The answer is a JSON
 object with the test that failed. Without a file, it has the seconds of each test and
 the tests that run each line of the package as well.
 

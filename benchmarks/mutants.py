@@ -13,9 +13,9 @@ mutant that hangs is noticed as well. Two processes run the tests, so JAX starts
 twice, and what XLA compiles is cached on disk.
 
 Results are added to benchmarks/results/mutants.json, and what is kept there is not
-tried again. A mutant counts only while the code of its file stays, so the tool starts
-over for a file whose code has changed. A survivor that changes nothing that anybody
-could see is explained: write the reason there, as its "why".
+tried again. A mutant counts only while the code of its file stays the same, so the tool
+starts over for a file whose code has changed. A survivor that changes nothing that
+anybody could see is explained: write the reason there, as its "why".
 """
 
 import argparse
@@ -194,7 +194,7 @@ class Worker:
 
 
 def ordered(mutant, seconds, lines, noticing, most):
-    """The tests that run the line of a mutant, for at most as many seconds.
+    """The tests that run the line of a mutant, up to ``most`` seconds of them.
 
     Those that noticed others come first, then those of files that are near, then the
     cheapest. A line that runs when the package is imported, such as the default of an
@@ -278,7 +278,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--minutes", type=float, default=180, help="stop after so many")
     parser.add_argument("--limit", type=float, default=300, help="seconds per mutant")
-    parser.add_argument("--seconds", type=float, default=90, help="of tests per mutant")
+    parser.add_argument("--seconds", type=float, default=60, help="of tests per mutant")
     parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
     parser.add_argument("--cache", help="folder of compiled programs, to use again")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of file names")

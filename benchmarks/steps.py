@@ -6,7 +6,7 @@
 In one process, each optimizer takes turns with adam on the same parameters and
 gradients, so that other work on the machine slows both. The donated, jitted update with
 ``apply_updates`` is timed once the buffer is full, in two streams of gradients. In one
-every gradient enters the buffer, in the other none does.
+every gradient enters the buffer, and in the other none does.
 
 ``--flat`` shows instead whether the time of a step depends on C. It takes the mean over
 500 accepted steps of ``sgd_c``, with the rebuilds of its sums.

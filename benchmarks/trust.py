@@ -38,7 +38,7 @@ def kept(name):
 def run_faults(*selection):
     """Run the cases of tests/training_faults.py, and keep which of them held.
 
-    What is kept of other cases stays, so a selection may be run at a time.
+    Results of other cases are kept, so a selection can be run on its own.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"

@@ -393,7 +393,7 @@ def _boxed(buffer, function):
 
 
 def _for_each(function, buffer, *rest):
-    """``function`` of a buffer, or of each buffer of a batch, also on shapes."""
+    """``function`` of a buffer, or of each buffer of a batch. It takes shapes too."""
     for _ in range(buffer.keys.ndim - 2):
         function = jax.vmap(function)
     if any(map(_is_abstract, jax.tree.leaves((buffer, rest)))):

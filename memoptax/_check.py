@@ -100,7 +100,7 @@ def is_inside(
 ) -> Any:
     """Whether a traced number is finite and in the range that ``number`` is given.
 
-    True if the number is known, because it has been checked then.
+    True if the number is known, because it has been checked already.
     """
     if not isinstance(value, jax.Array):
         return True

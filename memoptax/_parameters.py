@@ -86,12 +86,12 @@ def _check_real(kind, path, leaf):
         real = False
     if not real:
         raise ValueError(
-            f"{name} has dtype {dtype}, and must be real and floating-point: leave it "
+            f"{name} has dtype {dtype}, but must be real and floating-point: leave it "
             "out with optax.masked or optax.partition; for complex parameters see "
             "optax.contrib.split_real_and_imaginary."
         )
     if jnp.dtype(dtype).itemsize < 2:  # JAX promotes these to no other dtype
         raise ValueError(
-            f"{name} has dtype {dtype}, and needs 16 bits or more: keep it in bfloat16 "
+            f"{name} has dtype {dtype}, but needs 16 bits or more: keep it in bfloat16 "
             "or float32, and cast it in the model."
         )

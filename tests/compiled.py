@@ -29,7 +29,7 @@ CONTEXTS = ("plain", "scan", "vmap", "apply_if_finite", "mesh")
 
 
 def context(name, tx, params, mesh):
-    """A step in ``context``, its arguments, and the copies it may hold."""
+    """A step in the context ``name``, its arguments, and the copies it may hold."""
     if name == "apply_if_finite":
         tx = optax.apply_if_finite(tx, 3)
     step = step_of(tx)

@@ -12,7 +12,8 @@ copied and held, stay on. CI runs the fast suite once with MEMOPTAX_TEST_OPTIMIZ
 On an accelerator, tests marked ``cpu_only`` are skipped with the reason that the marker
 gives, and so are all that ask for the fixture ``mesh``. Matrix products have full
 precision there. A TPU serves one process, so leave out ``-n``; on a GPU several share
-its memory with ``XLA_PYTHON_CLIENT_PREALLOCATE=false``. All is set before JAX starts.
+its memory with ``XLA_PYTHON_CLIENT_PREALLOCATE=false``. All of this is set before JAX
+starts.
 
 ``pytest`` runs the fast suite, ``-m long`` the rest, ``-m "long or not long"`` all.
 A test marked ``few(n)`` has n of its cases in the fast suite, spread evenly. CI leaves

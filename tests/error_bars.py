@@ -85,7 +85,7 @@ def stored_error(x, error, dtype):
     here = oracle.stored(x, dtype)
     there = [oracle.stored(x + sign * error, dtype) for sign in (1, -1)]
     moved = np.maximum(*(np.abs(each - here) for each in there))
-    # bfloat16 has the range of float32, and the package no subnormal numbers of it.
+    # bfloat16 has the range of float32, but the package has no subnormal numbers of it.
     return moved if dtype == "float16" else moved + Precision.of(dtype).tiny
 
 
@@ -204,7 +204,7 @@ class Rmsprop:
 
 
 class Adam:
-    """Adam, or with a ``numerator`` of another source the second half of it."""
+    """Adam, or its second half with a ``numerator`` from another source."""
 
     def __init__(self, precision, b1, b2, eps, amsgrad=False, mu_dtype=None):
         self.precision, self.mu_dtype, self.steps = precision, mu_dtype, 0
@@ -341,7 +341,7 @@ class ByEntry:
 
 
 class OfFinite:
-    """A trace behind it, which stays where its input is not finite."""
+    """A trace behind a :class:`ByEntry`. It stays where its input is not finite."""
 
     def __init__(self, trace):
         self.trace = trace

@@ -81,7 +81,7 @@ def check_zero(opt, wrap):
 
 
 def check_leaves(lost, opt):
-    """It is refused during tracing, so no state is changed or donated."""
+    """The gradient is refused during tracing, so no state is changed or donated."""
     run, good = loop(opt), stream()
     before = run.run(good[:5])
     with pytest.raises(ValueError, match="state was made for"):

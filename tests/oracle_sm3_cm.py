@@ -21,7 +21,7 @@ class SM3Cm:
         }
 
     def step(self, grads):
-        """A step that is not finite changes nothing and returns None."""
+        """A step that is not finite changes nothing and returns NaN."""
         if not oracle.all_finite(grads):
             return {name: np.full_like(g, np.nan) for name, g in grads.items()}
         self.t += 1

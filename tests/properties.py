@@ -58,8 +58,9 @@ def params_of(config):
 def compiled(config):
     """All updates of a stream, the last parameters and the last state.
 
-    A gradient that is not finite reaches only the buffer, and leaves the state of
-    optax's transformations behind it. Updates that are not finite are not applied.
+    A gradient that is not finite reaches only the buffer. The state of optax's
+    transformations behind the buffer does not change. Updates that are not finite are
+    not applied.
     """
 
     def run(params, stream, rows, numbers):

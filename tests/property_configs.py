@@ -161,7 +161,8 @@ def _critical_momenta(pick):
         numbers.append("learning_rate")
     if name in ("adam_cm", "adamw_cm", "sm3_cm"):
         numbers += ["b2", "eps"]
-        # The oracle's first slot of the released code is not rounded with m.
+        # If both dtypes are equal, the oracle does not round the bare gradient that the
+        # first step stores.
         static["skip_first"] = static["mu_dtype"] is None and pick.random() < 0.4
     if name in ("adamw_cm", "sm3_cm"):
         numbers.append("weight_decay")
@@ -211,7 +212,7 @@ def short(family):
     return [table(family)[k] for k in SHORT[family]]
 
 
-# A traced number of each name. κ is rounded, for a subnormal one is 0 to XLA.
+# A traced number of each name. κ is rounded, because a subnormal one is 0 to XLA.
 NUMBERS = {
     "decay": st.sampled_from([1.0, 0.5, 0.0, 0.7, 0.9, 0.99])
     | st.floats(0, 1).map(lambda x: round(x, 4)),

@@ -51,7 +51,7 @@ def _gradient(rng, kind, shapes, reach, steps, whole, info):
     one = power()
     normal = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     if kind == "repeat" and steps:
-        # An earlier gradient, or half or twice of it: norms that are equal, or will be.
+        # An earlier gradient, half of it, or twice it: norms that are or will be equal.
         earlier, factor = steps[rng.integers(len(steps))], 2.0 ** rng.integers(-1, 2)
         return {name: factor * rng.choice([1, -1]) * g for name, g in earlier.items()}
     if kind == "edge" and reach > 64:  # the sum of two squares overflows in float32

@@ -276,7 +276,7 @@ SEEDS = [
 
 @pytest.mark.parametrize("x64_too", [False, True])
 def test_all_bits_of_a_seed_count(x64_too):
-    """JAX alone takes the last 32 without x64, and other draws with it."""
+    """JAX alone uses the last 32 without x64, and makes other draws with x64."""
     found = []
     for seed in SEEDS:
         for enabled in (False, True) if x64_too else (False,):

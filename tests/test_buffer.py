@@ -181,7 +181,7 @@ def test_agrees_with_the_oracle_on_streams_full_of_ties(way, topc, decay, synced
     names = [("a", "b", "c")] if synced else [("a",), ("b",), ("c",)]
     naive = [oracle.Buffer(topc, decay) for _ in names]
     for _ in range(60):
-        # Powers of two, signs and zeros: norms tie exactly, also decayed ones.
+        # Powers of two, signs and zeros: norms tie exactly, even after a decay.
         scale = random.choice([0.0, 0.25, 0.5, 1.0, 1.0, 2.0])
         values = {
             k: scale * random.choice([-1.0, 1.0], size=s) for k, s in shapes.items()
@@ -243,7 +243,7 @@ def test_a_buffer_that_was_scaled_goes_on(way, topc, factor):
 
 @each_way
 def test_a_mean_of_buffers_recalls_the_sum_of_its_slots(way, topc):
-    """Its entries are no permutation, and some are held in one of the two only."""
+    """Its entries are not a permutation, and some are held in only one of the two."""
     buffers = [empty(jnp.zeros(3), topc, holding=way) for _ in range(2)]
     random = np.random.default_rng(0)
     for t in range(9):
@@ -273,7 +273,7 @@ def test_a_key_that_is_not_finite_leaves_first(bad):
 @pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-19, 1.0, 1e19, 1e30, 1e37])
 @each_way
 def test_the_whole_range_is_chosen_and_held(way, topc, size):
-    """Keys are norms, also where squares of the values overflow."""
+    """Keys are norms, even where squares of the values overflow."""
     buffer = empty(jnp.zeros(4), topc, holding=way)
     shape = np.array([1.0, -0.5, 0.25, 0.0], np.float32)
     for scale in (0.5, 1.0, 0.75, 0.25, 0.9):
@@ -371,7 +371,7 @@ def test_without_outliers_rebuilds_are_rare(topc):
 
 @pytest.mark.parametrize("size", [1e-35, 1e-31, 1e37])
 def test_the_bound_holds_over_the_range_of_float32(size):
-    """Times a unit roundoff the least norms are 0. The largest add up to infinity."""
+    """The least norms times a unit roundoff are 0. The largest add up to infinity."""
     stream = np.float32(size * np.random.default_rng(0).normal(size=(3000, 8)))
     buffer = run_of_sums(empty(jnp.zeros(8), 20, holding="sum"), stream)
     (exact,), norms = exact_sums(buffer), np.asarray(buffer.norms, np.float64)
@@ -398,7 +398,7 @@ def test_an_outlier_that_leaves_is_rebuilt_at_once():
 
 @pytest.mark.parametrize("name", ["error", "norms"])
 def test_a_bound_that_is_nan_is_made_again(name):
-    """A tool may have made it. No error would exceed it, and no sum be rebuilt."""
+    """A tool may have made it. No error would exceed it, so no sum would be rebuilt."""
     buffer = empty(jnp.zeros(3), 2, holding="sum")
     for value in (1.0, 2.0):
         _, buffer = offer(buffer, jnp.full(3, value))
@@ -461,7 +461,7 @@ def test_a_sum_that_was_infinite_is_rebuilt_when_it_fits_again():
     ("topc", "roundings"), [(3, 3), (30, 17), (31, 7), (100, 16), (1400, 49)]
 )
 def test_a_rebuilt_sum_is_off_by_its_roundings_at_most(topc, roundings):
-    """A value passes through so many additions, each off by 2^-24 of what it holds."""
+    """A value passes through ``roundings`` additions, each off by 2^-24 of its sum."""
     norms = jnp.ones((2, topc)).at[1].set(0)
     units = running_sum.units([jnp.zeros(3), jnp.zeros(3)], jnp.float32)
     np.testing.assert_array_equal(units, 2.0**-24)

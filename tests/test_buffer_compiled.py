@@ -1,4 +1,4 @@
-"""The compiled step of a buffer: no slot is copied, for any C."""
+"""The compiled step of a buffer: no stack of slots is copied, for any C."""
 
 import functools
 

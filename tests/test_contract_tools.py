@@ -338,7 +338,7 @@ def test_a_traced_decay_out_of_range_spoils_nothing(opt):
     [memoptax.adam_cm, memoptax.sm3_cm, memoptax.sgd_cm],
     ids=lambda f: f.__name__,
 )
-def test_a_traced_number_that_is_not_finite_leaves_the_state(factory):
+def test_a_traced_number_that_is_not_finite_does_not_change_the_state(factory):
     tx = optax.inject_hyperparams(factory)(0.1, kappa=1.0, fifo_probability=0.5)
     params, stream = params_like(SHAPES), steps_of(gradients())
     update, state = jax.jit(tx.update), untyped(tx.init(params))

@@ -222,7 +222,7 @@ def test_derivatives_at_zero_gradients_are_finite(synced):
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
 def test_a_rounded_slot_has_the_derivative_of_its_gradient(dtype):
-    """Also subnormal numbers of float16."""
+    """This includes subnormal numbers of float16."""
     tx = critical_gradients(topc=2, buffer_dtype=dtype)
     gradient, zeros = jnp.array([1e-5, 2e-5, 3e-3]), jnp.zeros(3)
 

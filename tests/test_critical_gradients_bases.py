@@ -155,7 +155,7 @@ def test_amsgrad_and_nesterov_exclude_each_other():
 
 
 COPIES = [
-    # what it keeps beside its slots, in copies of the parameters; its own counts
+    # what it keeps besides its slots, in copies of the parameters; its own counts
     (critical_gradients, {}, 0, 0),
     (sgd_c, {}, 0, 0),
     (sgd_c, {"momentum": 0.9}, 1, 0),

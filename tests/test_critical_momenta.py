@@ -42,7 +42,7 @@ def test_sgd_by_hand(x64):
 
 
 def test_adam_by_hand(x64):
-    # m = .4, .16, .444; M = .4, .56, .844, for 2 < 2.8 is refused.
+    # m = .4, .16, .444; M = .4, .56, .844. The second is refused, because 2 < 2.8.
     v1 = 0.001 * 0.4**2
     v2 = 0.999 * v1 + 0.001 * 0.56**2
     v3 = 0.999 * v2 + 0.001 * 0.844**2

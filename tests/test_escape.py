@@ -35,7 +35,7 @@ def test_critical_momenta_leave_sharp_minima_at_a_rate_that_is_not_small():
     every = escape.outcomes(make, [(0.1, 0.7), (0.1, 0.99), (0.01, 0.7)])
     usual, lasting, small = (outcome for outcome, _ in every)
     np.testing.assert_allclose(usual.escaped, [0, 1, 1, 1, 1], atol=0.05)
-    # About half of 100 runs settle at k = 5, ± .05: which do is decided by rounding.
+    # About half of 100 runs settle at k = 5, ± .05: rounding decides which.
     assert usual.settled[1] < 0.7 and usual.settled[4] > 0.9
     # With a decay of .99 it escapes and settles.
     np.testing.assert_allclose(lasting.settled[1:], 1, atol=0.05)

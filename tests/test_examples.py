@@ -93,7 +93,8 @@ def test_digits_are_the_same_every_time():
 def logistic_regression(tx, epochs=10):
     """The best test accuracies of five seeds, as in the authors' label-noise study.
 
-    They have an output for each class, and take the examples one by one, in order.
+    The models have an output for each class, and take the examples one by one, in
+    order.
     """
     x, y = sklearn.datasets.make_classification(
         n_samples=500,

@@ -45,7 +45,7 @@ def check(opt, state):
 
 
 # Ways to forge a leaf. Each is a function of the draw, the leaf and its name. It
-# returns the forged leaf, or None if the leaf cannot be forged so.
+# returns the forged leaf, or None if the leaf cannot be forged in this way.
 
 
 def another_shape(draw, leaf, name):

@@ -101,7 +101,7 @@ def test_a_step_by_hand():
     leaf, index, norms = 4 * LEAF, 4, 4 * 8
     dear = 2 * leaf + leaf  # both operands of the sum, and what it writes
     written = leaf + index + leaf  # read by the write, and one slot
-    applied = leaf + leaf + index + leaf + norms  # two arrays; of the slots one
+    applied = leaf + leaf + index + leaf + norms  # two arrays; one of the slots
     assert step.moved() == dear + written + applied
     assert step.moved_in_loops() == 2 * leaf
     assert step.loops == 1

@@ -35,7 +35,7 @@ FILES = {name(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def imports(path):
-    """The modules of the package that a file imports, also inside functions."""
+    """The modules of the package that a file imports, including inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

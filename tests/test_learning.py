@@ -266,7 +266,7 @@ def test_the_optimum_is_one():
 # Data
 
 
-def test_mnist1d_is_generated_and_leaves_the_global_generator():
+def test_mnist1d_is_generated_and_does_not_change_the_global_generator():
     np.random.seed(7)
     before = np.random.get_state(legacy=False)
     parts = data.mnist1d(200)

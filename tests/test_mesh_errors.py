@@ -16,7 +16,7 @@ each_maker = pytest.mark.parametrize("make", MAKERS, ids=lambda f: f.__name__)
 
 @each_maker
 @pytest.mark.parametrize("spec", [P("model"), P(None, ("data", "model"))], ids=str)
-def test_an_axis_that_the_mesh_has_not_is_named(make, spec, mesh):
+def test_an_axis_that_the_mesh_does_not_have_is_named(make, spec, mesh):
     tx, params = make(0.1), {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
     sentence = r"specs has .* for parameter \['w'\], but the mesh has no axis 'model'"
     with pytest.raises(ValueError, match=sentence):

@@ -40,7 +40,7 @@ def test_a_norm_is_right_even_if_its_square_is_out_of_range(dtype, exponent, acr
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_pass_of_an_accelerator_has_the_same_range(dtype):
-    """On a CPU other code runs. The sizes straddle where entries begin to be scaled."""
+    """On a CPU other code runs. The sizes straddle the bounds where scaling begins."""
     entries = np.random.default_rng(0).uniform(1, 9, (64,))
     with jax.enable_x64(dtype == "float64"):
         top = jnp.finfo(dtype).maxexp

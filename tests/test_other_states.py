@@ -1,4 +1,4 @@
-"""A state of other arguments or of another optimizer is an error that names it."""
+"""A state that was made with other arguments, or by another optimizer, is refused."""
 
 import functools
 import re

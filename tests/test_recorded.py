@@ -1,4 +1,4 @@
-"""Our optimizers replay recorded runs of the authors'.
+"""Our optimizers replay recorded runs of the authors' code.
 
 ``test_oracle.py`` replays them with NumPy.
 """

@@ -17,14 +17,14 @@ SHAPES = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
 ONES = {"w": jnp.ones((8, 8))}
 
 
-def test_a_name_that_the_package_has_not():
+def test_a_name_that_the_package_does_not_have():
     with pytest.raises(AttributeError, match="'memoptax' has no attribute 'adam_x'"):
         memoptax.adam_x  # noqa: B018
 
 
 @pytest.mark.parametrize("tx", [None, SHAPES, memoptax.sgd_c])
 def test_what_is_no_transformation_is_refused(tx):
-    """As where ``tx`` and ``params`` are in the wrong order."""
+    """As when ``tx`` and ``params`` are in the wrong order."""
     for call in (
         memoptax.state_bytes,
         memoptax.memory_report,

@@ -137,7 +137,7 @@ for name in sys.argv[1:]:
 
 
 def digest(name):
-    """Of the parameters and the state after a run, compiled for it."""
+    """The digest of the parameters and the state after a run, compiled each time."""
     tx, params = NAMED[name].build(), params_like(SHAPES)
     step = jax.jit(step_of(tx))
     carry = params, tx.init(params)
@@ -175,7 +175,7 @@ def test_another_process_has_the_same_bits():
 @each_factory
 @pytest.mark.few(3)
 def test_devices_change_nothing_but_rounding(opt, count):
-    """Parameters sharded over 1, 2 and 8 devices. The vector has 3 entries: whole."""
+    """Parameters sharded over 1, 2 and 8 devices. The vector of 3 entries is whole."""
     shapes = {"matrix": (8, 2), "vector": (3,)}
     automatic = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh(

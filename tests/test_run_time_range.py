@@ -57,7 +57,7 @@ def numbers_of(opt):
 
 
 def injected(opt):
-    """With all of its numbers traced, also those that may be None."""
+    """With all of its numbers traced, including those that may be None."""
     given = {"kappa": 1.0, "momentum": 0.9, "beta": 0.95, "fifo_probability": 0.5}
     given = {k: x for k, x in given.items() if opt.accepts(k)}
     options = {**given, **opt.options}
@@ -84,7 +84,7 @@ def shows(updates):
 
 @each_optimizer
 @pytest.mark.few(3)
-def test_a_traced_number_out_of_range_shows_and_leaves_the_state(opt):
+def test_a_traced_number_out_of_range_shows_and_does_not_change_the_state(opt):
     tx, params = injected(opt), params_like(SHAPES)
     update, state = jax.jit(tx.update), tx.init(params)
     *before, during, after = GRADIENTS
@@ -122,7 +122,7 @@ def test_every_number_is_tried():
 )
 @pytest.mark.parametrize("value", [nan, inf])
 @pytest.mark.few(3)
-def test_a_schedule_that_is_not_finite_once_shows_and_leaves_the_moments(
+def test_a_schedule_that_is_not_finite_once_shows_and_does_not_change_the_moments(
     factory, options, name, value
 ):
     def bad(count):
@@ -141,7 +141,7 @@ def test_a_schedule_that_is_not_finite_once_shows_and_leaves_the_moments(
     memoptax.check_state(tx, params, state)
 
 
-# An aggregate, or a κ, that makes M larger than its square can be
+# An aggregate, or a κ, that makes M so large that its square overflows
 
 
 SQUARING = [memoptax.adam_cm, memoptax.adamw_cm, memoptax.sm3_cm]

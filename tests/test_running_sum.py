@@ -38,7 +38,8 @@ def bound(old, new, incoming, error=0.0):
 )
 def test_a_change_costs_a_unit_of_each_norm_and_what_the_products_lose(old, incoming):
     norms, error, inexact = bound(old, [True] + [False] * (len(old) - 1), incoming)
-    np.testing.assert_array_equal(norms, np.float32([incoming, *old[1:]]))
+    wanted = np.asarray([incoming, *old[1:]], np.float32)
+    np.testing.assert_array_equal(norms, wanted)
     lost = (len(old) + 2) * SMALLEST
     exact = UNIT * (incoming + old[0] + norms.sum()) + lost
     # A sum whose error would be too large is rebuilt, and has another bound.

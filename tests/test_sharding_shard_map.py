@@ -57,7 +57,7 @@ def plain_on_one():
 
 
 def assert_equal_everywhere(single, sharded):
-    """The same numbers as without it, on all devices that hold a copy."""
+    """The same numbers as on one device, on all devices that hold a copy."""
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4),
         single,
@@ -118,7 +118,7 @@ def test_what_is_not_finite_on_one_device_is_refused_on_all(factory, mesh):
 
 
 @pytest.mark.parametrize(("dtype", "check_vma"), [("float16", False), ("int8", True)])
-def test_slots_of_few_bytes_are_bounded_as_one_device_would(dtype, check_vma, mesh):
+def test_slots_of_few_bytes_are_bounded_as_on_one_device(dtype, check_vma, mesh):
     """The norms and the error of a sum, and so its rebuilds, belong to whole leaves."""
     # Small, so that the norms show what float16 loses of every element.
     stream = jax.tree.map(lambda x: 1e-7 * x, few(values(8)))

@@ -170,7 +170,7 @@ def test_many_entries_and_many_axes(shape, options, x64):
 
 
 def test_no_step_is_longer_than_that_of_adam_cm(x64):
-    """The smallest of its boxes bounds the second moment of an entry from above."""
+    """The least accumulator of an entry's boxes bounds its second moment from above."""
     grads = stream(30)
     ours, _ = updates_of(memoptax.scale_by_sm3_cm(topc=2), grads)
     adam, _ = updates_of(memoptax.scale_by_adam_cm(topc=2), grads)

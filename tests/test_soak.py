@@ -32,7 +32,8 @@ def test_two_thousand_steps_stay_within_the_bound(case):
     assert_exact(case, 2000)
 
 
-# Each fourth has every dtype, every capacity and every way of holding among them.
+# Every fourth case is unmarked. Among those are all dtypes, capacities and ways of
+# holding.
 @pytest.mark.parametrize(
     "case",
     [

@@ -70,7 +70,7 @@ def test_rows_not_touched_rest():
     updates, new = untyped(tx.update(grads, tx.init(params), params))
     moved = untyped(memoptax.sparse.apply_updates(params, updates))
     np.testing.assert_array_equal(moved["table"][np.array([0, 2, 4])], 1.0)
-    # No momentum, which would make this 0.1 of it, and no decay.
+    # No decay, and no momentum, which would make the step a tenth of this.
     np.testing.assert_allclose(moved["table"][np.array([1, 3])], 0.9, rtol=1e-6)
     np.testing.assert_allclose(moved["w"], 1 - 0.1 * (0.1 + 0.1), rtol=1e-6)
     np.testing.assert_array_equal(new[0].accumulators[0][0][:, 0], [0, 1, 0, 1, 0])
@@ -274,7 +274,7 @@ def test_what_is_no_table_is_refused(table):
 @pytest.mark.parametrize("promised", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "int32", "uint8"])
 def test_aliases_of_a_row_merge(kind, promised):
-    """Also if the indices are marked as unique, which they are as numbers."""
+    """Even if the indices are marked as unique, which they are as numbers."""
     n = 100
     ids = [-1, n - 1, n, -n - 1] if kind != "uint8" else [n - 1, n - 1, n, 255]
     indices = jnp.asarray(ids, kind)[:, None]

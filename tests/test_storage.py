@@ -128,7 +128,7 @@ def test_the_largest_entry_of_a_row_becomes_127():
 
 
 def test_rows_of_zeros_are_stored_without_a_division():
-    """A CPU makes 0 of NaN in int8. Other devices need not."""
+    """A CPU turns NaN into 0 in int8. Other devices need not."""
     stored = storage._quantized(jnp.zeros((2, 3)), jnp.zeros((2, 1)))
     np.testing.assert_array_equal(stored.values, 0.0)
     np.testing.assert_array_equal(stored.scale, 0.0)

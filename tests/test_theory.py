@@ -102,7 +102,7 @@ RATES = jnp.array([0.03, 0.3])
 @pytest.mark.parametrize("variant", ["I", "II"])
 @pytest.mark.parametrize("loss", [_absolute, _logistic, _linear])
 def test_regret_of_sm3_is_below_its_bound(x64, variant, loss):
-    """Σ f(w) − f(w*) ≤ (D²/2η + η) Σᵢ √(min over i's covers of Σ max g²).
+    """Σ f(w) − f(w*) ≤ (D²/2η + η) Σᵢ √(min over i's boxes of Σ max g²).
 
     D is the largest distance of an entry from w* along the run, η the rate. At η = D
     the bound is below the paper's.

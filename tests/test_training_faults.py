@@ -13,7 +13,7 @@ PLACES = {name: place for place, name in enumerate(NAMED)}
 
 
 def is_exhaustive(row, opt, wrap):
-    """Whether other cases of the row show it too: those of optimizers in turn."""
+    """Whether the row's other cases, which take optimizers in turn, show it too."""
     if row.takes == "wrap":
         # Each optimizer in one wrapper, each row in all of them.
         wraps = [w for o, w in training_faults.cases(row) if o is opt]
@@ -79,12 +79,14 @@ GUARDED = [
 ]
 
 
+@pytest.mark.cpu_only("processes of their own")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("row", "opt"), GUARDED)
 @pytest.mark.long
-def test_without_its_guard_the_row_fails(row, opt):
-    arguments = (opt, "alone") if row.takes == "wrap" else (opt,)
+def test_without_its_guard_the_row_fails(row, opt, tmp_path):
+    more = {"wrap": ["alone"], "opt": [], "folder": [tmp_path]}[row.takes]
     with training_faults.removed(row):
         with pytest.raises(
             (AssertionError, TypeError, ValueError, pytest.fail.Exception)
         ):
-            row.check(*arguments)
+            row.check(opt, *more)

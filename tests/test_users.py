@@ -207,7 +207,7 @@ def test_wrappers_of_optax_contrib_run(run, name):
 
 
 @pytest.mark.parametrize("name", ["adam_c", "sm3_cm", "sm3"])
-def test_gradients_of_a_run_by_its_rate_are_those_of_differences(name, problem, x64):
+def test_gradients_through_a_run_are_those_of_differences(name, problem, x64):
     params, x, y = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), problem)
     opt = NAMED[name]
 

@@ -1,8 +1,8 @@
 """Faults of a training run: the promise after each, and its check.
 
 ``ROWS`` is the table. ``test_training_faults.py`` runs it, and ``benchmarks/trust.py``
-writes its results into docs/trust.md. A row whose guard is in memoptax says how to
-remove the guard, and a test shows that the check fails then.
+writes its results into docs/trust.md. Every row says how to remove its guard, and a
+test shows that the check fails then.
 """
 
 import contextlib
@@ -15,12 +15,16 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from contract import OPTIMIZERS
 
+import memoptax
 from memoptax import _momentum, _sm3_rules
 from memoptax._buffer import algorithm, eviction, matching
 from memoptax._tensors import storage
 
+import machine_faults
+import training_loop
 from gradient_faults import (
     check_gradient_dtype,
     check_huge,
@@ -81,6 +85,28 @@ ANY_NORM = [
     (eviction, "decide", decide_on_all),
 ]
 UNCAST = [(storage, "_chosen", lambda rounded, like, wanted, other: rounded)]
+
+
+def decayed(tx):
+    """An optimizer whose memory depends on the parameters."""
+    return optax.chain(optax.add_decayed_weights(0.1), tx)
+
+
+def on_one_device(tx, params):
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: one, jax.eval_shape(tx.init, params))
+
+
+_restored = machine_faults.restored
+
+
+def without_state(run, folder):
+    """The parameters of a checkpoint, beside a new state."""
+    step, (params, _) = _restored(run, folder)
+    return step, (params, run.tx.init(params))
+
+
+IN_PLACE = [(machine_faults, "save", machine_faults.save_in_place)]
 
 
 # The table
@@ -166,7 +192,7 @@ ROWS = [
     ),
     Row(
         "a leaf of the gradient is missing",
-        "An error sentence during tracing. State and parameters stay as they were.",
+        "An error during tracing. State and parameters stay as they were.",
         "`matching._check_leaves`, `_sm3_rules.check_leaves`",
         functools.partial(check_leaves, without_vector),
         "opt",
@@ -201,7 +227,7 @@ ROWS = [
     ),
     Row(
         "another `topc`",
-        "An error sentence that names `resize_buffer`, which keeps all entries.",
+        "An error that names `resize_buffer`, which keeps all entries.",
         "`matching._check_capacity`",
         check_topc,
         "opt",
@@ -211,7 +237,7 @@ ROWS = [
     ),
     Row(
         "another `buffer_dtype`",
-        "An error sentence that names it. With the old one the run is bitwise that "
+        "An error that names it. With the old one the run is bitwise that "
         "without the fault.",
         "`matching._check_dtypes`",
         check_dtype,
@@ -227,13 +253,17 @@ ROWS = [
         check_stale,
         "opt",
         tuple(OPTIMIZERS),
+        ((training_loop, "WRAPS", {"alone": decayed}),),
+        ("sgd_c", "adam_cm", "sm3"),
     ),
     Row(
         "other meshes: one device, 4 by 2, 2 by 4, one",
-        "The run goes on as on one device, to rounding.",
+        "The run goes on as on one device, up to rounding.",
         "`state_shardings`",
         check_mesh,
         "opt",
+        removed=((memoptax, "state_shardings", on_one_device),),
+        without=("adam_c", "sm3"),
     ),
     Row(
         "SIGKILL between two saves",
@@ -242,6 +272,8 @@ ROWS = [
         functools.partial(check_killed, "step", "6", 4),
         "folder",
         SAVING,
+        ((machine_faults, "restored", without_state),),
+        ("adam_c",),
     ),
     Row(
         "SIGKILL as a save begins",
@@ -250,6 +282,8 @@ ROWS = [
         functools.partial(check_killed, "os.mkdir", "6.orbax-checkpoint-tmp", 4),
         "folder",
         SAVING,
+        tuple(IN_PLACE),
+        ("adam_c",),
     ),
     Row(
         "SIGKILL before a save gets its name",
@@ -258,6 +292,8 @@ ROWS = [
         functools.partial(check_killed, "os.rename", "/6.orbax-checkpoint-tmp", 4),
         "folder",
         SAVING,
+        tuple(IN_PLACE),
+        ("adam_c",),
     ),
     Row(
         "a full disk while saving",
@@ -267,6 +303,8 @@ ROWS = [
         check_full_disk,
         "folder",
         SAVING,
+        tuple(IN_PLACE),
+        ("adam_c",),
     ),
 ]
 

@@ -140,7 +140,8 @@ def text() -> Text:
 
     paragraphs = re.split(r"\n\s*\n", "\n\n".join(topics.topics.values()))
     alphabet = "\n" + "".join(map(chr, range(32, 127)))
-    # Every other character is the last number. So a model has one size for all Pythons.
+    # All other characters share the last number. So a model has one size for all
+    # Pythons.
     known = {character: number for number, character in enumerate(alphabet)}
     joined = "\n\n".join(dict.fromkeys(paragraphs))
     numbers = np.array([known.get(x, len(known)) for x in joined], np.uint8)

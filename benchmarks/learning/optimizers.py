@@ -1,7 +1,7 @@
 """Optimizers as rows: a name, a function that makes one, its numbers, and its base.
 
 Rows that share the function share a compiled program. So the numbers (decay, κ, whether
-the oldest leaves, whether keys are random) are traced, and a control needs no
+the oldest entry is evicted, whether keys are random) are traced, and a control needs no
 compilation.
 """
 

@@ -35,7 +35,7 @@ def weight_decay(rate, mask=None) -> optax.GradientTransformation:
 
 
 def _of_shapes(mask):
-    """The mask. A function sees the shape of its table in place of a row-sparse leaf.
+    """The mask. A function sees a row-sparse leaf as the shape of its table.
 
     ``optax.masked`` calls it with the gradients, and ``jax.tree.map`` would enter them.
     """

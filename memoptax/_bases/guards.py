@@ -47,8 +47,8 @@ def _refuse_row_sparse(updates):
         if row_sparse.is_row_sparse(leaf):
             name = jax.tree_util.keystr(path) or "the parameter"
             raise ValueError(
-                f"The gradient of {name} is row-sparse, which only sm3 and "
-                "scale_by_sm3 take."
+                f"The gradient of {name} is row-sparse: only sm3 and scale_by_sm3 take "
+                "such gradients."
             )
 
 

@@ -173,7 +173,7 @@ def _is_entry(node) -> bool:
 
 
 def _flat(entry) -> Names:
-    """The names in an entry, also in the tuples inside a spec."""
+    """The names in an entry, including those in the tuples inside a spec."""
     if entry is None:
         return ()
     if isinstance(entry, str):

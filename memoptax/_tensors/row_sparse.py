@@ -71,7 +71,7 @@ def check(update, name: str) -> None:
         raise ValueError(
             f"The row-sparse gradient of {name} has indices of dtype "
             f"{update.indices.dtype}: an optax transformation has changed them like "
-            "values. Put it into memoptax.sparse.on_values."
+            "values. Wrap it in memoptax.sparse.on_values."
         )
 
 

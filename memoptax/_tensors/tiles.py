@@ -26,7 +26,7 @@ _LONG = 2**13  # entries of a row
 # group has sixteen rows, which XLA unrolls. A loop that it does not unroll walks down
 # the columns one by one.
 _ALONG, _ACROSS = 32, 8
-_DEVICES = 8  # where possible, sections divide an axis evenly over so many devices
+_DEVICES = 8  # where possible, sections divide an axis evenly over this many devices
 
 
 def counts(shape: Box, box: Box) -> Box:

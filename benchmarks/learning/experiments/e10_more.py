@@ -1,7 +1,7 @@
 """E10, more: tasks that follow one another, and a rule that changes.
 
 Each batch is tested before it is trained on. Memory from before a change is stale.
-``with_resets`` empties the buffer at every change, which no user could know.
+``with_resets`` empties the buffer at every change. A user may not know when that is.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """E7: does CG converge faster, with true labels and with random labels?
 
 The authors' script for covtype and rcv1 drew features and labels by two independent
-random index sets, so that its labels did not depend on its features. Both are tried.
+random index sets, so that its labels did not depend on its features. Both kinds of
+labels are tried.
 """
 
 import functools

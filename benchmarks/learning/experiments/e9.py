@@ -1,9 +1,9 @@
 """E9: what does a buffer remember where labels are wrong or classes are rare?
 
 An extra parameter, ``tag``, shows what the slots hold. The loss is linear in it. Its
-gradient is the share of such examples in the batch, scaled down so that it hardly
-changes the norm. So the norm of the mean of the slots at ``tag`` is the share of such
-examples in the slots.
+gradient is the share of tagged examples (wrong label or rare class) in the batch,
+scaled down so that it hardly changes the norm. So the norm of the mean of the slots at
+``tag`` is the share of tagged examples in the slots.
 """
 
 import functools
