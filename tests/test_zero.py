@@ -308,6 +308,18 @@ def test_types_stay_in_explicit_mode(name, sizes, entered):
         jax.eval_shape(update, params, state, params)
 
 
+@pytest.mark.parametrize("topc", [1, 5])
+def test_gradients_that_lie_like_their_slots_stay_where_they_are(topc):
+    """In explicit mode. Nothing runs."""
+    tx, mesh = memoptax.sgd_c(0.1, topc=topc), mesh_of(TWO_BY_FOUR, AxisType.Explicit)
+    homes = {k: NamedSharding(mesh, spec) for k, spec in SPECS.items()}
+    with jax.set_mesh(mesh):
+        params = {k: x.update(sharding=homes[k]) for k, x in abstract().items()}
+        state = jax.eval_shape(tx.init, params)
+        program = jax.make_jaxpr(tx.update)(params, state, params)
+    assert "reshard" not in str(program)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.few(6)
 def test_a_state_on_every_device_is_taken_beside_divided_gradients(name):
