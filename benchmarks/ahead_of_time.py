@@ -45,7 +45,8 @@ RESULTS = Path(__file__).parent / "results"
 
 FEW = ("optax.adam", "sgd_c, C = 1", "sgd_c, C = 5", "adam_c, C = 5, int8")
 FEW += ("adam_cm, C = 5", "sm3")
-# What --check compiles: each way to hold slots, each paper and each dtype once.
+# What --check compiles: each way to hold slots, each paper, and slots in float32 and
+# int8.
 CHECKED = ("sgd_c, C = 1", "adam_c, C = 5", "adam_c, C = 20")
 CHECKED += ("adam_cm, C = 5, int8 slots and m", "sm3")
 CHECKED += ("sm3_cm, C = 5, int8 slots and m",)

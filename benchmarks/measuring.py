@@ -1,7 +1,7 @@
 """Shared by the benchmarks: compiled steps that take turns, and files of results.
 
 Optimizers take turns in one process on the same parameters and gradients, so that other
-work on the machine slows all of them. Only ratios of medians are claimed.
+work on the machine slows all of them. Most tables show ratios of medians.
 """
 
 import datetime

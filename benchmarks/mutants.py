@@ -9,8 +9,8 @@ cosmic-ray names all mutants of the files below, and a seeded sample of them is 
 each in a copy of the repository. First the fast suite runs once, to measure which tests
 run each line. The tests of a mutant are those that run its line: those that noticed
 others first, then the cheapest, until one fails or they have taken ``--seconds``. A
-mutant that hangs is noticed as well. Two processes run the tests, so JAX starts only
-twice, and what XLA compiles is cached on disk.
+mutant that hangs is noticed as well. Two processes run the tests and start over after
+forty mutants, so JAX starts rarely, and what XLA compiles is cached on disk.
 
 Results are added to benchmarks/results/mutants.json, and what is kept there is not
 tried again. A mutant counts only while the code of its file stays the same, so the tool

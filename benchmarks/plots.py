@@ -109,7 +109,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     results = Path(__file__).parent / "results"
-    kept = sorted(results.glob("*.json"))
+    kept = sorted(results.glob("*-cores-jax*.json"))
     parser.add_argument("results", type=Path, nargs="*", default=kept)
     for path in parser.parse_args(argv).results:
         print(draw(path))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def installed():
-    """Try the package that is installed: it trains, saves, reports and is typed."""
+    """Try the package that is installed: it trains, checks, reports and is typed."""
     begin = time.perf_counter()
     import jax
     import jax.numpy as jnp

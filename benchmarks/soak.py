@@ -51,7 +51,7 @@ CASES = [
 
 
 def gradients_of(steps):
-    """Sizes over three decades, with outliers of 1e4 and 1e8, zeros, and NaN."""
+    """Sizes over three decades, outliers 1e4 and 1e8 times as large, zeros, NaN."""
     count = len(steps)
     key = jax.random.fold_in(jax.random.key(0), steps[0])
     kind, size, *keys = jax.random.split(key, 2 + len(SHAPES))

@@ -1,4 +1,4 @@
-"""Time and memory of one step of every optimizer, as ratios to ``optax.adam``.
+"""Time and memory of a step of all optimizers but sm3_cm, as ratios to ``optax.adam``.
 
     python benchmarks/steps.py [--quick] [--flat] [--size 1048576 16777216]
         [--leaves 1 64] [--topc 1 5 20 80] [--dtype float32 bfloat16 int8] [--steps 10]

@@ -7,7 +7,7 @@
 
 Runs are appended to ``benchmarks/learning/results``. A run that is there already is not
 repeated, so a stopped experiment resumes. ``--cost`` measures the time of a step. The
-tables show it beside every score, like the bytes of the state.
+tables then show it beside every score, like the bytes of the state.
 """
 
 import argparse

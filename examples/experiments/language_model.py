@@ -471,7 +471,7 @@ def parse(argv):
         help="the figure (language_model.png)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a small model, trained for seconds"
+        "--quick", action="store_true", help="a small model, trained for a few seconds"
     )
     args = parser.parse_args(argv)
     settings = QUICK if args.quick else Settings()

@@ -1,4 +1,4 @@
-"""E12: does memory help on text, and more so at small batches and in longer runs?"""
+"""E12: does memory help on text, and more so at small batches?"""
 
 from benchmarks.learning import optimizers as o
 from benchmarks.learning.experiment import Experiment

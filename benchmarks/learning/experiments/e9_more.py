@@ -1,4 +1,4 @@
-"""E9, more: other shares of wrong labels, and other batches."""
+"""E9, more: other shares of wrong labels, and a larger batch."""
 
 from benchmarks.learning import optimizers as o
 from benchmarks.learning.experiment import Experiment
