@@ -214,6 +214,16 @@ def test_a_joined_gradient_in_float16_does_not_overflow(options):
     assert updates.dtype == jnp.float16 and np.isinf(updates).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"dampening": 0.5}], ids=str)
+@pytest.mark.few(9)
+def test_the_momentum_of_sgd_takes_what_is_not_finite(options):
+    """As in optax.sgd, and unlike a centered RMSprop."""
+    tx, params = sgd_c(0.1, 0.9, **options), jnp.zeros(2)
+    _, state = tx.update(jnp.array([jnp.nan, 1.0]), tx.init(params), params)
+    trace = np.asarray(optax.tree.get(state, "trace"))
+    np.testing.assert_array_equal(trace, [jnp.nan, 1.0])
+
+
 def test_slots_of_half_precision_are_half_as_large():
     params = jnp.zeros((50, 7))
     full, half = (

@@ -56,6 +56,20 @@ def test_adam_by_hand(x64):
     np.testing.assert_allclose(updates_of(tx, [4.0, -2.0, 3.0]), want, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [memoptax.adam_cm, functools.partial(memoptax.adam_c, amsgrad=True)],
+    ids=["adam_cm", "amsgrad"],
+)
+@pytest.mark.few(9)
+def test_eps_root_is_inside_the_root_and_eps_outside(make, x64):
+    tx = make(1.0, b1=0.5, b2=0.75, eps=0.5, eps_root=0.09)
+    # adam_cm: M = m = .2, v = .25 * .2^2. amsgrad: u = .4, m = .2, v = .25 * .4^2.
+    root = 0.2 if make is memoptax.adam_cm else 0.4
+    want = -0.4 / (np.sqrt(root**2 + 0.09) + 0.5)
+    np.testing.assert_allclose(updates_of(tx, [0.4]), [want], rtol=1e-12)
+
+
 def test_the_released_first_step_by_hand(x64):
     # m = 0, -.2, and the bare gradient 4 is what is stored: M = 0, 3.8.
     want = [0.0, -(3.8 / 0.19) / np.sqrt(0.001 * 3.8**2 / 0.001999)]

@@ -193,12 +193,13 @@ def test_an_empty_buffer_is_resized_to_a_new_one(options):
 
 def test_the_norms_of_a_resized_sum_are_those_of_each_leaf():
     tx = memoptax.critical_gradients(2, 0.5, synced=False, holding="read")
-    state = tx.init([jnp.zeros(()), jnp.zeros(())])
-    for gradient in ([1.0, 8.0], [2.0, 4.0], [3.0, 1.0]):
+    state = tx.init([jnp.zeros(())] * 3)
+    for gradient in ([np.nan, 1.0, 8.0], [np.nan, 2.0, 4.0], [5.0, 3.0, 1.0]):
         _, state = tx.update(jax.tree.map(jnp.asarray, gradient), state)
     resized = untyped(memoptax.resize_buffer(state, 2, holding="sum"))
-    # The third gradient of the first leaf took the place of the first one.
-    np.testing.assert_allclose(resized.buffer.norms, [[3, 2], [8, 4]], rtol=1e-6)
+    # The third gradient of the second leaf took the place of the first one.
+    wanted = [[5, 0], [3, 2], [8, 4]]
+    np.testing.assert_allclose(resized.buffer.norms, wanted, rtol=1e-6)
 
 
 @pytest.mark.long
