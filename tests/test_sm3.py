@@ -15,6 +15,7 @@ from memoptax import covers, sm3, sm3_cm
 
 from labels import named
 from streams import normal, updates_of
+from untyped import untyped
 
 pytestmark = pytest.mark.few(2)
 
@@ -28,6 +29,12 @@ PARAMS = {
     "nothing": None,
     "empty": jnp.zeros((0, 3)),
 }
+
+
+def test_a_tree_of_hundreds_of_leaves_is_taken():
+    tx, params = untyped(memoptax.scale_by_sm3()), [jnp.zeros(())] * 300
+    updates, _ = jax.eval_shape(tx.update, params, tx.init(params))
+    assert len(updates) == 300
 
 
 OPTIONS = [

@@ -10,6 +10,8 @@ import optax
 import pytest
 
 import memoptax
+from memoptax._buffer import algorithm
+from memoptax._buffer.options import options as buffer_options
 
 import goldens
 import oracle_sm3_cm
@@ -341,3 +343,29 @@ def test_a_function_joins_whole_leaves():
         states = [first, second]
         chex.assert_trees_all_close((a, first), (b, second), rtol=1e-5)
     assert shapes == {x.shape}
+
+
+@pytest.mark.parametrize(
+    ("options", "again"),
+    [
+        ({"topc": 5}, False),
+        ({"topc": 5, "buffer_dtype": "int8"}, True),
+        ({"topc": 5, "buffer_dtype": "bfloat16"}, True),
+        ({"topc": 5, "buffer_dtype": "int8", "holding": "sum"}, False),
+        ({"topc": 1, "buffer_dtype": "int8"}, False),
+        ({"buffer_dtype": "int8", "aggr": lambda u, mean, fill: u + mean}, False),
+    ],
+    ids=["float32", "int8", "bfloat16", "sum", "one", "aggr"],
+)
+@pytest.mark.few(9)
+def test_only_narrow_slots_that_are_all_read_are_read_again(options, again):
+    """Maxima read them, or the result. Results in float32 move fewer bytes."""
+    chosen, values = buffer_options(**options), {"a": jnp.ones((4, 3))}
+    buffer = jax.eval_shape(lambda: algorithm.empty(chosen, values))
+    found = []
+
+    def parts(before, after):
+        found[:] = algorithm.parts(chosen, before, after, values)
+
+    jax.eval_shape(parts, buffer, buffer)
+    assert [part is not None for part in found] == [again]
