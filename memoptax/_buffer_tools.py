@@ -300,14 +300,12 @@ def _sums(buffer, leaf):
     def add(sums, entry):
         total, lengths = sums
         value = _holding.value(buffer, leaf, entry, buffer.keys.dtype)
-        return (total + value, lengths + norms.of([value], value.dtype)), None
+        return (total + value, lengths + norms.of([value], value.dtype)[0]), None
 
     like = _holding.value(buffer, leaf, 0, buffer.keys.dtype)
-    # In explicit mode JAX can divide an ensemble between devices only along an axis.
-    start = jnp.zeros_like(like), jnp.zeros((1,), like.dtype)
+    start = jax.tree.map(jnp.zeros_like, (like, norms.of([like], like.dtype)[0]))
     entries = jnp.arange(buffer.keys.shape[1])
-    (total, lengths), _ = jax.lax.scan(add, start, entries)
-    return total, jnp.squeeze(lengths)
+    return jax.lax.scan(add, start, entries)[0]
 
 
 def _norm(leaves, dtype):

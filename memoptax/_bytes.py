@@ -256,6 +256,8 @@ def largest_topc(
     """
     if not callable(optimizer):
         raise ValueError(f"optimizer must be a function, but is {optimizer!r}.")
+    if not (shardings is None or callable(shardings)):
+        raise ValueError(f"shardings must be a function, but is {shardings!r}.")
     budget = _check.known("budget", budget, 0, finite=False)
     at_most = _check.integer("at_most", at_most, 1)
     if not (isinstance(buffer_dtypes, (list, tuple)) and buffer_dtypes):
@@ -266,6 +268,7 @@ def largest_topc(
 
     def size(topc, dtype):
         tx = optimizer(topc=topc, buffer_dtype=dtype)
+        _check.transformation("what optimizer returns", tx)
         report = memory_report(tx, params, shardings)
         return sum((report.per_device or report.fields).values())
 

@@ -240,7 +240,8 @@ def choice(name: str, value, allowed) -> None:
 
 def transformation(name: str, value) -> None:
     """Refuse what is not an optax transformation."""
-    if not callable(getattr(value, "init", None)):
+    methods = [getattr(value, name, None) for name in ("init", "update")]
+    if isinstance(value, type) or not all(map(callable, methods)):
         raise ValueError(
             f"{name} must be an optax.GradientTransformation, but is a "
             f"{type(value).__name__}."

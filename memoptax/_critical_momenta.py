@@ -266,7 +266,11 @@ def scale_by_adam_cm(
         check(updates, state, params)
         g = _momentum.beside(state, updates)
         sound, norms = _momentum.is_sound(
-            options, g, state.buffer.keys.dtype, in_range, squares=True
+            options,
+            g,
+            state.buffer.keys.dtype,
+            in_range,
+            jax.tree.leaves(state.nu),
         )
         if skip_first:
             M, mu, buffer = _momentum.as_released(options, g, state, b1, sound, norms)

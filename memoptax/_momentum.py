@@ -43,20 +43,23 @@ def beside(state, gradients):
     return jax.tree.map(layout.like, gradients, state.mu)
 
 
-def is_sound(options, gradients, dtype, in_range, squares=False):
+def is_sound(options, gradients, dtype, in_range, squares=None):
     """Whether the state may change, and the norms of the gradients, (L,).
 
     It may if the gradients are finite and the traced numbers are ``in_range``.
 
-    ``dtype`` is that of the state's arithmetic. With ``squares`` the square of the
-    aggregate M must be finite too. M is at most 1 + |κ| times the largest gradient that
-    was let through, so this needs no pass over M. With an ``aggr`` of the user, or a κ
-    that changes, M may be larger. Then :func:`or_nan` makes the update NaN.
+    ``dtype`` is that of the norms. ``squares`` has for each leaf an array of the dtype
+    in which the square of the aggregate M is kept. It must be finite too. M is at most
+    1 + |κ| times the largest gradient that was let through, so this needs no pass over
+    M. With an ``aggr`` of the user, or a κ that changes, M may be larger. Then
+    :func:`or_nan` makes the update NaN.
     """
     norms = algorithm.norms_of(options, gradients, dtype)
     limit = jnp.finfo(dtype).max
     if squares:
-        limit = jnp.sqrt(limit) / (2 * (1 + jnp.abs(options.kappa)))
+        largest = [min(jnp.finfo(x.dtype).max, limit) for x in squares]
+        limit = jnp.sqrt(jnp.asarray(largest, norms.dtype))
+        limit = limit / (2 * (1 + jnp.abs(options.kappa)))
     return jnp.all(norms <= limit) & options.is_sound() & in_range, norms
 
 

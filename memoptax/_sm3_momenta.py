@@ -137,7 +137,8 @@ def scale_by_sm3_cm(
         accumulators = jax.tree.leaves(state.accumulators)
         dtype = dtypes.widest(jnp.float32, *(a.dtype for a in accumulators))
         g = _momentum.beside(state, updates)
-        sound, norms = _momentum.is_sound(options, g, dtype, in_range, squares=True)
+        squares = [one for one, *_ in state.accumulators] if boxes else None
+        sound, norms = _momentum.is_sound(options, g, dtype, in_range, squares)
         parts = [None] * len(boxes)
         if options.keeps_nothing:
             M, _, mu = _momentum.average(g, state, b1, sound)  # M_t is m_t

@@ -15,7 +15,6 @@ from memoptax._buffer import (
     holding,
     matching,
     resizing,
-    running_sum,
 )
 from memoptax._buffer.options import options
 from memoptax._critical_gradients import critical_gradients
@@ -448,22 +447,3 @@ def test_a_resized_sum_has_the_derivative_of_what_was_kept(topc, x64):
     np.testing.assert_array_equal(
         jax.grad(total)(stream), jnp.where(kept, jnp.array([1.0, 2.0]), 0)
     )
-
-
-def test_a_sum_that_was_infinite_is_rebuilt_when_it_fits_again():
-    """40 entries of 1e37 are infinite together, and 40 of 5e36 are not."""
-    stream = np.repeat(np.array([1e37, 5e36], np.float32), [40, 80])[:, None]
-    buffer = run_of_sums(empty(jnp.zeros(1), 40, holding="sum"), stream)
-    np.testing.assert_allclose(buffer.total, 40 * 5e36, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("topc", "roundings"), [(3, 3), (30, 17), (31, 7), (100, 16), (1400, 49)]
-)
-def test_a_rebuilt_sum_is_off_by_its_roundings_at_most(topc, roundings):
-    """A value passes through ``roundings`` additions, each off by 2^-24 of its sum."""
-    norms = jnp.ones((2, topc)).at[1].set(0)
-    units = running_sum.units([jnp.zeros(3), jnp.zeros(3)], jnp.float32)
-    np.testing.assert_array_equal(units, 2.0**-24)
-    bounds = running_sum.fresh_error(norms, units)
-    np.testing.assert_allclose(bounds, [roundings * topc * 2.0**-24, 0], rtol=1e-6)

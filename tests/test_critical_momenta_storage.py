@@ -142,3 +142,17 @@ def test_switched_off_it_keeps_its_state_in_float32(make, off):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
     floats = [x for x in jax.tree.leaves(state) if x.dtype != jnp.int32]
     assert {x.dtype for x in floats} == {jnp.dtype("float32")}
+
+
+def test_slots_of_bfloat16_stay_finite_at_the_end_of_its_range():
+    """A momentum may be a little larger than the gradients that came last."""
+    tx = untyped(memoptax.critical_momenta(0.9, topc=5, buffer_dtype="bfloat16"))
+    largest = float(np.finfo(np.float32).max)
+    stream = jnp.asarray([largest] * 100 + [3.38e38], jnp.float32)[:, None]
+
+    def body(state, gradient):
+        return tx.update(gradient, state)[1], None
+
+    state = jax.lax.scan(body, tx.init(jnp.zeros(1)), stream)[0]
+    assert np.isfinite(np.float32(state.buffer.slots)).all()
+    assert int(state.buffer.accepted[0]) > 0

@@ -197,7 +197,7 @@ def test_a_budget_that_is_too_small_is_refused():
     [("at_most", value) for value in (0, 2.5, True, "x", np.float32(3))]
     + [("buffer_dtypes", value) for value in ((), "int8", None)]
     + [("budget", value) for value in (float("nan"), -1, np.float32(-1), "x", None)]
-    + [("optimizer", 3)],
+    + [("optimizer", 3), ("shardings", "data")],
 )
 def test_what_cannot_be_searched_is_refused(name, value):
     good = {"optimizer": ADAM_C, "params": PARAMS, "budget": 1e6}
@@ -205,6 +205,14 @@ def test_what_cannot_be_searched_is_refused(name, value):
         memoptax.largest_topc(**{**good, name: value})
     assert str(error.value).startswith(f"{name} must ")
     assert repr(value) in str(error.value)
+
+
+def test_what_makes_no_optimizer_is_refused():
+    def nothing(topc, buffer_dtype):
+        return None
+
+    with pytest.raises(ValueError, match="what optimizer returns must be an optax"):
+        memoptax.largest_topc(untyped(nothing), PARAMS, 1e6)
 
 
 def test_numbers_of_numpy_are_searched():

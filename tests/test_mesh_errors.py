@@ -49,9 +49,10 @@ def test_a_norm_over_an_axis_that_is_not_there_is_refused(mesh):
     def step(x):
         return tx.update(x, tx.init(x))[0]
 
-    specs = {"in_specs": P("data"), "out_specs": P("data"), "check_vma": False}
-    with pytest.raises(ValueError, match="sharded_norm was given the axes .*'dta'"):
-        jax.eval_shape(jax.shard_map(step, mesh=mesh, **specs), jnp.ones((8, 8)))
+    for tracked in (True, False):
+        specs = {"in_specs": P("data"), "out_specs": P("data"), "check_vma": tracked}
+        with pytest.raises(ValueError, match="sharded_norm was given the axes .*'dta'"):
+            jax.eval_shape(jax.shard_map(step, mesh=mesh, **specs), jnp.ones((8, 8)))
     for axes in (3, {"w": 1.0}, [("data", 2)]):
         with pytest.raises(ValueError, match="axes must be 'auto', names of mesh axes"):
             memoptax.sharded_norm(axes)

@@ -169,6 +169,21 @@ def assert_it_recovers(make, spoil):
 
 
 @each_squaring
+def test_a_gradient_beside_a_wider_one_is_refused_by_its_own_range(factory, x64):
+    """3e20 has a square in float64 and none in float32."""
+    params = {"a": jnp.zeros((2, 2), jnp.float32), "b": jnp.zeros((2, 2))}
+    tx = factory(0.1, topc=1)
+    state = tx.init(params)
+    gradients = {"a": jnp.full((2, 2), 3e20, jnp.float32), "b": jnp.ones((2, 2))}
+    updates, new = tx.update(gradients, state, params)
+    assert shows(updates)
+    jax.tree.map(np.testing.assert_array_equal, new, state)
+    gradients = {"a": jnp.ones((2, 2), jnp.float32), "b": jnp.full((2, 2), 3e20)}
+    updates, _ = tx.update(gradients, state, params)
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+@each_squaring
 @pytest.mark.parametrize("value", [1e25, 1e38, nan, inf])
 def test_an_aggregate_whose_square_overflows_shows(factory, value):
     def aggr(update, mean, fill):

@@ -1,11 +1,13 @@
-"""The bound on the error of a running sum."""
+"""A running sum: the bound on its error, and when it is rebuilt."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import memoptax
 from memoptax._buffer import running_sum
+from memoptax._tensors import storage
 
 from untyped import untyped
 
@@ -57,3 +59,55 @@ def test_a_buffer_that_stays_keeps_its_bound():
 @pytest.mark.parametrize("size", [2e-38, 1e-37, 1e-36])
 def test_a_sum_of_the_smallest_numbers_is_rebuilt_at_every_change(size):
     assert bound([size, size], [True, False], size)[2]
+
+
+def run(tx, stream):
+    """The state after a stream of gradients, a tree of arrays (T, ...)."""
+
+    def body(state, gradient):
+        return tx.update(gradient, state)[1], None
+
+    first = jax.tree.map(lambda g: g[0], stream)
+    return jax.jit(lambda stream: jax.lax.scan(body, tx.init(first), stream)[0])(stream)
+
+
+def test_a_sum_that_was_infinite_is_rebuilt_when_it_fits_again():
+    """40 entries of 1e37 are infinite together, and 40 of 5e36 are not."""
+    tx = memoptax.critical_gradients(40, holding="sum")
+    stream = jnp.repeat(jnp.array([1e37, 5e36]), jnp.array([40, 80]))[:, None]
+    total = untyped(run(tx, stream)).buffer.total
+    np.testing.assert_allclose(total, 40 * 5e36, rtol=1e-5)
+
+
+def test_a_sum_that_was_infinite_is_rebuilt_beside_a_wider_one(x64):
+    tx = memoptax.critical_gradients(40, holding="sum")
+    stream = jnp.repeat(jnp.array([1e37, 5e36]), jnp.array([40, 80]))[:, None]
+    stream = {"a": stream.astype(jnp.float32), "b": jnp.zeros((120, 1))}
+    total = untyped(run(tx, stream)).buffer.total["a"]
+    np.testing.assert_allclose(total, 40 * 5e36, rtol=1e-5)
+
+
+def test_a_sum_is_right_after_a_change_that_overflows():
+    tx = memoptax.critical_gradients(1, holding="sum")
+    total = untyped(run(tx, jnp.array([[-2e38], [2e38]]))).buffer.total
+    np.testing.assert_allclose(total, 2e38, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("topc", "roundings"), [(3, 3), (30, 17), (31, 7), (100, 16), (1400, 49)]
+)
+def test_a_rebuilt_sum_is_off_by_its_roundings_at_most(topc, roundings):
+    """A value passes through ``roundings`` additions, each off by 2^-24 of its sum."""
+    norms = jnp.ones((2, topc)).at[1].set(0)
+    units = running_sum.units([jnp.zeros(3), jnp.zeros(3)], jnp.float32)
+    np.testing.assert_array_equal(units, UNIT)
+    bounds = running_sum.fresh_error(norms, units)
+    np.testing.assert_allclose(bounds, [roundings * topc * UNIT, 0], rtol=1e-6)
+    # One by one, ones would be lost beside a large number.
+    values = np.ones((topc + 1, 3), np.float32)
+    values[0] = 2.0**24
+    held = jnp.arange(topc + 1)[None] < topc
+    stacks = [storage.Stored(jnp.asarray(values), None)]
+    (total,) = running_sum.from_slots([jnp.zeros(3)], stacks, held)
+    exact = values[:topc].sum(0, dtype=float)
+    assert np.all(np.abs(total - exact) <= roundings * exact * UNIT)

@@ -159,7 +159,9 @@ def test_momenta_of_dense_leaves_alone_are_no_hindrance():
 
 
 @pytest.mark.parametrize(
-    "inner", [optax.clip, "x", None], ids=["function", "text", "None"]
+    "inner",
+    [optax.clip, "x", None, optax.MultiSteps],
+    ids=["function", "text", "None", "class"],
 )
 def test_what_is_no_transformation_is_refused(inner):
     with pytest.raises(ValueError, match="inner must be an optax.GradientTransf"):

@@ -120,6 +120,13 @@ def test_no_stored_value_is_longer_than_its_bound(shape, scale, dtype):
     assert bound <= 1.1 * np.linalg.norm(x) + 3e-8 * np.sqrt(x.size)
 
 
+def test_float16_is_bounded_where_bfloat16_rounds_it_up():
+    x = jnp.full(1, 1.005859375, jnp.float16)
+    stored = storage.encode(x, like(x, "bfloat16"))
+    bound = storage.norm_bounds(x.astype(jnp.float32), [x], [stored])
+    assert float(stored.values[0]) <= float(bound[0])
+
+
 def test_the_largest_entry_of_a_row_becomes_127():
     stored = storage.encode(
         jnp.asarray(normal((50, 6))), like(np.zeros((50, 6)), "int8")

@@ -92,9 +92,12 @@ def bound(buffer, totals, new, incoming):
     rounding = unit * incoming + unit * outgoing + scale + lost
     error = buffer.error + jnp.where(jnp.any(new, axis=1), rounding, 0)
     exact = jnp.all(error <= _TOLERANCE * scale)  # false if a tool has made it NaN
-    # A sum that has overflowed stays infinite until it is rebuilt.
-    finite = jnp.all(jnp.isfinite(jnp.sum(buffer.norms, axis=1)))
-    inexact = ~exact | ~finite | _is_changed(buffer)
+    # A sum that overflows, before a change or while it changes, stays infinite until it
+    # is rebuilt. The norms may be wider than the sum of a leaf.
+    limits = [jnp.finfo(t.dtype).max for t in totals] or [0]
+    largest = jnp.sum(buffer.norms, axis=1) + incoming
+    overflows = jnp.any(new) & ~jnp.all(largest <= jnp.asarray(limits, norms.dtype))
+    inexact = ~exact | overflows | _is_changed(buffer)
     return norms, jnp.where(inexact, fresh_error(norms, unit), error), inexact
 
 
@@ -171,17 +174,17 @@ def from_slots(totals, stacks, held, wanted=True):
         return [add(*leaf) for leaf in zip(totals, stacks, rows)]
 
     def one_more(carry):
-        counter, totals = carry
-        return counter + 1, add_block(jnp.squeeze(counter), totals)
+        turn, totals = carry
+        return turn + 1, add_block(turn, totals)
 
     turns = -(-slots // block)
     if wanted is True:  # a loop whose turns are known has a derivative
         return jax.lax.fori_loop(0, turns, add_block, totals)
-    # Each member of an ensemble has a counter. In explicit mode JAX can divide counters
-    # between devices only along an axis.
-    end = jnp.where(wanted, turns, jnp.zeros((1,), jnp.int32))
+    # Each member of an ensemble has a turn of its own. It is made from ``wanted``, so
+    # that in explicit mode it is divided between devices as the members are.
+    end = turns * wanted.astype(jnp.int32)
     start = jnp.zeros_like(end), totals
-    return jax.lax.while_loop(lambda carry: jnp.all(carry[0] < end), one_more, start)[1]
+    return jax.lax.while_loop(lambda carry: carry[0] < end, one_more, start)[1]
 
 
 def _decoded(stack, slot, dtype):

@@ -45,15 +45,16 @@ def sharded_norm(
         ``sharded_norm`` around the rule, they would be those of shards.
 
     Returns:
-      A function from gradients to a scalar.
+      A function from gradients to a scalar, without a derivative.
 
     Raises:
       ValueError: in three places.
         - At once, if ``rule`` is not a function, or ``axes`` is none of the above.
         - When the result is called, if the tree ``axes`` has the wrong number of
-          leaves, if the call is not inside a ``shard_map`` over the named axes, or if
+          leaves. Inside a ``shard_map``, also if its mesh has no axis of a name, or if
           ``axes`` is ``'auto'`` under ``check_vma=False``, where JAX does not track
-          which values vary between devices.
+          which values vary between devices. Outside, every leaf is whole, and names
+          are ignored.
         - In ``update``, if a ``PartitionSpec`` divides the last axis of a leaf in int8,
           because a row has one scale.
 
@@ -113,6 +114,13 @@ class ShardedNorm:
                 )
             return [tuple(sorted(names)) for names in varying]
         every = [_flat(entry) for entry in self._entries(len(squares))]
+        mesh = jax.sharding.get_abstract_mesh()
+        unknown = {n for names in every for n in names}.difference(mesh.axis_names)
+        if mesh.manual_axes and unknown:
+            raise ValueError(
+                f"sharded_norm was given the axes {sorted(unknown)}, but the mesh of "
+                f"this shard_map has only {mesh.axis_names}."
+            )
         if not known:
             return every
         return [tuple(n for n in a if n in b) for a, b in zip(every, varying)]

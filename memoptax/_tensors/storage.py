@@ -63,11 +63,6 @@ def zero_sum(leaf):
     return jnp.zeros_like(leaf, dtype=dtypes.widest(leaf.dtype, jnp.float32))
 
 
-def copies(stack: Stored) -> int:
-    """How many slots a stack has."""
-    return stack.values.shape[0]
-
-
 def unpack(treedef, values, scales) -> list[Stored]:
     """The leaves of two fields of a state."""
     values = treedef.flatten_up_to(values)
@@ -177,7 +172,7 @@ def as_in(stored: Stored, like: Stored, dtype) -> Stored:
     """The stored value, a number of ``dtype``, as ``like`` stores it."""
     if stored.values.dtype == like.values.dtype:
         return stored
-    return encode(decode(stored, dtype), like)
+    return encode(saturate(decode(stored, dtype), like), like)
 
 
 def saturate(x, like: Stored):
@@ -236,7 +231,7 @@ def _rounding(x, stored, norm):
         squares = jnp.square(stored.scale.astype(norm.dtype) / unit)
         return 1, jnp.sum(squares) * math.prod(x.shape[-1:]) / 4, unit
     info = jnp.finfo(stored.values.dtype)
-    if info.bits >= jnp.finfo(x.dtype).bits:
+    if dtypes.holds(stored.values.dtype, x.dtype):
         return 1, 0, 1
     # The sum of no elements is a 0 that shard_map tracks as belonging to this shard.
     lost = jnp.sum(jnp.atleast_1d(x)[:0], dtype=jnp.float32)
