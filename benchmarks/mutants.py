@@ -13,9 +13,10 @@ mutant that hangs is noticed as well. Two processes run the tests and start over
 forty mutants, so JAX starts rarely, and what XLA compiles is cached on disk.
 
 Results are added to benchmarks/results/mutants.json, and what is kept there is not
-tried again. A mutant counts only while the code of its file stays the same, so the tool
-starts over for a file whose code has changed. A survivor that changes nothing that
-anybody could see is explained: write the reason there, as its "why".
+tried again. A mutant counts only while the code of its function stays the same. The
+place of one that no longer counts is taken by the next of the sample. A survivor that
+changes nothing that anybody could see is explained: write the reason there, as its
+"why".
 """
 
 import argparse
@@ -65,6 +66,7 @@ FILES = (
 OTHERS = "docs examples hlo layout learning multihost platform release trust"
 RESTART = 40  # mutants after which a process starts over: its memory grows
 IGNORED = shutil.ignore_patterns(".git", ".venv*", "_build", ".sdist")
+KEY = ("file", "operator", "definition", "occurrence")
 # Operators of arrays that take each other's place. cosmic-ray has others, such as a
 # shift for a product. Floating-point arrays have no shift, so every test would notice.
 KINDS = ({"Add", "Sub", "Mul", "Div"}, {"BitAnd", "BitOr", "BitXor"})
@@ -79,27 +81,56 @@ def sensible(name):
 
 
 def mutants():
-    """Every mutant: its file, its operator, which occurrence of it, and its line."""
+    """Every mutant by its key, with its line, and its place among all of its file.
+
+    The key is the file, the operator, the definition in which it is, and which
+    occurrence of the operator in that definition.
+    """
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator, operator_names
 
-    found = []
+    found = {}
     for file in FILES:
-        tree = get_ast((ROOT / "memoptax" / file).read_text())
+        text = (ROOT / "memoptax" / file).read_text()
+        tree, inside = get_ast(text), definitions(text)
         for name in sorted(operator_names()):
             kind = get_operator(name)
             if kind.arguments() or not sensible(name):
                 continue
-            places = [
-                start
+            lines = [
+                line
                 for node in ast_nodes(tree)
-                for start, _ in kind().mutation_positions(node)
+                for (line, _), _ in kind().mutation_positions(node)
             ]
-            found += [
-                {"file": file, "operator": name, "occurrence": k, "line": line}
-                for k, (line, _) in enumerate(places)
-            ]
+            seen = collections.Counter()
+            for place, line in enumerate(lines):
+                definition, digest = inside[line]
+                mutant = dict(zip(KEY, (file, name, definition, seen[definition])))
+                seen[definition] += 1
+                mutant |= {"line": line, "place": place, "code": digest}
+                found[key(mutant)] = mutant
     return found
+
+
+def definitions(text):
+    """For each line, the function or class at the top level in which it is ("" if it is
+    in none), and a digest of the code there.
+    """
+    body = ast.parse(text).body
+    named = [node for node in body if hasattr(node, "name")]
+    rest = [node for node in body if not hasattr(node, "name")]
+    outside = "", digest(rest)
+    inside = collections.defaultdict(lambda: outside)
+    for node in named:
+        first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+        for line in range(first, node.end_lineno + 1):
+            inside[line] = node.name, digest([node])
+    return inside
+
+
+def digest(nodes):
+    """What tells whether code has changed since a mutant was tried."""
+    return hashlib.sha256("".join(map(code, nodes)).encode()).hexdigest()[:12]
 
 
 def mutated(mutant):
@@ -108,11 +139,11 @@ def mutated(mutant):
     from cosmic_ray.plugins import get_operator
 
     text = (ROOT / "memoptax" / mutant["file"]).read_text()
-    return mutate_code(text, get_operator(mutant["operator"])(), mutant["occurrence"])
+    return mutate_code(text, get_operator(mutant["operator"])(), mutant["place"])
 
 
-def code(text):
-    """The code of a file, without its docstrings, comments and annotations."""
+def code(node):
+    """The code of a node, without its docstrings, comments and annotations."""
 
     class Bare(ast.NodeTransformer):
         def visit_arg(self, node):
@@ -131,13 +162,14 @@ def code(text):
             is_text = isinstance(node.value, ast.Constant)
             return ast.Pass() if is_text else self.generic_visit(node)
 
-    return ast.dump(Bare().visit(ast.parse(text)))
+    return ast.dump(Bare().visit(node))
 
 
 def is_idle(mutant, text):
     """Whether no code has changed, or the result is not valid Python."""
+    old = (ROOT / "memoptax" / mutant["file"]).read_text()
     try:
-        return code((ROOT / "memoptax" / mutant["file"]).read_text()) == code(text)
+        return code(ast.parse(old)) == code(ast.parse(text))
     except SyntaxError:
         return True
 
@@ -252,24 +284,16 @@ def difference(mutant):
 
 
 def key(mutant):
-    return tuple(mutant[k] for k in ("file", "operator", "occurrence"))
+    return tuple(mutant[name] for name in KEY)
 
 
-def digest(file):
-    """What tells whether the code of a file has changed since a mutant was tried."""
-    text = code((ROOT / "memoptax" / file).read_text())
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def results():
-    """What is kept, without the mutants of files that have changed."""
+def results(everything):
+    """What is kept, without the mutants of functions that have changed."""
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"mutants": []}
-    files = {file: digest(file) for file in FILES}
-    old = kept.get("files", {})
-    kept["mutants"] = [
-        m for m in kept["mutants"] if old.get(m["file"]) == files.get(m["file"])
-    ]
-    return kept | {"files": files}
+    found = [(everything.get(key(m), {}), m) for m in kept["mutants"]]
+    # Lines and places are those of today.
+    counting = [m | now for now, m in found if now.get("code") == m["code"]]
+    return kept | {"mutants": counting}
 
 
 def main(argv=None):
@@ -285,22 +309,27 @@ def main(argv=None):
     parser.add_argument("--again", action="store_true", help="try survivors again")
     parser.add_argument("--show", action="store_true", help="only print what is kept")
     options = parser.parse_args(argv)
-    kept = results()
+    everything = mutants()
+    kept = results(everything)
     if options.show:
         show(kept)
         return
-    everything = mutants()
-    sample = random.Random(options.seed).sample(everything, len(everything))
+    again = []
     if options.again:
-        kept["mutants"] = [m for m in kept["mutants"] if m["noticed"] or "why" in m]
-    known = {key(m) for m in kept["mutants"]}
-    active = (mutant for mutant in sample if not is_idle(mutant, mutated(mutant)))
-    chosen = [
+        again = [m for m in kept["mutants"] if not m["noticed"] and "why" not in m]
+        kept["mutants"] = [m for m in kept["mutants"] if m not in again]
+    known = {key(m) for m in (*kept["mutants"], *again)}
+    sample = list(everything.values())
+    random.Random(options.seed).shuffle(sample)
+    new = (
         mutant
-        for mutant in itertools.islice(active, options.count)
+        for mutant in sample
         if key(mutant) not in known
         and any(part in mutant["file"] for part in options.only)
-    ]
+        and not is_idle(mutant, mutated(mutant))
+    )
+    missing = max(options.count - len(known), 0)
+    chosen = [*again, *itertools.islice(new, missing)]
     end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
         cache = options.cache or Path(folder) / "compiled"

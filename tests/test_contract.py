@@ -88,9 +88,8 @@ def test_an_ensemble_may_be_divided_in_explicit_mode(opt):
     streams = jax.tree.map(lambda *g: jnp.stack(g), *streams)
     want = jax.jit(jax.vmap(run))(streams)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-    divided = jax.device_put(streams, NamedSharding(mesh, PartitionSpec("data")))
-    close(jax.jit(jax.vmap(run))(divided), want)
     with jax.set_mesh(mesh):
+        divided = jax.device_put(streams, NamedSharding(mesh, PartitionSpec("data")))
         close(jax.jit(jax.vmap(run))(divided), want)
 
 
