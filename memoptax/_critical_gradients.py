@@ -92,10 +92,11 @@ def critical_gradients(
         that all devices agree. It also takes a rule of your own.
       buffer_dtype: dtype of the slots: None (that of the parameters), float64, float32,
         bfloat16, float16 or int8. Sums and keys stay in float32 or better. A leaf is
-        refused if its norm exceeds the range of the dtype (65504 in float16). int8 has
-        one float32 scale per row of the last axis, or one for a tensor of rank 0 or 1.
-        The error of an element is then at most 1/254 of the largest magnitude in its
-        row. Rows below 1.5e-36 become 0. No derivative flows through int8.
+        refused if its norm exceeds the range of the dtype (65504 in float16). If
+        ``synced``, all leaves are refused with it. int8 has one float32 scale per row
+        of the last axis, or one for a tensor of rank 0 or 1. The error of an element
+        is then at most 1/254 of the largest magnitude in its row. Rows below 1.5e-36
+        become 0. No derivative flows through int8.
         ``docs/low_precision.md`` has the measured effect on accuracy.
       fifo_probability: the probability that a step replaces the oldest entry of a full
         buffer without comparing keys, drawn once per step. None means never.
@@ -490,7 +491,7 @@ def _in_front_of(
     The updates may be sharded over more mesh axes than the gradients. They stay sharded
     like that from the buffer to the end of ``base``, and are gathered once there.
     """
-    # The buffer asks for these itself. The base must not take what it then emits.
+    # The buffer checks these itself. The base must not take what the buffer then emits.
     sound &= _check.is_inside(options.kappa)
     sound &= _check.is_inside(options.fifo_probability)
     base = guards.while_finite(base, entering or {})

@@ -271,8 +271,8 @@ def sm3(
       learning_rate: η, a number or an optax schedule such as
         :func:`memoptax.sm3_schedule`. Without ``beta`` and weight decay it is the
         largest change of an entry per step.
-      momentum: as in :func:`scale_by_sm3`. All arguments that are not listed here are
-        as there too.
+      momentum: as in :func:`scale_by_sm3`. The arguments that are not listed here are
+        also as in that function.
       weight_decay: λ ≥ 0, a number or a schedule, per unit of learning rate. With a
         plain 0, ``update`` needs no parameters.
       mask: a tree of booleans that says which parameters decay, or a function from the

@@ -350,7 +350,9 @@ def test_a_number_in_a_buffer_is_taken_as_in_update():
     _, after = tx.update(params, state)
     memoptax.check_state(tx, params, state)
     memoptax.check_state(tx, params, after)
-    with pytest.raises(ValueError, match="rebuilds must be arrays, but hold a int"):
+    with pytest.raises(
+        ValueError, match="field rebuilds must hold arrays, but holds a int"
+    ):
         memoptax.buffer_stats(state)
 
 

@@ -61,7 +61,7 @@ def test_sums_in_few_bits_are_refused(tx, name, dtype):
 def test_draws_that_are_no_key_are_refused(dtype):
     tx = memoptax.sgd_c(0.1, topc=2, fifo_probability=0.5)
     state = narrow(tx.init(PARAMS), {"draws"}, dtype)
-    with pytest.raises(ValueError, match=f"whose draws are {dtype}"):
+    with pytest.raises(ValueError, match=f"field draws has dtype {dtype}"):
         tx.update(PARAMS, state, PARAMS)
 
 
@@ -69,7 +69,7 @@ def test_draws_of_another_generator_are_refused():
     tx = memoptax.sgd_c(0.1, topc=2, fifo_probability=0.5)
     with jax.default_prng_impl("rbg"):
         state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match="draws have shape"):
+    with pytest.raises(ValueError, match="field draws has shape"):
         tx.update(PARAMS, state, PARAMS)
 
 

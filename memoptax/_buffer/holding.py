@@ -26,9 +26,9 @@ from memoptax._tensors import dtypes, layout, storage
 WAYS = ("select", "read", "sum")
 
 # Reading all slots is the default if C values take up to this many bytes per parameter.
-# Beyond that it moves more bytes than the sum does. On an H100, adam_c with C = 20 in
-# float32 (80 bytes of values) moves 120 bytes per parameter instead of 52, and with
-# int8 (20 bytes of values) 57.
+# Beyond that it moves more bytes than the sum does. On an H100, adam_c with C = 20
+# moves 120 bytes per parameter if it reads float32 slots (80 bytes of values), 57 if it
+# reads int8 slots (20 bytes of values), and 52 with float32 slots and their sum.
 _READ_BYTES = 20
 
 

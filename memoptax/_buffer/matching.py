@@ -47,7 +47,7 @@ def _check_capacity(options, buffer):
     if buffer.keys.ndim != 2:
         raise ValueError(
             f"state has keys of shape {buffer.keys.shape} where (R, C) is needed: a "
-            "batched state is updated under the jax.vmap or jax.pmap that made it."
+            "batched state must be updated under the jax.vmap or jax.pmap that made it."
         )
     topc = buffer.keys.shape[1]
     if topc != options.topc:
@@ -114,8 +114,8 @@ def check_shapes(buffer) -> None:
         for leaf in jax.tree.leaves(field):
             if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
                 raise ValueError(
-                    f"state has a buffer whose {name} must be arrays, but hold a "
-                    f"{type(leaf).__name__}."
+                    f"state has a buffer whose field {name} must hold arrays, but "
+                    f"holds a {type(leaf).__name__}."
                 )
     shape = getattr(buffer.keys, "shape", ())
     if len(shape) < 2 or 0 in shape[-2:]:
@@ -129,7 +129,9 @@ def check_shapes(buffer) -> None:
     }.items():
         for array in jax.tree.leaves(getattr(buffer, name)):
             if not jnp.issubdtype(array.dtype, kind):
-                raise ValueError(f"state has a buffer whose {name} are {array.dtype}.")
+                raise ValueError(
+                    f"state has a buffer whose field {name} has dtype {array.dtype}."
+                )
             _check.wide(f"a buffer's {name}", array)
     for array in jax.tree.leaves(buffer.slots):
         if array.dtype.name not in storage.DTYPES:
@@ -138,8 +140,8 @@ def check_shapes(buffer) -> None:
     for name, found, wanted in _shapes(buffer, rows, topc, tuple(batch)):
         if found != wanted:
             raise ValueError(
-                f"state has a buffer whose {name} have shape {found} where {wanted} is "
-                f"needed beside keys of shape {shape}."
+                f"state has a buffer whose field {name} has shape {found} where "
+                f"{wanted} is needed beside keys of shape {shape}."
             )
 
 
