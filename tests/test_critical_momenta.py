@@ -70,6 +70,20 @@ def test_eps_root_is_inside_the_root_and_eps_outside(make, x64):
     np.testing.assert_allclose(updates_of(tx, [0.4]), [want], rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["b1", "b2"])
+@pytest.mark.few(9)
+def test_a_decay_of_0_has_a_derivative(name):
+    def last(decay):
+        tx = memoptax.adam_cm(0.1, **{name: decay})
+        state = tx.init(jnp.zeros(()))
+        for gradient in (1.0, -2.0):
+            update, state = tx.update(jnp.asarray(gradient), state)
+        return update
+
+    value, slope = jax.value_and_grad(last)(0.0)
+    assert np.isfinite(value) and np.isfinite(slope)
+
+
 def test_the_released_first_step_by_hand(x64):
     # m = 0, -.2, and the bare gradient 4 is what is stored: M = 0, 3.8.
     want = [0.0, -(3.8 / 0.19) / np.sqrt(0.001 * 3.8**2 / 0.001999)]

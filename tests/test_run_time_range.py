@@ -30,14 +30,14 @@ GRADIENTS = [at(gradients(), t) for t in (0, 1, 2, 4, 5)]
 BAD = {
     "b1": [nan, inf, -0.5, 1.0, 1e30],
     "b2": [nan, inf, -0.5, 1.0, 1e30],
-    "eps": [nan, inf, -1.0],
-    "eps_root": [nan, inf, -1.0],
+    "eps": [nan, inf, -0.001],
+    "eps_root": [nan, inf, -0.001],
     "alpha": [nan, inf, -0.5, 1e30],
     "beta": [nan, inf, 0.0, 1.0, 1e30],
-    "dampening": [nan, inf, 1e30],
+    "dampening": [nan, inf, -0.5, 1.5],
     "kappa": [nan, inf],
     "fifo_probability": [nan, inf],
-    "momentum": [nan, inf, -0.5, 1e30],
+    "momentum": [nan, inf, -0.5, 1.5],
 }
 # Numbers that enter the state and not only the update.
 ENTERING = {

@@ -15,11 +15,11 @@ UNIT = 2.0**-24
 SMALLEST = 2.0**-126
 
 
-def bound(old, new, incoming, error=0.0):
+def bound(old, new, incoming, error=0.0, **fields):
     """The bound after a value of norm ``incoming`` replaced the first of ``old``."""
     tx = memoptax.critical_gradients(len(old), holding="sum")
     buffer = untyped(tx.init(jnp.zeros(()))).buffer._replace(
-        ages=jnp.ones((1, len(old)), jnp.int32),
+        **{"ages": jnp.ones((1, len(old)), jnp.int32), **fields},
         norms=jnp.asarray([old], jnp.float32),
         error=jnp.asarray([error], jnp.float32),
     )
@@ -59,6 +59,30 @@ def test_a_buffer_that_stays_keeps_its_bound():
 @pytest.mark.parametrize("size", [2e-38, 1e-37, 1e-36])
 def test_a_sum_of_the_smallest_numbers_is_rebuilt_at_every_change(size):
     assert bound([size, size], [True, False], size)[2]
+
+
+@pytest.mark.parametrize("entries", [[2, 2, 0], [0, 1, 1], [0, 0, 0], [1, 2, 3]])
+def test_a_sum_whose_entries_are_no_permutation_is_rebuilt(entries):
+    spoilt = jnp.asarray([entries], jnp.int32)
+    assert bound([2.0, 1.0], [False, False], 9.0, entries=spoilt)[2]
+    empty = jnp.zeros((1, 2), jnp.int32)
+    assert not bound([0.0, 0.0], [False, False], 9.0, entries=spoilt, ages=empty)[2]
+
+
+def test_each_leaf_adds_up_the_slots_of_its_own_row():
+    stack = storage.Stored(jnp.asarray([1.0, 2.0, 4.0]), None)
+    held = jnp.asarray([[True, True, False], [False, True, False]])
+    zeros = [jnp.zeros(())] * 2
+    totals = running_sum.from_slots(zeros, [stack] * 2, held)
+    assert [float(total) for total in totals] == [3.0, 2.0]
+    totals = running_sum.from_slots(zeros, [stack] * 2, held[1:])
+    assert [float(total) for total in totals] == [2.0, 2.0]
+
+
+def test_a_tree_without_leaves_has_a_sum():
+    tx = untyped(memoptax.critical_gradients(2, holding="sum"))
+    updates, state = tx.update({}, tx.init({}))
+    assert updates == {} and state.buffer.norms.shape == (1, 2)
 
 
 def run(tx, stream):
