@@ -156,3 +156,21 @@ def test_slots_of_bfloat16_stay_finite_at_the_end_of_its_range():
     state = jax.lax.scan(body, tx.init(jnp.zeros(1)), stream)[0]
     assert np.isfinite(np.float32(state.buffer.slots)).all()
     assert int(state.buffer.accepted[0]) > 0
+
+
+def test_the_norms_of_a_running_sum_are_those_of_the_momenta():
+    """The last gradient may be much smaller than the momentum that is offered."""
+    tx = untyped(memoptax.critical_momenta(0.5, topc=2, holding="sum"))
+    state = tx.init(jnp.zeros(2))
+    for size in (4.0, 0.1):
+        _, state = tx.update(jnp.array([size, 0.0]), state)
+    np.testing.assert_allclose(state.buffer.norms, [[2.0, 1.05]], rtol=1e-6)
+
+
+def test_a_momentum_beyond_float16_is_refused_after_a_small_gradient():
+    tx = untyped(memoptax.critical_momenta(0.5, topc=2, buffer_dtype="float16"))
+    state = tx.init(jnp.zeros(2))
+    for size, accepted in ((1e4, 1), (3e5, 1), (100.0, 1), (0.0, 2)):
+        _, state = tx.update(jnp.array([size, 0.0]), state)
+        assert int(state.buffer.accepted[0]) == accepted
+    assert np.isfinite(np.float32(state.buffer.slots)).all()

@@ -212,3 +212,12 @@ def test_what_cannot_be_negative_is_refused(tx, name):
     state = jax.tree_util.tree_map_with_path(spoil, state)
     with pytest.raises(ValueError, match="numbers below 0"):
         memoptax.check_state(tx, PARAMS, state)
+
+
+def test_a_state_with_other_rows_is_refused_with_their_number():
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    one, each = (memoptax.sgd_c(0.1, topc=4, synced=synced) for synced in (True, False))
+    with pytest.raises(ValueError, match="needs 2 rows .* but the state has 1"):
+        each.update(params, one.init(params), params)
+    with pytest.raises(ValueError, match="needs 1 rows .* but the state has 2"):
+        one.update(params, each.init(params), params)

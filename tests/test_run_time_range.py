@@ -101,6 +101,7 @@ def test_a_traced_number_out_of_range_shows_and_does_not_change_the_state(opt):
             new = new._replace(hyperparams=state.hyperparams)
             updates, _ = update(after, new, params)
             wanted, _ = update(after, state, params)
+            assert np.isfinite(jax.tree.leaves(wanted)[0]).all()
             close(updates, wanted)
 
 

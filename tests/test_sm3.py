@@ -31,6 +31,13 @@ PARAMS = {
 }
 
 
+def test_parameters_that_are_none_have_a_momentum_of_none():
+    tx = memoptax.scale_by_sm3(0.9)
+    state = tx.init(None)
+    assert untyped(state).momentum is None
+    assert tx.update(None, state)[0] is None
+
+
 def test_a_tree_of_hundreds_of_leaves_is_taken():
     tx, params = untyped(memoptax.scale_by_sm3()), [jnp.zeros(())] * 300
     updates, _ = jax.eval_shape(tx.update, params, tx.init(params))
