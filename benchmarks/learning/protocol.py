@@ -2,9 +2,10 @@
 
 Every optimizer starts with the same number of rates, a factor of 2 apart. Where the
 best of them is at an edge of the grid, the grid grows there. A rate is chosen by the
-mean validation score of three seeds, and then runs on fresh seeds. These are the same
-for all optimizers, and so are the initial parameters and the batches. Bases are also
-trained at ½, 2 and 4 times their rate. Scores are those of the end of a run.
+mean validation score of three seeds, and the optimizer then runs at it on fresh seeds.
+These are the same for all optimizers, and so are the initial parameters and the
+batches. Bases are also trained at ½, 2 and 4 times their rate. Scores are those of the
+end of a run.
 """
 
 import math
