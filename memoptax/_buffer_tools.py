@@ -194,9 +194,9 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
             leaf = jnp.asarray(leaf)
         except (TypeError, ValueError):
             array = isinstance(leaf, np.ndarray)
-            kind = f"of {leaf.dtype.name}" if array else f"a {type(leaf).__name__}"
+            kind = leaf.dtype.name if array else f"type {type(leaf).__name__}"
             raise ValueError(
-                f"{name} must be an array of numbers, but is {kind}."
+                f"{name} must be an array of numbers, but is of {kind}."
             ) from None
         if leaf.shape != like.shape or leaf.dtype != like.dtype:
             raise ValueError(

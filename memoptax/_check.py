@@ -243,7 +243,7 @@ def transformation(name: str, value) -> None:
     methods = [getattr(value, name, None) for name in ("init", "update")]
     if isinstance(value, type) or not all(map(callable, methods)):
         raise ValueError(
-            f"{name} must be an optax.GradientTransformation, but is a "
+            f"{name} must be an optax.GradientTransformation, but is of type "
             f"{type(value).__name__}."
         )
 
@@ -260,8 +260,8 @@ def state(found, kind: Any) -> None:
         buffered = "buffer" in kind._fields
         rest = ", or was made with a topc or kappa of 0" if buffered else ""
         raise ValueError(
-            f"state must be a {kind.__name__}, but is a {type(found).__name__}: it "
-            f"belongs to another optimizer{rest}."
+            f"state must be a {kind.__name__}, but is of type {type(found).__name__}: "
+            f"it belongs to another optimizer{rest}."
         )
 
 

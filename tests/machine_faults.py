@@ -34,7 +34,7 @@ def save(folder, step, carry):
         checkpointer.save(folder / str(step), carry)
 
 
-_save = save  # also where the function below has its name
+_save = save  # the real one, also while the function below stands in for it
 
 
 def save_in_place(folder, step, carry):

@@ -114,7 +114,7 @@ def test_a_traced_decay_out_of_range_is_clamped(decay, used):
 
 
 @each_way
-def test_recalls_the_sum_before_the_push(way, topc):
+def test_recalls_the_sum_before_the_offer(way, topc):
     buffer, naive = empty(jnp.float32(0), topc, holding=way), oracle.Buffer(topc, 1.0)
     for value in (1.0, 2.0, 4.0, 0.5, 8.0, 3.0):
         held = sum(float(entry["x"]) for entry in naive.values)

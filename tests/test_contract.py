@@ -72,7 +72,7 @@ def test_vmap_over_seeds_equals_runs_apart(opt):
 
 @each_optimizer
 @pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="jax 0.8 batches no slice of divided arrays"
+    jax.__version_info__ < (0, 10), reason="jax before 0.10 cannot batch such slices"
 )
 def test_an_ensemble_may_be_divided_in_explicit_mode(opt):
     tx, params = opt.build(), params_like(SHAPES)

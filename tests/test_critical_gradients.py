@@ -68,7 +68,7 @@ def test_without_kappa_or_memory_updates_pass_through(aggr):
 
 def test_one_slot_by_hand(x64):
     table = [
-        # g    B before  key before, after   sum: g + B/2   mid, mean: half   g - B
+        # g    B before  key after   sum: g + B/2   mid, mean: half   g - B
         (4.0, None, 2.0, 4.0, 4.0, 4.0),  # nothing to join yet
         (1.0, 4.0, 1.0, 3.0, 1.5, -3.0),  # 1 < 2: refused
         (-3.0, 4.0, 1.5, -1.0, -0.5, -7.0),  # 3 > 1

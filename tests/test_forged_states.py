@@ -70,7 +70,7 @@ def not_a_number(draw, leaf, name):
 
 
 def out_of_range(draw, leaf, name):
-    """A number below 0 where that is impossible, or a repeated one in a permutation."""
+    """A number below 0 where that is impossible, or one outside of a permutation."""
     low = {"keys": -1, "ages": -1, "offered": -1, "accepted": -1, "norms": -1}
     low |= {"error": -1, "entries": draw(st.sampled_from([-1, 99]))}
     return put(draw, leaf, low[name]) if name in low else None

@@ -99,7 +99,7 @@ def test_values_that_agree_are_coherent_and_those_that_cancel_are_not():
             _, state = tx.update(sign * jnp.array([1.0, 2.0, -2.0]), state)
         stats = memoptax.buffer_stats(state, jnp.zeros(3))
         assert float(stats["coherence"]) == pytest.approx(expected)
-        assert float(stats["share"]) == expected  # none of nothing, or all
+        assert float(stats["share"]) == expected  # as the updates are 0
 
 
 def test_shares_of_a_partition_are_those_of_its_parts():
@@ -331,15 +331,15 @@ def test_what_is_no_array_is_named():
     state = untyped(tx.init(params))
     shape = jax.eval_shape(lambda: state[0].buffer.slots)
     for leaf, kind in (
-        ("abc", "a str"),
-        (object(), "a object"),
-        (shape, "a ShapeDtypeStruct"),
-        (np.zeros(shape.shape, "V2"), "of void16"),  # bfloat16 from np.load
+        ("abc", "type str"),
+        (object(), "type object"),
+        (shape, "type ShapeDtypeStruct"),
+        (np.zeros(shape.shape, "V2"), "void16"),  # bfloat16 from np.load
     ):
         buffer = state[0].buffer._replace(slots=leaf)
         forged = (state[0]._replace(buffer=buffer), *state[1:])
         with pytest.raises(
-            ValueError, match=f"slots must be .* numbers, but is {kind}"
+            ValueError, match=f"slots must be .* numbers, but is of {kind}"
         ):
             memoptax.check_state(tx, params, forged)
 
@@ -401,7 +401,9 @@ def test_statistics_of_a_batch_of_empty_leaves_are_numbers():
 
 
 def bent(buffer):
-    """The buffer with one array of another rank or length, or none, or no array."""
+    """Each buffer has one array of another rank or length, or in its place None or
+    something that is not an array.
+    """
     yield "keys", buffer._replace(keys=buffer.keys[:, :0])
     if buffer.scales is None:
         yield "scales", buffer._replace(scales={"a": jnp.ones((4, 1))})

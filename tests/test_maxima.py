@@ -70,7 +70,7 @@ def test_maxima_are_those_of_the_whole(problem):
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf, 1e38])
 @pytest.mark.parametrize("shape", [(65, 130), (7, 5, 513), (3000, 3)])
 def test_a_bad_number_is_found_in_every_place(shape, bad):
-    """Once in every position of slices, repeats and sections."""
+    """Tried at about 97 places, spread over slices, repeats and sections."""
     fold = jax.jit(functools.partial(computed, shape, range(1, len(shape))))
     column = jax.jit(functools.partial(computed, shape, {0}))
     g, first, rest = (jnp.asarray(x, jnp.float32) for x in operands(shape, 0))
@@ -85,7 +85,7 @@ def test_a_bad_number_is_found_in_every_place(shape, bad):
 
 @pytest.mark.parametrize("spanned", [{0}, {1}, {0, 1}])
 def test_the_derivative_is_that_of_the_largest(spanned):
-    """Bits have no derivative, so the maximum of bits gets that of the maximum."""
+    """Bits have no derivative, so a maximum over bits gets that of ``jnp.max``."""
     shape = (65, 130)
     with jax.enable_x64(True):
         g, first, rest = map(jnp.asarray, operands(shape, 1))

@@ -23,7 +23,7 @@ ALIASES = {
     "cm": ("adam_cm", "adamw_cm"),
 }
 # The released SGD_C adds weight decay before the buffer. Ours adds L2 after
-# aggregation. The oracle replays those cases both ways.
+# aggregation. The oracle replays those cases with L2 before the buffer.
 CASES = [
     case for case in goldens.cases("cg", "cm") if "l2_before_buffer" not in case.quirks
 ]

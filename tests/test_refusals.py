@@ -32,7 +32,7 @@ def test_what_is_no_transformation_is_refused(tx):
         lambda tx, params: memoptax.state_partition_specs(tx, params, P()),
         lambda tx, params: memoptax.check_state(tx, params, ()),
     ):
-        message = f"tx must be an optax.* but is a {type(tx).__name__}"
+        message = f"tx must be an optax.* but is of type {type(tx).__name__}"
         with pytest.raises(ValueError, match=message):
             call(tx, SHAPES)
 

@@ -11,7 +11,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WORKFLOW = (ROOT / ".github/workflows/release.yml").read_text()
 
 
-def test_the_changelog_has_the_version_or_what_comes_after_it():
+def test_the_changelog_has_the_version_and_what_comes_after_it():
     """The newest version that it names is the one of the project."""
     changelog = (ROOT / "CHANGELOG.md").read_text()
     named = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", changelog, re.M)

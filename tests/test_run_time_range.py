@@ -68,8 +68,10 @@ def injected(opt):
 
 
 def kept(opt, state):
-    """The part of an injected state that is memory: not the spare slots, which may hold
-    anything finite, and not SM3's count, which counts all steps.
+    """The part of an injected state that is memory.
+
+    Slots are left out, because the spare one may hold anything finite. SM3's count is
+    left out, because it counts all steps.
     """
     parts = jax.tree.leaves_with_path(state.inner_state)
     named = {jax.tree_util.keystr(path): leaf for path, leaf in parts}

@@ -174,5 +174,5 @@ def test_a_gradient_of_another_shape_is_refused(cover, make, options):
 
 def test_the_state_of_another_optimizer_is_refused():
     params = {"w": jnp.ones((3, 4))}
-    with pytest.raises(ValueError, match="must be a ScaleBySM3State, but is a"):
+    with pytest.raises(ValueError, match="must be a ScaleBySM3State, but is of type"):
         memoptax.scale_by_sm3().update(params, optax.scale_by_adam().init(params))

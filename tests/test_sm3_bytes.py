@@ -123,7 +123,7 @@ def temporaries(tx, shapes, dtype):
     + [("wide", "momentum"), ("small", "momentum")],
 )
 def test_no_temporary_of_the_size_of_the_parameters(kind, options):
-    """Maxima over a few rows: eight or ten of them if an axis is short."""
+    """The temporaries are maxima over a few rows, eight or ten if an axis is short."""
     options = OPTIONS[options]
     tx = memoptax.sm3(1e-3, **options)
     least = 0.1 if kind in ("square", "vector", "small") else 0.25

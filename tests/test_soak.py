@@ -48,7 +48,7 @@ def test_four_thousand_steps_stay_within_the_bound(case):
 
 
 def test_an_error_is_seen(monkeypatch):
-    """A value that is held too long, or a sum that is slightly wrong."""
+    """An oracle that takes no value decides otherwise, and that is counted."""
     case = ONE_OF_EACH[0]
     monkeypatch.setattr(soak.Oracle, "offer", lambda self, key, fact: self)
     assert soak.soak(case, 300)["other decisions"] > 0

@@ -182,7 +182,7 @@ def test_only_one_sparse_dimension():
 
 # Ids of any kind
 
-# All ids of a table of n rows, as (id, row). None is padding.
+# Ids inside and outside of a table of n rows, as (id, row). None is padding.
 
 
 def known_ids(n):

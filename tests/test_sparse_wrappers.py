@@ -45,7 +45,7 @@ ELEMENTWISE = {
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_elementwise_transformations_act_as_on_the_dense_gradient(name, before):
+def test_wrapped_transformations_act_as_on_the_dense_gradient(name, before):
     inner, sm3 = ELEMENTWISE[name], memoptax.sm3(0.1, cover=cover_of_tables)
     ours = memoptax.sparse.on_values(inner)
     order = slice(None) if before else slice(None, None, -1)

@@ -144,7 +144,7 @@ def test_rows_of_zeros_are_stored_without_a_division():
 @pytest.mark.parametrize("scale", [1e-30, 1e37])
 @pytest.mark.parametrize("shape", [(200,), (5, 40), (2, 3, 40)], ids=str)
 def test_the_bound_of_int8_covers_the_range_of_its_scales(shape, scale):
-    """Their squares do not. Normal numbers have steps of a fiftieth."""
+    """The squares of the scales overflow or vanish. A step is about σ / 50 here."""
     x = jnp.asarray(normal(shape) * np.float32(scale))
     stored = storage.encode(x, like(x, "int8"))
     norm = np.linalg.norm(np.float64(np.asarray(x)) / scale) * scale
