@@ -92,7 +92,16 @@ def main(argv=None):
             inside = venv / "bin/python"
             again = []
             for file in files:
-                install = [inside, "-m", "pip", "install", "-q", *again, file]
+                install = [
+                    inside,
+                    "-m",
+                    "pip",
+                    "install",
+                    "-q",
+                    "--compile",
+                    *again,
+                    file,
+                ]
                 subprocess.run(install, check=True)
                 script = [inside, Path(__file__).absolute(), "--installed"]
                 subprocess.run(script, cwd=away, check=True)
