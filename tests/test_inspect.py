@@ -351,7 +351,8 @@ def test_a_number_in_a_buffer_is_taken_as_in_update():
     memoptax.check_state(tx, params, state)
     memoptax.check_state(tx, params, after)
     with pytest.raises(
-        ValueError, match="field rebuilds must hold arrays, but holds a int"
+        ValueError,
+        match="field rebuilds must hold arrays, but holds an object of type int",
     ):
         memoptax.buffer_stats(state)
 

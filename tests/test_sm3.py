@@ -176,3 +176,12 @@ def test_the_state_of_another_optimizer_is_refused():
     params = {"w": jnp.ones((3, 4))}
     with pytest.raises(ValueError, match="must be a ScaleBySM3State, but is of type"):
         memoptax.scale_by_sm3().update(params, optax.scale_by_adam().init(params))
+
+
+def test_another_momentum_is_refused_with_what_the_state_has():
+    with_, without = sm3(0.1, 0.9), sm3(0.1)
+    params = jnp.ones(3)
+    with pytest.raises(ValueError, match="momentum is None, but the state has one"):
+        without.update(params, with_.init(params), params)
+    with pytest.raises(ValueError, match="momentum is 0.9, but the state has none"):
+        with_.update(params, without.init(params), params)

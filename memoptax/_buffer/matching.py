@@ -115,7 +115,7 @@ def check_shapes(buffer) -> None:
             if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
                 raise ValueError(
                     f"state has a buffer whose field {name} must hold arrays, but "
-                    f"holds a {type(leaf).__name__}."
+                    f"holds an object of type {type(leaf).__name__}."
                 )
     shape = getattr(buffer.keys, "shape", ())
     if len(shape) < 2 or 0 in shape[-2:]:
