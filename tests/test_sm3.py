@@ -32,9 +32,9 @@ PARAMS = {
 
 
 def test_parameters_that_are_none_have_a_momentum_of_none():
-    tx = memoptax.scale_by_sm3(0.9)
+    tx = untyped(memoptax.scale_by_sm3(0.9))
     state = tx.init(None)
-    assert untyped(state).momentum is None
+    assert state.momentum is None
     assert tx.update(None, state)[0] is None
 
 

@@ -1,6 +1,7 @@
 """The sum of a buffer's values, kept in its state with a bound on its error."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,7 @@ def in_slots(held, entries):
 
 
 @jax.jit  # so that an eager step compiles it once
-def from_slots(totals, stacks, held, wanted=True):
+def from_slots(totals, stacks, held, wanted: Any = True):
     """The sums. If ``wanted``, each is added up from the slots that are ``held``.
 
     When one leaf needs it, one loop rebuilds the sums of all leaves: leaves are
