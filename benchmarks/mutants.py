@@ -118,7 +118,8 @@ def definitions(text):
     """
     body = ast.parse(text).body
     named = [node for node in body if hasattr(node, "name")]
-    rest = [node for node in body if not hasattr(node, "name")]
+    others = ast.Import, ast.ImportFrom
+    rest = [n for n in body if not hasattr(n, "name") and not isinstance(n, others)]
     outside = "", digest(rest)
     inside = collections.defaultdict(lambda: outside)
     for node in named:
