@@ -15,8 +15,8 @@ forty mutants, so JAX starts rarely, and what XLA compiles is cached on disk.
 Results are added to benchmarks/results/mutants.json, and what is kept there is not
 tried again. A mutant counts only while the code of its function stays the same. The
 place of one that no longer counts is taken by the next of the sample. A survivor that
-changes nothing that anybody could see is explained: write the reason there, as its
-"why".
+changes nothing, or nothing that a CPU shows, is explained: write the reason there, as
+its "why".
 """
 
 import argparse
@@ -81,10 +81,11 @@ def sensible(name):
 
 
 def mutants():
-    """Every mutant by its key, with its line, and its place among all of its file.
+    """Every mutant by its key, with its line and its place.
 
     The key is the file, the operator, the definition in which it is, and which
-    occurrence of the operator in that definition.
+    occurrence of the operator in that definition. The place is which occurrence it is
+    in the whole file.
     """
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator, operator_names

@@ -133,7 +133,7 @@ def mutants(results):
     for file in sorted(found):
         lines.append((f"`{file}`", *_counts(found[file])))
     lines.append(("all", *_counts(results["mutants"])))
-    reasons = [("file", "line", "why nobody could see it")]
+    reasons = [("file", "line", "why no test on a CPU can notice it")]
     for mutant in sorted(results["mutants"], key=lambda m: (m["file"], m["line"])):
         if "why" in mutant:
             reasons.append((f"`{mutant['file']}`", mutant["line"], mutant["why"]))

@@ -49,10 +49,10 @@ def is_sound(options, gradients, dtype, in_range, squares=None):
     It may if the gradients are finite and the traced numbers are ``in_range``.
 
     ``dtype`` is that of the norms. ``squares`` has for each leaf an array of the dtype
-    in which the square of the aggregate M is kept. It must be finite too. M is at most
-    1 + |κ| times the largest gradient that was let through, so this needs no pass over
-    M. With an ``aggr`` of the user, or a κ that changes, M may be larger. Then
-    :func:`or_nan` makes the update NaN.
+    in which the square of the aggregate M is kept. That square must be finite too. M
+    is at most 1 + |κ| times the largest gradient that was let through, so this needs no
+    pass over M. With an ``aggr`` of the user, or a κ that changes, M may be larger.
+    Then :func:`or_nan` makes the update NaN.
     """
     norms = algorithm.norms_of(options, gradients, dtype)
     limit = jnp.finfo(dtype).max

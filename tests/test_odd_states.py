@@ -217,7 +217,7 @@ def test_what_cannot_be_negative_is_refused(tx, name):
 def test_a_state_with_other_rows_is_refused_with_their_number():
     params = {"a": jnp.ones(3), "b": jnp.ones(3)}
     one, each = (memoptax.sgd_c(0.1, topc=4, synced=synced) for synced in (True, False))
-    with pytest.raises(ValueError, match="needs 2 rows .* but the state has 1"):
+    with pytest.raises(ValueError, match=r"\(2, C\) .* but the state has \(1, C\)"):
         each.update(params, one.init(params), params)
-    with pytest.raises(ValueError, match="needs 1 rows .* but the state has 2"):
+    with pytest.raises(ValueError, match=r"\(1, C\) .* but the state has \(2, C\)"):
         one.update(params, each.init(params), params)

@@ -32,8 +32,8 @@ def check(options: Options, buffer, updates, params=None) -> None:
     rows = 1 if options.synced else max(leaves, 1)
     if buffer.keys.shape[0] != rows:
         raise ValueError(
-            f"synced is {options.synced}, which needs {rows} rows of keys for "
-            f"{leaves} leaves, but the state has {buffer.keys.shape[0]}. {_KEEP}"
+            f"synced is {options.synced}, which needs keys of shape ({rows}, C) for "
+            f"{leaves} leaves, but the state has ({buffer.keys.shape[0]}, C). {_KEEP}"
         )
     drawn = options.fifo_probability is not None
     if drawn != (buffer.draws is not None):

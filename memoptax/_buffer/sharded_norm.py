@@ -51,8 +51,8 @@ def sharded_norm(
       ValueError: in three places.
         - At once, if ``rule`` is not a function, or ``axes`` is none of the above.
         - When the result is called, if the tree ``axes`` has the wrong number of
-          leaves. Inside a ``shard_map``, also if its mesh has no axis of a name, or if
-          ``axes`` is ``'auto'`` under ``check_vma=False``, where JAX does not track
+          leaves. Inside a ``shard_map``, also if a name is not an axis of its mesh, or
+          if ``axes`` is ``'auto'`` under ``check_vma=False``, where JAX does not track
           which values vary between devices. Outside, every leaf is whole, and names
           are ignored.
         - In ``update``, if a ``PartitionSpec`` divides the last axis of a leaf in int8,
