@@ -297,15 +297,15 @@ def _stats(buffer, updates):
 def _sums(buffer, leaf):
     """The sums of a leaf's values and of their norms, one value at a time."""
 
-    def add(sums, entry):
-        total, lengths = sums
+    def one(entry):
         value = _holding.value(buffer, leaf, entry, buffer.keys.dtype)
-        return (total + value, lengths + norms.of([value], value.dtype)[0]), None
+        return value, norms.of([value], value.dtype)[0]
 
-    like = _holding.value(buffer, leaf, 0, buffer.keys.dtype)
-    start = jax.tree.map(jnp.zeros_like, (like, norms.of([like], like.dtype)[0]))
-    entries = jnp.arange(buffer.keys.shape[1])
-    return jax.lax.scan(add, start, entries)[0]
+    def add(sums, entry):
+        return jax.tree.map(jnp.add, sums, one(entry)), None
+
+    # It starts with a value, which knows its mesh. In explicit mode zeros do not.
+    return jax.lax.scan(add, one(0), jnp.arange(1, buffer.keys.shape[1]))[0]
 
 
 def _norm(leaves, dtype):
