@@ -54,13 +54,7 @@ def test_an_error_is_seen(monkeypatch):
     assert soak.soak(case, 300)["other decisions"] > 0
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.exhaustive] if k % 2 == 0 else [])
-        for k, name in enumerate(soak.EAGER)
-    ],
-)
+@pytest.mark.parametrize("name", soak.EAGER)
 @pytest.mark.long
 def test_five_hundred_eager_steps_grow_nothing(name):
     row = soak.eager(name, 600, settled=100)
