@@ -125,8 +125,8 @@ def definitions(text):
     inside = collections.defaultdict(lambda: outside)
     for node in named:
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-        for line in range(first, node.end_lineno + 1):
-            inside[line] = node.name, digest([node])
+        found = node.name, digest([node])
+        inside |= dict.fromkeys(range(first, node.end_lineno + 1), found)
     return inside
 
 
@@ -318,7 +318,13 @@ def main(argv=None):
         return
     again = []
     if options.again:
-        again = [m for m in kept["mutants"] if not m["noticed"] and "why" not in m]
+        again = [
+            m
+            for m in kept["mutants"]
+            if not m["noticed"]
+            and "why" not in m
+            and any(part in m["file"] for part in options.only)
+        ]
         kept["mutants"] = [m for m in kept["mutants"] if m not in again]
     known = {key(m) for m in (*kept["mutants"], *again)}
     sample = list(everything.values())

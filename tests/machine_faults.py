@@ -82,7 +82,8 @@ def check_killed(event, ending, last, opt, folder):
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     environment = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    if done.returncode != -signal.SIGKILL:  # no assertion, which a test may expect
+        raise RuntimeError(done.stderr)
     goes_on(opt, folder, last)
 
 

@@ -117,6 +117,14 @@ def test_a_sum_is_right_after_a_change_that_overflows():
     np.testing.assert_allclose(total, 2e38, rtol=1e-6)
 
 
+def test_a_leaf_that_is_refused_rebuilds_nothing():
+    tx = untyped(memoptax.critical_gradients(2, holding="sum", synced=False))
+    state = tx.init([jnp.zeros(()), jnp.zeros(())])
+    for bad in (jnp.nan, jnp.inf, jnp.nan):
+        _, state = tx.update([jnp.asarray(1.0), jnp.asarray(bad)], state)
+    assert int(state.buffer.rebuilds) == 0
+
+
 @pytest.mark.parametrize(
     ("topc", "roundings"), [(3, 3), (30, 17), (31, 7), (100, 16), (1400, 49)]
 )

@@ -97,8 +97,8 @@ def bound(buffer, totals, new, incoming):
     # is rebuilt. The norms may be wider than the sum of a leaf.
     limits = [jnp.finfo(t.dtype).max for t in totals] or [0]
     largest = jnp.sum(buffer.norms, axis=1) + incoming
-    overflows = jnp.any(new) & ~jnp.all(largest <= jnp.asarray(limits, norms.dtype))
-    inexact = ~exact | overflows | _is_changed(buffer)
+    overflows = ~(largest <= jnp.asarray(limits, norms.dtype)) & jnp.any(new, axis=1)
+    inexact = ~exact | jnp.any(overflows) | _is_changed(buffer)
     return norms, jnp.where(inexact, fresh_error(norms, unit), error), inexact
 
 
