@@ -17,8 +17,8 @@ starts.
 
 ``pytest`` runs the fast suite, ``-m long`` the rest, ``-m "long or not long"`` all.
 A test marked ``few(n)`` has n of its cases in the fast suite, spread evenly. CI leaves
-out what is marked ``exhaustive``. Such cases repeat what others show, for example the
-rows of a table with each optimizer, where the other cases take the optimizers in turn.
+out what is marked ``exhaustive``: the 5,000 streams per family of test_properties.py,
+whose results docs/trust.md keeps. The fast suite has a short form of them.
 """
 
 import importlib.metadata

@@ -58,7 +58,8 @@ def another_shape(draw, leaf, name):
 def another_dtype(draw, leaf, name):
     del name
     others = {"float32", "float16", "int32", "int8", "uint32"} - {leaf.dtype.name}
-    return leaf.astype(draw(st.sampled_from(sorted(others))))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return leaf.astype(draw(st.sampled_from(sorted(others))))
 
 
 def not_a_number(draw, leaf, name):
@@ -138,7 +139,6 @@ def test_a_forged_leaf_is_refused_with_a_sentence(case):
 @settings(max_examples=5000)
 @given(forgeries())
 @pytest.mark.long
-@pytest.mark.exhaustive
 def test_five_thousand_forged_leaves_are_refused(case):
     refuse(case)
 
@@ -178,7 +178,6 @@ def test_what_is_no_state_is_refused_with_a_sentence(case):
 @settings(max_examples=1000)
 @given(trees())
 @pytest.mark.long
-@pytest.mark.exhaustive
 def test_a_thousand_trees_that_are_no_state_are_refused(case):
     mistake(case)
 
@@ -230,7 +229,6 @@ def test_a_plausible_forgery_goes_on_finite(case):
 @settings(max_examples=500)
 @given(plausible())
 @pytest.mark.long
-@pytest.mark.exhaustive
 def test_five_hundred_plausible_forgeries_go_on_finite(case):
     go_on(case)
 

@@ -9,19 +9,6 @@ from training_loop import NAMED
 pytestmark = pytest.mark.slow
 
 
-PLACES = {name: place for place, name in enumerate(NAMED)}
-
-
-def is_exhaustive(row, opt, wrap):
-    """Whether the row's other cases, which take optimizers in turn, show it too."""
-    if row.takes == "wrap":
-        # Each optimizer in one wrapper, each row in all of them.
-        wraps = [w for o, w in training_faults.cases(row) if o is opt]
-        return wrap != wraps[PLACES[opt.name] % len(wraps)]
-    names = [o.name for o in row.optimizers]
-    return (names.index(opt.name) + ROWS.index(row)) % 3 != 0
-
-
 def cases(takes):
     """Rows vary fastest, so that each optimizer compiles once for all of them."""
     found = [
@@ -37,7 +24,6 @@ def cases(takes):
             opt,
             wrap,
             id=f"{row.fault}: {opt.name}, {wrap or 'alone'}",
-            marks=[pytest.mark.exhaustive] if is_exhaustive(row, opt, wrap) else [],
         )
         for row, opt, wrap in found
     ]
@@ -68,14 +54,9 @@ def test_a_fault_of_the_machine_passes(row, opt, wrap, tmp_path):
 
 
 GUARDED = [
-    pytest.param(
-        row,
-        NAMED[name],
-        id=f"{row.fault}: {name}",
-        marks=[pytest.mark.exhaustive] if (r + k) % len(row.without) else [],
-    )
-    for r, row in enumerate(ROWS)
-    for k, name in enumerate(row.without)
+    pytest.param(row, NAMED[name], id=f"{row.fault}: {name}")
+    for row in ROWS
+    for name in row.without
 ]
 
 
