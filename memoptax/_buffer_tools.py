@@ -183,6 +183,8 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
             f"has {jax.tree.structure(asked)}: it belongs to another optimizer, other "
             "options or other parameters."
         )
+    # In an ensemble a scalar has the axes of the members.
+    batch = max((buffer.keys.ndim - 2 for buffer in _found(asked)), default=0)
     for (path, leaf), (_, like) in zip(found, wanted):
         name = f"state{jax.tree_util.keystr(path)}"
         if isinstance(leaf, Tracer):
@@ -205,7 +207,8 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
             )
         if jnp.issubdtype(like.dtype, jnp.floating):
             # A scalar of optax may start at infinity, such as the best value so far.
-            good = ~jnp.isnan(leaf) if leaf.ndim == 0 else jnp.isfinite(leaf)
+            scalar = leaf.ndim <= batch
+            good = ~jnp.isnan(leaf) if scalar else jnp.isfinite(leaf)
             if not jnp.all(good):
                 raise ValueError(f"{name} has numbers that are not finite.")
     for path, leaf in _at_least_0(bare):
@@ -214,6 +217,11 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
     for buffer in _found(_parameters.state_arrays(bare)):
         matching.check_shapes(buffer)
         _check_numbers(buffer)
+        if jnp.any(_for_each(resizing.leftovers, buffer)):
+            raise ValueError(
+                "state has a buffer with values in slots of entries that are not held: "
+                "was it scaled or averaged? memoptax.reset_buffer empties it."
+            )
 
 
 # Fields that are sums of squares, counts or scales in the states of this package, and

@@ -40,13 +40,15 @@ def is_real(value) -> bool:
 
 
 def _is_scalar_of(value, kinds) -> bool:
-    if isinstance(value, bool):
+    if isinstance(value, (bool, np.ma.MaskedArray)):
         return False
     if isinstance(value, (int, float)) and not isinstance(value, np.generic):
-        return any(jnp.issubdtype(type(value), kind) for kind in kinds)
+        own = jnp.integer if isinstance(value, int) else jnp.floating
+        return own in kinds
     if not isinstance(value, (np.generic, np.ndarray, jax.Array)):
         return False
-    fits = value.dtype.itemsize <= 8  # not NumPy's long double
+    # Neither NumPy's long double nor its durations, which it counts as integers.
+    fits = value.dtype.itemsize <= 8 and value.dtype.kind != "m"
     right = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
     return value.shape == () and fits and right
 
@@ -354,5 +356,7 @@ def _plain(value):
     if isinstance(value, (np.generic, np.ndarray)):
         whole = jnp.issubdtype(value.dtype, jnp.integer)
         value = int(value) if whole else float(value)
+    # Subclasses too, such as the numbers of some configuration files.
+    value = int(value) if isinstance(value, int) else float(value)
     # Without x64, JAX takes no integer of more than 32 bits.
     return value if abs(value) < 2**31 else _as_float(value)

@@ -41,6 +41,23 @@ def real_arrays(tree, kind: str = "parameter"):
     )
 
 
+def trained(updates, params):
+    """The parameters, with None where the update is None.
+
+    Such a parameter is not trained, so it may be of any kind, as in optax.
+    """
+
+    def is_leaf(node):
+        return node is None or row_sparse.is_row_sparse(node)
+
+    leaves = jax.tree.leaves(updates, is_leaf=is_leaf)
+    if params is None or all(leaf is not None for leaf in leaves):
+        return params
+    return jax.tree.map(
+        lambda u, p: None if u is None else p, updates, params, is_leaf=is_leaf
+    )
+
+
 def state_arrays(state):
     """The state with JAX's arrays in place of numbers and NumPy's arrays.
 

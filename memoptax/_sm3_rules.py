@@ -103,7 +103,8 @@ def row_sparse_step(rule, path, boxes, gradient, accumulators, memory):
 
 def _check_rows(gradient, boxes, name: str) -> None:
     """Refuse covers whose boxes would also hold rows that are not touched."""
-    if tuple(boxes) != ((1, *gradient.shape[1:]),):
+    # A box has at least one entry, even along an axis of size 0.
+    if tuple(boxes) != ((1, *(max(n, 1) for n in gradient.shape[1:])),):
         raise ValueError(
             f"{name} has a row-sparse gradient and the cover {list(boxes)!r}. It "
             "needs memoptax.covers.rows, because the accumulators of other boxes would "

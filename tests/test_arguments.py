@@ -3,6 +3,7 @@
 To add an argument, add a line to ``ARGUMENTS``.
 """
 
+import enum
 import inspect
 import math
 import pathlib
@@ -489,3 +490,22 @@ def test_a_moment_in_few_bytes_is_the_moment(factory, amsgrad, dtype):
         np.testing.assert_allclose(updates["w"], wanted["w"], rtol=2e-2)
     (moment,) = jax.tree.leaves(optax.tree.get(state, "moment"))
     assert moment.dtype == dtype
+
+
+def test_numbers_of_subclasses_are_pythons_own():
+    class Rate(float):
+        pass
+
+    class Size(enum.IntEnum):
+        five = 5
+
+    state = memoptax.adam_c(Rate(0.1), topc=Size.five).init(jnp.zeros(2))
+    assert memoptax.buffer_stats(state)["fill"] == 0
+
+
+@pytest.mark.parametrize("value", [np.ma.masked, np.timedelta64(3, "s")], ids=str)
+def test_what_numpy_counts_as_a_number_but_is_none_is_refused(value):
+    with pytest.raises(ValueError, match="learning_rate must be"):
+        memoptax.adam_c(value)
+    with pytest.raises(ValueError, match="topc must be"):
+        memoptax.adam_c(0.1, topc=value)

@@ -231,3 +231,17 @@ def test_a_rounded_slot_has_the_derivative_of_its_gradient(dtype):
         return tx.update(zeros, state, zeros)[0]
 
     np.testing.assert_allclose(jax.jacobian(later)(1.0), gradient, rtol=1e-2)
+
+
+def test_a_kappa_of_0_has_its_derivative():
+    """A kappa that is learned may start at 0, which is the base optimizer."""
+    params = jnp.zeros(2)
+
+    def total(kappa):
+        tx = critical_gradients(2, kappa=kappa)
+        state, found = tx.init(params), params
+        for k in range(3):
+            found, state = tx.update(jnp.array([1.0, 2.0]) * (k + 1), state)
+        return jnp.sum(found)
+
+    assert jax.grad(total)(0.0) == pytest.approx(4.5)  # the mean of 3 and 6

@@ -485,3 +485,48 @@ def test_a_traced_state_has_no_numbers_to_check():
     tx = memoptax.sgd_c(0.1)
     with pytest.raises(ValueError, match="call it outside of jax.jit"):
         jax.jit(lambda state: memoptax.check_state(tx, TREE, state))(tx.init(TREE))
+
+
+@pytest.mark.parametrize("options", [{}, {"topc": 1}, {"holding": "sum"}])
+def test_a_scaled_buffer_that_became_empty_is_refused_and_resized_to_an_empty_one(
+    options,
+):
+    """All integers are 0, but the slots are not."""
+    tx = memoptax.critical_gradients(**options)
+    params = jnp.ones(3)
+    state = tx.init(params)
+    for k in range(6):
+        state = tx.update(params * (k + 1), state)[1]
+    scaled = jax.tree.map(lambda x: (0.1 * x).astype(x.dtype), state)
+    with pytest.raises(ValueError, match="slots of entries that are not held"):
+        memoptax.check_state(tx, params, scaled)
+    resized = memoptax.resize_buffer(scaled, 7)
+    larger = memoptax.critical_gradients(7)
+    memoptax.check_state(larger, params, resized)
+    fresh = larger.init(params)
+    for k in range(3):
+        found, resized = larger.update(params * (k + 1), resized)
+        wanted, fresh = larger.update(params * (k + 1), fresh)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_a_count_of_rebuilds_below_0_or_an_age_above_the_offers_is_refused():
+    tx = memoptax.critical_gradients(2, holding="sum")
+    params = jnp.ones(3)
+    state: Any = tx.update(params, tx.init(params))[1]
+    buffer = state.buffer
+    memoptax.check_state(tx, params, state)
+    for change, words in (
+        ({"rebuilds": buffer.rebuilds - 5}, "rebuilds are negative"),
+        ({"ages": buffer.ages + jnp.array([[7, 0]])}, "contradict"),
+    ):
+        forged = state._replace(buffer=buffer._replace(**change))
+        with pytest.raises(ValueError, match=words):
+            memoptax.check_state(tx, params, forged)
+
+
+def test_a_scalar_of_an_ensemble_may_be_infinite():
+    plain = optax.chain(memoptax.adam_c(0.1, topc=2), optax.contrib.reduce_on_plateau())
+    tx = optax.GradientTransformation(jax.vmap(plain.init), jax.vmap(plain.update))
+    params = jnp.ones((3, 2))
+    memoptax.check_state(tx, params, tx.init(params))

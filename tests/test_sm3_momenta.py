@@ -369,3 +369,20 @@ def test_only_narrow_slots_that_are_all_read_are_read_again(options, again):
 
     jax.eval_shape(parts, buffer, buffer)
     assert [part is not None for part in found] == [again]
+
+
+@pytest.mark.parametrize("make", [memoptax.sm3_cm, memoptax.adam_cm])
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_derivatives_through_a_zero_second_moment_are_finite(make, skip_first):
+    """A dead unit: one entry of every gradient is 0."""
+    tx = make(0.1, skip_first=skip_first)
+
+    def trained(x):
+        state = tx.init(x)
+        for _ in range(3):
+            updates, state = tx.update(x * x * jnp.array([1.0, 0.0]), state, x)
+            x = optax.apply_updates(x, updates)
+        return jnp.sum(x)
+
+    found = jax.grad(trained)(jnp.array([1.0, 1.0]))
+    assert jnp.all(jnp.isfinite(found)) and found[1] == 1

@@ -19,7 +19,7 @@ def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformati
     def update_fn(updates, state, params=None):
         values = _map(lambda u: u.data if row_sparse.is_row_sparse(u) else u, updates)
         values, state = inner.update(values, state, params)
-        return _map(row_sparse.with_values, updates, values), state
+        return _map(_with_values, updates, values), state
 
     return optax.GradientTransformation(inner.init, update_fn)
 
@@ -63,10 +63,10 @@ def _decay_of_dense(rate):
             )
 
         # A row-sparse leaf becomes None, which is not a leaf.
-        kept, decayed = (
-            _map(lambda u, x: None if row_sparse.is_row_sparse(u) else x, updates, tree)
-            for tree in (updates, params)
-        )
+        def dense_part(u, x):
+            return None if u is None or row_sparse.is_row_sparse(u) else x
+
+        kept, decayed = (_map(dense_part, updates, tree) for tree in (updates, params))
         # In a tuple, because None by itself would mean that there are no parameters.
         found: Any
         found, state = dense.update((kept,), state, (decayed,))
@@ -77,5 +77,14 @@ def _decay_of_dense(rate):
     return optax.GradientTransformation(dense.init, update_fn)
 
 
+def _with_values(update, values):
+    return None if update is None else row_sparse.with_values(update, values)
+
+
 def _map(f, updates, *rest):
-    return jax.tree.map(f, updates, *rest, is_leaf=row_sparse.is_row_sparse)
+    """``f`` of every update, which may be row-sparse, or None if it is not trained."""
+
+    def is_leaf(node):
+        return node is None or row_sparse.is_row_sparse(node)
+
+    return jax.tree.map(f, updates, *rest, is_leaf=is_leaf)

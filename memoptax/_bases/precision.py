@@ -27,7 +27,7 @@ def in_float32(inner: optax.GradientTransformation):
         updates = _parameters.real_arrays(updates, "gradient")
         old: Any = _parameters.state_arrays(state)
         wide = jax.tree.map(_widen, updates)
-        params = _wide(params)
+        params = _wide(_parameters.trained(updates, params))
         wide, new_state = inner.update(wide, old, params, **extra_args)
         # Leaf by leaf, because a restored state may have lists instead of tuples.
         leaves, treedef = jax.tree.flatten(new_state)

@@ -271,9 +271,23 @@ def normalize(mu, nu, count, b1, b2, eps, eps_root):
         # would repeat a division per element.
         m_scale = (1 / bias_correction(b1, count)).astype(m.dtype)
         v_scale = (1 / bias_correction(b2, count)).astype(v.dtype)
-        return m * m_scale / (jnp.sqrt(v * v_scale + eps_root) + eps)
+        return m * m_scale / (_root(v * v_scale + eps_root) + eps)
 
     return jax.tree.map(leaf, mu, nu)
+
+
+@jax.custom_jvp
+def _root(x):
+    """√x with a derivative of 0 at 0, where v has only seen zeros."""
+    return jnp.sqrt(x)
+
+
+@_root.defjvp
+def _root_jvp(primals, tangents):
+    (x,), (tangent,), root = primals, tangents, _root(*primals)
+    positive = x > 0
+    slope = jnp.where(positive, 0.5 / jnp.where(positive, root, 1), 0)
+    return root, slope * tangent
 
 
 def bias_correction(decay, count):

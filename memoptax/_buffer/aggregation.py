@@ -51,6 +51,9 @@ def _weighted(updates, totals, fill, kappa, sound, *, aggr):
 def weights(fill, kappa, sound, aggr):
     """The weights of an update and of the sum of what is held, by a named ``aggr``."""
     k, untouched = _weight(fill, kappa, fill.dtype)
+    if aggr == "sum":
+        # At κ = 0 it is the update by itself, and so keeps its derivative.
+        untouched = fill == 0
     weight, total_weight, of = WEIGHTS[aggr](jnp.maximum(fill, 1), k)
     # The choice is between scalars. Consumers recompute that at no cost, but not a
     # choice between tensors. The division comes last, because XLA's CPU backend repeats

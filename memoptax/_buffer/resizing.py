@@ -21,9 +21,10 @@ def resize(buffer, topc: int, way: str):
     if buffer.entries is None:
         stacks = [jax.tree.map(lambda x: x[None], stack) for stack in stacks]
     copies = holding.copies(way, topc)
+    filled = jnp.take_along_axis(eviction.held(buffer), chosen, axis=1)
+    places = holding.per_leaf(list(zip(slots, filled)), stacks)
     stacks = [
-        storage.select(stack, row, copies)
-        for stack, row in zip(stacks, holding.per_leaf(list(slots), stacks))
+        storage.select(stack, *place, copies) for stack, place in zip(stacks, places)
     ]
 
     def take(array):
@@ -89,6 +90,26 @@ def reset(buffer):
     return zeros._replace(entries=holding.in_order(*buffer.keys.shape))
 
 
+def leftovers(buffer):
+    """Whether a slot has numbers other than 0, but no entry that is held.
+
+    The spare slot may have a value that was refused or evicted.
+    """
+    filled = eviction.held(buffer)
+    allowed = filled
+    if buffer.entries is not None:
+        spare = buffer.entries == filled.shape[1]
+        allowed = running_sum.in_slots(filled, buffer.entries)
+        allowed |= spare & jnp.any(filled, axis=1, keepdims=True)
+    leaves = jax.tree.leaves(buffer.slots)
+    found = jnp.zeros((), bool)
+    for slots, right in zip(leaves, holding.per_leaf(list(allowed), leaves)):
+        slots = slots[None] if buffer.entries is None else slots
+        used = jnp.any(slots != 0, axis=tuple(range(1, slots.ndim)))
+        found |= jnp.any(used & ~right)
+    return found
+
+
 def problem(buffer) -> str | None:
     """A fault in the numbers of a buffer that is not traced, or None."""
     held = np.asarray(buffer.ages) > 0
@@ -100,11 +121,14 @@ def problem(buffer) -> str | None:
             or np.any(np.diff(held.astype(int), axis=1) > 0)
         ),
         "accepted and offered contradict the entries that are held": (
-            np.any(accepted < held.sum(1)) or np.any(offered < accepted)
+            np.any(accepted < held.sum(1))
+            or np.any(offered < accepted)
+            or np.any(offered < np.max(buffer.ages, axis=1))
         ),
         "entries are not a permutation of the slots": _are_misplaced(buffer.entries),
         "norms are negative or not finite": not _are_norms(buffer.norms),
         "error is negative or not finite": not _are_norms(buffer.error),
+        "rebuilds are negative": not _are_norms(buffer.rebuilds),
     }
     return next((sentence for sentence, wrong in found.items() if wrong), None)
 

@@ -282,14 +282,17 @@ def write(stack: Stored, stored: Stored, slot) -> Stored:
     return jax.tree.map(written, stack, stored)
 
 
-def select(stack: Stored, slots, copies: int | None) -> Stored:
+def select(stack: Stored, slots, filled, copies: int | None) -> Stored:
     """A stack of ``copies`` that starts with these ``slots`` and goes on with zeros.
 
-    For None it is the first of the slots, without an axis of slots.
+    Slots that are not ``filled`` become zeros. For ``copies=None`` the result is the
+    first of the slots, without an axis of slots.
     """
 
     def taken(x):
         chosen = jnp.take(_moved(x, jax.memory.Space.Device), slots, axis=0)
+        full = jnp.reshape(filled, (-1,) + (1,) * (chosen.ndim - 1))
+        chosen = jnp.where(full, chosen, jnp.zeros((), chosen.dtype))
         if copies is None:
             return _moved(chosen[0], jax.typeof(x).memory_space)
         more = [(0, copies - chosen.shape[0])] + [(0, 0)] * (chosen.ndim - 1)

@@ -1,0 +1,37 @@
+"""Parameters without a gradient are not trained, and may be of any kind."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contract import each_factory
+
+import memoptax
+
+PARAMS = {"w": jnp.arange(1.0, 4.0), "fixed": jnp.arange(2)}
+TRAINED = {"w": PARAMS["w"], "fixed": None}
+GRADIENTS = {"w": jnp.ones(3), "fixed": None}
+
+
+@each_factory
+@pytest.mark.few(6)
+def test_an_integer_without_a_gradient_is_left_alone(opt):
+    tx = opt.build()
+    state = tx.init(TRAINED)
+    found, new = tx.update(GRADIENTS, state, PARAMS)
+    wanted, other = tx.update(GRADIENTS, state, TRAINED)
+    assert found["fixed"] is None
+    np.testing.assert_array_equal(found["w"], wanted["w"])
+    optax.apply_updates(TRAINED, found)
+    memoptax.check_state(tx, TRAINED, new)
+    memoptax.check_state(tx, TRAINED, other)
+
+
+def test_sm3_with_weight_decay_leaves_it_alone():
+    tx = memoptax.sm3(0.1, weight_decay=0.1)
+    found, _ = tx.update(GRADIENTS, tx.init(TRAINED), PARAMS)
+    alone, _ = tx.update(
+        {"w": jnp.ones(3)}, tx.init({"w": PARAMS["w"]}), {"w": PARAMS["w"]}
+    )
+    assert found["fixed"] is None
+    np.testing.assert_array_equal(found["w"], alone["w"])
