@@ -186,7 +186,9 @@ BASES = {
 }
 _SM3_CM = {"topc": 1, "decay": 0.9, "buffer_dtype": "int8", "mu_dtype": "int8"}
 BASES |= {
-    "sm3_cm": Row("sm3_cm", _alone(memoptax.sm3_cm), SM3 / 16, "adam"),
+    "sm3_cm": Row(
+        "sm3_cm", _alone(memoptax.sm3_cm), SM3 / 16, "adam", "sm3_cm C=5 FIFO"
+    ),
     "sm3_cm, C=1, int8": Row(
         "sm3_cm, C=1, int8", _alone(memoptax.sm3_cm, **_SM3_CM), SM3 / 16, "adam"
     ),
@@ -206,6 +208,7 @@ BASES |= {
     f"{name}, own schedule": BASES[name]._replace(
         name=f"{name}, SM3's schedule",
         base="adam, SM3's schedule",
+        fifo="",
         schedule=tasks.cooldown,
     )
     for name in ("sm3_cm", "sm3 momentum", "ademamix", "adafactor")
@@ -243,6 +246,11 @@ def adam_c(settings=SHORT) -> list[Row]:
 
 def adam_cm(settings=SHORT) -> list[Row]:
     return buffered_rows("adam_cm", "adam", ADAM / 4, memoptax.adam_cm, settings)
+
+
+def sm3_cm(settings=((5, 0.99), (5, "FIFO"), (5, "κ=1e-6"))) -> list[Row]:
+    """Controls of ``sm3_cm``, which is itself among the bases."""
+    return buffered_rows("sm3_cm", "adam", SM3 / 16, memoptax.sm3_cm, settings)
 
 
 def _relative(rate, **options):

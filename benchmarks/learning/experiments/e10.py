@@ -87,6 +87,7 @@ def plan():
     rows = [
         *o.bases("adam", "sgd", "ademamix", "adagrad", "adagrad from 0"),
         *o.bases("sm3", "sm3_cm"),
+        *o.sm3_cm(),
         *o.adam_c(),
         *o.adam_cm(((1, 0.9), *o.SHORT)),
     ]

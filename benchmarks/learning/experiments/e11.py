@@ -78,6 +78,7 @@ def rows():
     return [
         *o.bases("adam", "sgd", "adam, SAM", "sgd, SAM"),
         *o.bases("ademamix", "adagrad", "sm3", "sm3_cm"),
+        *o.sm3_cm(),
         *o.adam_cm(settings),
         *o.adam_c(),
     ]

@@ -81,8 +81,6 @@ EXPERIMENT = Experiment(
         "sums replaced by averages (β of .99 and .999)",
         "without a warm-up",
         "wider models",
-        "Adam and SM3 after a spike",
-        "Adagrad after a spike × 1000",
         "a spike after steps in which some rows have no gradient",
     ),
     quick=(),

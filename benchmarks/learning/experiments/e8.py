@@ -16,6 +16,7 @@ def plan():
         *o.bases("sgd, own schedule", "adagrad", "adagrad, own schedule"),
         *o.adam_c(o.FULL),
         *o.adam_cm(o.FULL),
+        *o.sm3_cm(),
         *o.sgd_c(),
         *o.int8_adam_cm(((1, 0.9), (5, 0.7), (5, "FIFO"))),
         *o.int8_adam_c(((5, 0.7), (5, "FIFO"))),
