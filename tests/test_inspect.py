@@ -507,7 +507,7 @@ def test_a_scaled_buffer_that_became_empty_is_refused_and_resized_to_an_empty_on
     for k in range(3):
         found, resized = larger.update(params * (k + 1), resized)
         wanted, fresh = larger.update(params * (k + 1), fresh)
-        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+        np.testing.assert_allclose(untyped(found), untyped(wanted), rtol=1e-6)
 
 
 def test_a_count_of_rebuilds_below_0_or_an_age_above_the_offers_is_refused():
