@@ -353,10 +353,8 @@ def _plain(value):
     """A static number as Python's own, and a JAX scalar as it is."""
     if isinstance(value, jax.Array):
         return value
-    if isinstance(value, (np.generic, np.ndarray)):
-        whole = jnp.issubdtype(value.dtype, jnp.integer)
-        value = int(value) if whole else float(value)
     # Subclasses too, such as the numbers of some configuration files.
-    value = int(value) if isinstance(value, int) else float(value)
+    whole = _is_scalar_of(value, (jnp.integer,))
+    value = int(value) if whole else float(value)
     # Without x64, JAX takes no integer of more than 32 bits.
     return value if abs(value) < 2**31 else _as_float(value)

@@ -46,15 +46,14 @@ def trained(updates, params):
 
     Such a parameter is not trained, so it may be of any kind, as in optax.
     """
-
-    def is_leaf(node):
-        return node is None or row_sparse.is_row_sparse(node)
-
-    leaves = jax.tree.leaves(updates, is_leaf=is_leaf)
+    leaves = jax.tree.leaves(updates, is_leaf=row_sparse.is_whole)
     if params is None or all(leaf is not None for leaf in leaves):
         return params
     return jax.tree.map(
-        lambda u, p: None if u is None else p, updates, params, is_leaf=is_leaf
+        lambda u, p: None if u is None else p,
+        updates,
+        params,
+        is_leaf=row_sparse.is_whole,
     )
 
 

@@ -116,10 +116,9 @@ def apply_updates(params: optax.Params, updates: Any) -> optax.Params:
         ids = row_sparse.places(update.indices[:, 0], param.shape[0])
         return param.at[ids].add(values, mode="drop")
 
-    def is_leaf(x):
-        return x is None or row_sparse.is_row_sparse(x)
-
-    return jax.tree_util.tree_map_with_path(add, updates, params, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(
+        add, updates, params, is_leaf=row_sparse.is_whole
+    )
 
 
 def on_values(

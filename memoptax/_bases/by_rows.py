@@ -64,7 +64,7 @@ def _decay_of_dense(rate):
 
         # A row-sparse leaf becomes None, which is not a leaf.
         def dense_part(u, x):
-            return None if u is None or row_sparse.is_row_sparse(u) else x
+            return None if row_sparse.is_whole(u) else x
 
         kept, decayed = (_map(dense_part, updates, tree) for tree in (updates, params))
         # In a tuple, because None by itself would mean that there are no parameters.
@@ -83,8 +83,4 @@ def _with_values(update, values):
 
 def _map(f, updates, *rest):
     """``f`` of every update, which may be row-sparse, or None if it is not trained."""
-
-    def is_leaf(node):
-        return node is None or row_sparse.is_row_sparse(node)
-
-    return jax.tree.map(f, updates, *rest, is_leaf=is_leaf)
+    return jax.tree.map(f, updates, *rest, is_leaf=row_sparse.is_whole)

@@ -19,6 +19,11 @@ def is_row_sparse(leaf: Any) -> bool:
     return isinstance(leaf, getattr(sparse, "BCOO", ()))
 
 
+def is_whole(node: Any) -> bool:
+    """Whether a node is one update that is no dense array: BCOO, or None for none."""
+    return node is None or is_row_sparse(node)
+
+
 def places(ids, rows: int) -> jax.Array:
     """Row numbers in [0, rows), and `rows` for ids outside of [-rows, rows).
 
