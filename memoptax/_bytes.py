@@ -153,7 +153,10 @@ def memory_report(
     leaves, treedef = jax.tree.flatten_with_path(state)
     laid_out: list[Any] = [None] * len(leaves)
     if shardings is not None:
-        tree = shardings(tx, params) if callable(shardings) else shardings
+        tree = shardings
+        if callable(shardings):
+            _check.function("shardings", shardings, 2)
+            tree = shardings(tx, params)
         if jax.tree.structure(tree) != treedef:
             raise ValueError(
                 "shardings must be a tree like the state, with a sharding for each of "

@@ -47,10 +47,17 @@ def _is_scalar_of(value, kinds) -> bool:
         return own in kinds
     if not isinstance(value, (np.generic, np.ndarray, jax.Array)):
         return False
-    # Neither NumPy's long double nor its durations, which it counts as integers.
-    fits = value.dtype.itemsize <= 8 and value.dtype.kind != "m"
     right = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
-    return value.shape == () and fits and right
+    return value.shape == () and right and _computes(value.dtype)
+
+
+def _computes(dtype) -> bool:
+    """Whether JAX computes with this dtype next to any other."""
+    if jnp.issubdtype(dtype, jnp.floating):  # neither float8 nor NumPy's long double
+        return 2 <= dtype.itemsize <= 8
+    if jnp.issubdtype(dtype, jnp.integer):  # not int4, nor durations: NumPy's integers
+        return dtype.kind != "m" and jnp.iinfo(dtype).bits >= 8
+    return True
 
 
 def number(

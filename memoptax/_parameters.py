@@ -12,10 +12,13 @@ import optax
 from memoptax._tensors import row_sparse
 
 
-def transformation(init_fn, update_fn) -> optax.GradientTransformationExtraArgs:
+def transformation(
+    init_fn, update_fn, *, by_rows: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """A transformation whose functions get real arrays only.
 
-    Extra arguments are for other transformations in a chain.
+    Row-sparse gradients are refused unless it can take them ``by_rows``. Extra
+    arguments are for other transformations in a chain.
     """
 
     def checked_init_fn(params):
@@ -24,6 +27,8 @@ def transformation(init_fn, update_fn) -> optax.GradientTransformationExtraArgs:
     def checked_update_fn(updates, state, params=None, **extra_args):
         del extra_args
         updates, state = real_arrays(updates, "gradient"), state_arrays(state)
+        if not by_rows:
+            row_sparse.refuse(updates)
         return update_fn(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(checked_init_fn, checked_update_fn)

@@ -68,9 +68,10 @@ def state_partition_specs(
       :func:`state_shardings` makes shardings of them.
 
     Raises:
-      ValueError: if a spec is not a ``PartitionSpec``, or has more entries than its
-        parameter has axes (the error names the parameter); if ``over`` does not name
-        axes of the mesh, or names one that already divides a parameter.
+      ValueError: if ``specs`` is neither like ``params`` nor a prefix; if a spec is not
+        a ``PartitionSpec``, or has more entries than its parameter has axes (the error
+        names the parameter); if ``over`` does not name axes of the mesh, or names one
+        that already divides a parameter.
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax
@@ -91,10 +92,9 @@ def state_partition_specs(
     over = _checked_over(over, mesh)
     leaves, treedef = jax.tree.flatten_with_path(params)
     leaves = [(path, _shaped(leaf)) for path, leaf in leaves]
-    every = treedef.flatten_up_to(jax.tree.broadcast(specs, params, is_leaf=_is_spec))
     every = [
         _divided_further(*leaf, _checked(*leaf, spec, mesh), over, mesh)
-        for leaf, spec in zip(leaves, every)
+        for leaf, spec in zip(leaves, _per_parameter(specs, params))
     ]
     # Every mesh axis has size one, so that it divides every axis of an array.
     names = tuple(dict.fromkeys(name for spec in every for name in _names(spec)))
@@ -248,6 +248,19 @@ def _shaped(leaf):
 
 def _is_spec(node):
     return node is None or isinstance(node, PartitionSpec)
+
+
+def _per_parameter(specs, params) -> list[Any]:
+    """The spec of each parameter."""
+    try:
+        specs = jax.tree.broadcast(specs, params, is_leaf=_is_spec)
+    except ValueError as error:
+        raise ValueError(
+            "specs must be a tree like params, or a prefix of it, but is "
+            f"{jax.tree.structure(specs, is_leaf=_is_spec)} where params is "
+            f"{jax.tree.structure(params)}."
+        ) from error
+    return jax.tree.structure(params).flatten_up_to(specs)
 
 
 def _checked(path, leaf, spec, mesh) -> PartitionSpec:

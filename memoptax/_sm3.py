@@ -181,7 +181,9 @@ def scale_by_sm3(
         )
         return jax.tree.unflatten(treedef, directions), state
 
-    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(
+        init_fn, _flax_metadata.on_arrays(update_fn), by_rows=True
+    )
 
 
 def _check_options(momentum, momentum_dtype, accumulator_dtype, state):

@@ -79,6 +79,14 @@ def test_an_eager_step_compiles_nothing_after_the_second(opt):
     assert len(COMPILED) == before
 
 
+@each_block
+def test_an_eager_step_makes_no_infinity(opt):
+    tx, params = opt.build(), params_like(SHAPES)
+    with jax.debug_infs(True):
+        updates, _ = tx.update(steps_of(gradients())[0], tx.init(params), params)
+    assert is_finite(updates)
+
+
 @pytest.mark.parametrize("topc", [1, 5, 20])
 def test_a_sharded_norm_compiles_nothing_more(topc):
     norm = memoptax.sharded_norm("auto")

@@ -138,6 +138,11 @@ def test_shardings_unlike_the_state_are_refused(mesh):
         memoptax.memory_report(optax.adam(0.1), PARAMS, like_params)
 
 
+def test_a_function_of_other_arguments_makes_no_shardings():
+    with pytest.raises(ValueError, match="shardings must be a function of 2 argum"):
+        memoptax.memory_report(ADAM_C(), PARAMS, float)
+
+
 def test_specs_are_no_shardings():
     specs = functools.partial(memoptax.state_partition_specs, specs=P())
     for call in (

@@ -123,14 +123,27 @@ def table(rows) -> Any:
     return BCOO((jnp.ones((1, 2)), jnp.array([[25]])), shape=(rows, 2))
 
 
-@pytest.mark.parametrize("nothing", [{"topc": 0}, {"kappa": 0.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"topc": 0}, {"kappa": 0.0}], ids=str)
 @pytest.mark.parametrize(
-    "make", [memoptax.sgd_c, memoptax.adam_c, memoptax.sgd_cm, memoptax.adam_cm]
+    "make",
+    [
+        memoptax.sgd_c,
+        memoptax.rmsprop_c,
+        memoptax.adam_c,
+        memoptax.adamw_c,
+        memoptax.sgd_cm,
+        memoptax.adam_cm,
+        memoptax.adamw_cm,
+        memoptax.sm3_cm,
+    ],
 )
-def test_row_sparse_gradients_are_refused_without_a_buffer_too(make, nothing):
-    tx, params = make(0.1, **nothing), jnp.zeros((30, 2))
+def test_row_sparse_gradients_are_refused_with_a_buffer_and_without(make, options):
+    tx, params = untyped(make(0.1, **options)), jnp.zeros((30, 2))
+    state = tx.init(params)
     with pytest.raises(ValueError, match="row-sparse: only sm3"):
-        tx.update(table(30), tx.init(params), params)
+        tx.update(table(30), state, params)
+    with pytest.raises(ValueError, match=r"The gradient of \['x'\] is row-sparse"):
+        tx.update({"x": table(30)}, tx.init({"x": params}), {"x": params})
 
 
 @pytest.mark.parametrize("rate", [0.1, lambda count: 0.1], ids=["number", "schedule"])

@@ -69,6 +69,16 @@ def test_a_sum_whose_entries_are_no_permutation_is_rebuilt(entries):
     assert not bound([0.0, 0.0], [False, False], 9.0, entries=spoilt, ages=empty)[2]
 
 
+@pytest.mark.cpu_only("XLA's own count of temporaries")
+def test_a_large_sum_needs_little_beside_its_slots():
+    topc, params = 1000, [jnp.zeros((4, 4))] * 2
+    tx = untyped(memoptax.sgd_c(0.1, topc=topc, holding="sum", synced=False))
+    update = jax.jit(tx.update, donate_argnums=1)
+    compiled = untyped(update.lower(params, tx.init(params)).compile())
+    # Some numbers for every entry and leaf, but none for every pair of entries.
+    assert compiled.memory_analysis().temp_size_in_bytes < 100 * topc * len(params)
+
+
 def test_each_leaf_adds_up_the_slots_of_its_own_row():
     stack = storage.Stored(jnp.asarray([1.0, 2.0, 4.0]), None)
     held = jnp.asarray([[True, True, False], [False, True, False]])

@@ -110,6 +110,8 @@ def test_specs_may_be_asked_for_on_a_mesh_and_while_tracing(kind):
             r"P.*for parameter \['vector'\], whose shape \(16,\) has onl",
         ),
         (LAYOUTS["mixed"] | {"matrix": "data"}, r"has 'data' for parameter \['matrix'"),
+        ({}, r"must be a tree like params, or a prefix of it, but is PyTreeDef\({}\)"),
+        ([], r"must be a tree like params, or a prefix of it, but is PyTreeDef\(\[\]"),
     ],
 )
 def test_a_spec_that_does_not_fit_is_refused(specs, message):

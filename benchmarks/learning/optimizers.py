@@ -192,6 +192,15 @@ BASES |= {
     "sm3_cm, C=1, int8": Row(
         "sm3_cm, C=1, int8", _alone(memoptax.sm3_cm, **_SM3_CM), SM3 / 16, "adam"
     ),
+    "sm3_cm, C=0": Row(
+        "sm3_cm, C=0", _alone(memoptax.sm3_cm, topc=0), SM3 / 16, "adam"
+    ),
+    "sm3_cm, C=0, int8": Row(
+        "sm3_cm, C=0, int8",
+        _alone(memoptax.sm3_cm, topc=0, mu_dtype="int8"),
+        SM3 / 16,
+        "adam",
+    ),
     "adagrad from 0": Row(
         "adagrad from 0",
         _alone(optax.adagrad, initial_accumulator_value=0.0),
@@ -249,8 +258,9 @@ def adam_cm(settings=SHORT) -> list[Row]:
 
 
 def sm3_cm(settings=((5, 0.99), (5, "FIFO"), (5, "κ=1e-6"))) -> list[Row]:
-    """Controls of ``sm3_cm``, which is itself among the bases."""
-    return buffered_rows("sm3_cm", "adam", SM3 / 16, memoptax.sm3_cm, settings)
+    """Controls of ``sm3_cm``, which is itself among the bases. Two have no buffer."""
+    rows = buffered_rows("sm3_cm", "adam", SM3 / 16, memoptax.sm3_cm, settings)
+    return rows + bases("sm3_cm, C=0", "sm3_cm, C=0, int8")
 
 
 def _relative(rate, **options):

@@ -35,21 +35,10 @@ def without_buffer(inner: optax.GradientTransformation, kind: type):
     inner = checking(inner, lambda s: _check.without_buffer(isinstance(s, kind)))
 
     def update_fn(updates, state, params=None, **extra_args):
-        _refuse_row_sparse(updates)
+        row_sparse.refuse(updates)
         return inner.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
-
-
-def _refuse_row_sparse(updates):
-    """optax's transformations would scale the indices, and train other rows."""
-    for path, leaf in jax.tree.leaves_with_path(updates, row_sparse.is_row_sparse):
-        if row_sparse.is_row_sparse(leaf):
-            name = jax.tree_util.keystr(path) or "the parameter"
-            raise ValueError(
-                f"The gradient of {name} is row-sparse: only sm3 and scale_by_sm3 take "
-                "such gradients."
-            )
 
 
 def wide(inner: optax.GradientTransformation, name: str):

@@ -70,16 +70,18 @@ class Row(NamedTuple):
 
     offered: jax.Array  # bool
     accepted: jax.Array  # bool
-    slots: list  # C + 1 integers: the slot of each entry, and the spare one
+    slots: list  # integers: the slot of each entry (only to read them), then the spare
     evicted: Any  # the slot of the entry that leaves
 
 
-def rows(entries, decision: eviction.Decision) -> list[Row]:
+def rows(way, entries, decision: eviction.Decision) -> list[Row]:
     """The decision on every row."""
     slots = evicted = jnp.zeros((decision.entry.shape[0], 1), jnp.int32)
     if entries is not None:
         slots = slots_of(entries)
         evicted = jnp.take_along_axis(slots, decision.entry[:, None], axis=1)
+    if way == "sum":  # at C = 1000, a thousand scalars per row that no step needs
+        slots = slots[:, -1:]
     columns = (decision.offered, decision.accepted, slots, evicted)
     return [Row(*row[:2], list(row[2]), row[3][0]) for row in zip(*columns)]
 
@@ -194,7 +196,7 @@ def exchange(way, buffer, values, stored, decision, norms, across):
     are those of the values. Only the way *sum* needs them.
     """
     stacks, treedef = stacks_of(buffer)
-    each = per_leaf(rows(buffer.entries, decision), stacks)
+    each = per_leaf(rows(way, buffer.entries, decision), stacks)
     placed = [
         layout.like(x, s.values, s.values.ndim - x.ndim) for x, s in zip(values, stacks)
     ]

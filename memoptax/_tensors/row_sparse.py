@@ -110,3 +110,15 @@ def with_values(update, values) -> Any:
         indices_sorted=update.indices_sorted,
         unique_indices=update.unique_indices,
     )
+
+
+def refuse(updates) -> None:
+    """Refuse row-sparse gradients. Other optimizers would scale the indices."""
+    for path, leaf in jax.tree.leaves_with_path(updates, is_row_sparse):
+        if is_row_sparse(leaf):
+            name = jax.tree_util.keystr(path) or "the parameter"
+            raise ValueError(
+                f"The gradient of {name} is row-sparse: only sm3 and scale_by_sm3 take "
+                "such gradients. Make it dense with its todense(), or give this "
+                "parameter to sm3 with optax.partition."
+            )

@@ -189,8 +189,11 @@ def fits(norms, leaves, stacks: list[Stored]):
 
     int8 has the range of its scales.
     """
-    limits = [_limit(x.dtype, _precision(s)) for x, s in zip(leaves, stacks)]
-    return norms <= jnp.asarray(limits or [math.inf], norms.dtype)
+    limits = [_limit(x.dtype, _precision(s)) for x, s in zip(leaves, stacks)] or [None]
+    # An infinite limit would raise under jax.debug_infs.
+    unlimited = jnp.asarray([limit is None for limit in limits])
+    limits = jnp.asarray([limit or 0 for limit in limits], norms.dtype)
+    return unlimited | (norms <= limits)
 
 
 def is_narrower(leaf, stack: Stored) -> bool:
@@ -198,14 +201,14 @@ def is_narrower(leaf, stack: Stored) -> bool:
     return jnp.finfo(_precision(stack)).maxexp < jnp.finfo(leaf.dtype).maxexp
 
 
-def _limit(dtype, stored) -> float:
-    """The largest number in ``stored``, or infinity if all of ``dtype`` are in it.
+def _limit(dtype, stored) -> float | None:
+    """The largest number in ``stored``, or None if all of ``dtype`` are in it.
 
     bfloat16 has the exponents of float32, but the largest numbers of float32 round to
     infinity in it.
     """
     largest = float(jnp.finfo(stored).max)
-    return largest if largest < float(jnp.finfo(dtype).max) else math.inf
+    return largest if largest < float(jnp.finfo(dtype).max) else None
 
 
 def norm_bounds(norms, leaves, stored: list[Stored], across=None):

@@ -18,7 +18,7 @@ def plan():
     small += o.bases("adagrad, own schedule", "sm3 momentum, own schedule")
     large = o.bases("adam", "sm3", "sm3, own schedule", "adafactor")
     large += o.bases("adafactor, own schedule", "sm3 momentum, int8")
-    large += o.bases("sm3_cm, C=1, int8")
+    large += o.bases("sm3_cm, C=1, int8", "sm3_cm, C=0, int8")
     one, other = characters.of_width(SMALL), characters.of_width(LARGE)
     more = "characters, twice the parameters"
     return [
