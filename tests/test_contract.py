@@ -70,7 +70,7 @@ def test_vmap_over_seeds_equals_runs_apart(opt):
         close(at(batched, seed), expected(opt, seed))
 
 
-@each_optimizer
+@each_block
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="jax before 0.10 cannot batch such slices"
 )

@@ -18,6 +18,7 @@ from contract import (
     at,
     close,
     donating,
+    each_block,
     each_capacity,
     each_factory,
     each_optimizer,
