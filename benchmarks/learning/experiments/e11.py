@@ -103,5 +103,5 @@ EXPERIMENT = Experiment(
     ),
     plan=plan,
     size=Size(seeds=20),
-    quick=("adam", "adam_cm C=5 FIFO"),
+    quick=("adam",),
 )
