@@ -8,11 +8,11 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from memoptax import _check, _flax_metadata, _parameters
+from memoptax import _check, _parameters
 from memoptax._buffer import algorithm, eviction, matching, resizing
 from memoptax._buffer import holding as _holding
 from memoptax._buffer import options as _options
-from memoptax._tensors import dtypes, norms
+from memoptax._tensors import dtypes, flax_metadata, norms
 
 State = TypeVar("State")
 
@@ -67,7 +67,7 @@ def buffer_stats(state: Any, updates: Any = None) -> dict[str, jax.Array]:
       >>> f"{stats['fill']:.0f} of 2, {stats['acceptance']:.0%} taken"
       '2 of 2, 67% taken'
     """
-    buffers, updates = _buffers(state, "buffer_stats"), _flax_metadata.bare(updates)
+    buffers, updates = _buffers(state, "buffer_stats"), flax_metadata.bare(updates)
     found = [_for_each(_stats, b, _leaves_like(b, updates)) for b in buffers]
     if len(found) == 1:
         return found[0]
@@ -175,7 +175,7 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
       >>> memoptax.check_state(tx, params, tx.init(params))
     """
     _check.transformation("tx", tx)
-    bare, asked = map(_flax_metadata.bare, (state, jax.eval_shape(tx.init, params)))
+    bare, asked = map(flax_metadata.bare, (state, jax.eval_shape(tx.init, params)))
     found, wanted = map(jax.tree.leaves_with_path, (bare, asked))
     if jax.tree.structure(bare) != jax.tree.structure(asked):
         raise ValueError(
@@ -360,7 +360,7 @@ def _found(state):
 
 
 def _buffers(state, caller):
-    buffers = _found(_flax_metadata.bare(state))
+    buffers = _found(flax_metadata.bare(state))
     for buffer in buffers:
         matching.check_shapes(buffer)
     if not buffers:
@@ -375,15 +375,15 @@ def _map_buffers(function, state):
     return jax.tree.map(
         lambda node: _boxed(node, function) if _is_buffer(node) else node,
         state,
-        is_leaf=lambda node: _is_buffer(node) or _flax_metadata.is_box(node),
+        is_leaf=lambda node: _is_buffer(node) or flax_metadata.is_box(node),
     )
 
 
 def _boxed(buffer, function):
     """``function`` of a buffer whose arrays may be in Flax's boxes, in boxes again."""
-    bare = _flax_metadata.bare(buffer)
+    bare = flax_metadata.bare(buffer)
     new = _for_each(function, bare)
-    if not _flax_metadata.has_boxes(buffer):
+    if not flax_metadata.has_boxes(buffer):
         return new
 
     def fit(name):
@@ -392,9 +392,9 @@ def _boxed(buffer, function):
         like = buffer.slots if name == "total" else buffer.keys
         boxes = jax.tree.leaves(like if old is None else old, is_leaf=is_box)
         leaves, treedef = jax.tree.flatten(tree)
-        return treedef.unflatten(map(_flax_metadata.fit, boxes, leaves))
+        return treedef.unflatten(map(flax_metadata.fit, boxes, leaves))
 
-    is_box = _flax_metadata.is_box
+    is_box = flax_metadata.is_box
     return algorithm.Buffer(*map(fit, algorithm.Buffer._fields))
 
 

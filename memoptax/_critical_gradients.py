@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from memoptax import _check, _flax_metadata, _parameters
+from memoptax import _check, _parameters
 from memoptax._bases import guards, precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
 from memoptax._buffer.options import Aggregate, BufferArguments, Priority
-from memoptax._tensors import layout
+from memoptax._tensors import flax_metadata, layout
 
 
 class CriticalGradientsState(NamedTuple):
@@ -195,7 +195,7 @@ def _recalling(options, sound=True) -> optax.GradientTransformationExtraArgs:
         )
         return updates, CriticalGradientsState(buffer)
 
-    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(init_fn, flax_metadata.on_arrays(update_fn))
 
 
 @_options.flat

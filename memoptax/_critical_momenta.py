@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from memoptax import _check, _flax_metadata, _momentum, _parameters
+from memoptax import _check, _momentum, _parameters
 from memoptax._bases import guards, precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
 from memoptax._buffer.options import Aggregate, BufferArguments, Priority
-from memoptax._tensors import storage
+from memoptax._tensors import flax_metadata, storage
 
 
 class CriticalMomentaState(NamedTuple):
@@ -155,7 +155,7 @@ def critical_momenta(
         )
         return _momentum.or_nan(sound, M, updates), CriticalMomentaState(*mu, buffer)
 
-    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(init_fn, flax_metadata.on_arrays(update_fn))
 
 
 @_options.flat
@@ -287,7 +287,7 @@ def scale_by_adam_cm(
         state = ScaleByAdamCmState(count, *mu, nu, nu_max, buffer)
         return _momentum.or_nan(sound, u, updates, M), state
 
-    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(init_fn, flax_metadata.on_arrays(update_fn))
 
 
 @_options.flat

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from memoptax import _check, _flax_metadata, _parameters, _sm3_rules, covers
+from memoptax import _check, _parameters, _sm3_rules, covers
 from memoptax._bases import by_rows, pytorch
-from memoptax._tensors import families, row_sparse, storage
+from memoptax._tensors import families, flax_metadata, row_sparse, storage
 
 _VARIANTS = {"I": _sm3_rules.sm3_i, "II": _sm3_rules.sm3_ii}
 _STEPS = {False: _sm3_rules.step, True: _sm3_rules.row_sparse_step}
@@ -182,7 +182,7 @@ def scale_by_sm3(
         return jax.tree.unflatten(treedef, directions), state
 
     return _parameters.transformation(
-        init_fn, _flax_metadata.on_arrays(update_fn), by_rows=True
+        init_fn, flax_metadata.on_arrays(update_fn), by_rows=True
     )
 
 
@@ -217,7 +217,7 @@ def _check_tree(leaves, treedef, state, params):
     Without momentum the state has neither names nor shapes, and accumulators may fit
     several shapes. So those of ``params`` are used, if given.
     """
-    known = jax.tree.leaves_with_path(_flax_metadata.bare(params))
+    known = jax.tree.leaves_with_path(flax_metadata.bare(params))
     shapes = {path: np.shape(param) for path, param in known}
     for path, _ in leaves if known else ():
         if path not in shapes:

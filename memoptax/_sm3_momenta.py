@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from memoptax import _check, _flax_metadata, _momentum, _parameters, _sm3_rules, covers
+from memoptax import _check, _momentum, _parameters, _sm3_rules, covers
 from memoptax._bases import precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
 from memoptax._buffer.options import Aggregate, BufferArguments
-from memoptax._tensors import dtypes, families
+from memoptax._tensors import dtypes, families, flax_metadata
 
 
 class ScaleBySM3CmState(NamedTuple):
@@ -157,7 +157,7 @@ def scale_by_sm3_cm(
         state = ScaleBySM3CmState(count, *mu, accumulators, buffer)
         return _momentum.or_nan(sound, u, updates, M), state
 
-    return _parameters.transformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return _parameters.transformation(init_fn, flax_metadata.on_arrays(update_fn))
 
 
 def _boxes(cover, updates, accumulators):

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memoptax import _check, _flax_metadata, covers
+from memoptax import _check, covers
 from memoptax._tensors import families as _families
-from memoptax._tensors import layout, row_sparse, storage, tiles
+from memoptax._tensors import flax_metadata, layout, row_sparse, storage, tiles
 
 
 class Rule(NamedTuple):
@@ -203,9 +203,9 @@ def zero_accumulators(params, cover, dtype=None):
         boxes = _families.resolve(cover, path, leaf)
         own = accumulator_dtype(leaf, dtype)
         accumulators = tuple(_families.zeros(leaf, size, own) for size in boxes)
-        return _flax_metadata.fit(box, accumulators)
+        return flax_metadata.fit(box, accumulators)
 
-    leaves = _flax_metadata.leaves_with_path(params)
+    leaves = flax_metadata.leaves_with_path(params)
     # optax.tree.map_params finds the parameters by passing init a tree without leaves.
     # Even then, every other field of the state must have a leaf.
     return tuple(of(*leaf) for leaf in leaves) or jnp.zeros(())

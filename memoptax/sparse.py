@@ -78,7 +78,8 @@ def apply_updates(params: optax.Params, updates: Any) -> optax.Params:
     Args:
       params: a tree of parameters.
       updates: a tree of updates of the same structure. Its leaves are arrays or, for
-        tables, BCOO arrays with one sparse dimension.
+        tables, BCOO arrays with one sparse dimension. Where it has None, the parameter
+        stays as it is.
 
     Returns:
       The new parameters, with the structure, shapes and dtypes of `params`.
@@ -101,6 +102,8 @@ def apply_updates(params: optax.Params, updates: Any) -> optax.Params:
     """
 
     def add(path, update, param):
+        if update is None:
+            return param
         if not row_sparse.is_row_sparse(update):
             return optax.apply_updates(param, update)
         row_sparse.check(update, families.name(path))
@@ -162,16 +165,16 @@ def on_values(
                 return update
             return row_sparse.merged(update, families.name(path))
 
+        params = _parameters.trained(updates, params)
         _check_state(inner, updates, updates if params is None else params)
         updates = jax.tree_util.tree_map_with_path(
             merged, updates, is_leaf=row_sparse.is_row_sparse
         )
-        values = _map(lambda u: u.data if row_sparse.is_row_sparse(u) else u, updates)
-        rows = params
+        values = row_sparse.tree_map(row_sparse.values, updates)
         if params is not None:
-            rows = _map(_rows, updates, params)
-        values, state = extended.update(values, state, rows, **extra_args)
-        return _map(row_sparse.with_values, updates, values), state
+            params = row_sparse.tree_map(_rows, updates, params)
+        values, state = extended.update(values, state, params, **extra_args)
+        return row_sparse.tree_map(row_sparse.with_values, updates, values), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
@@ -233,7 +236,3 @@ def _places(table, ids):
             known = np.minimum(known, np.uint64(2**63 - 1))
         known = np.clip(known.astype(np.int64), -rows - 1, rows).astype(np.int32)
     return row_sparse.places(jnp.asarray(known), rows)
-
-
-def _map(f, updates, *rest):
-    return jax.tree.map(f, updates, *rest, is_leaf=row_sparse.is_row_sparse)

@@ -299,3 +299,52 @@ def test_nested_dicts_as_haiku_makes_them(name):
         params, state, loss = step(params, state)
         losses.append(float(loss))
     assert losses[-1] < 0.95 * losses[0]
+
+
+def by_the_last_name(path, leaf):
+    named = jax.tree_util.keystr(path).endswith(("['e']", "['embedding']"))
+    return (memoptax.covers.rows if named else memoptax.covers.axes)(path, leaf)
+
+
+BOXED_TABLES = {
+    "linen": lambda: {"e": nn.Partitioned(jnp.ones((6, 3)), ("rows", None))},
+    "nnx": lambda: nnx.state(nnx.Embed(6, 3, rngs=nnx.Rngs(0)), nnx.Param),
+}
+BY_ROWS = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "momentum in int8": {"momentum": 0.9, "momentum_dtype": "int8"},
+    "weight decay": {"weight_decay": 0.1},
+    "a cover by name": {"cover": by_the_last_name},
+}
+
+
+@pytest.mark.parametrize("options", BY_ROWS)
+@pytest.mark.parametrize("kind", BOXED_TABLES)
+def test_row_sparse_gradients_may_be_in_boxes(kind, options):
+    boxed = BOXED_TABLES[kind]()
+    (table,) = jax.tree.leaves(boxed)
+
+    def loss(rows):
+        return jnp.sum(jax.tree.leaves(rows)[0] ** 3)
+
+    tx = untyped(
+        memoptax.sm3(0.1, **{"cover": memoptax.covers.rows} | BY_ROWS[options])
+    )
+    ids = jnp.array([1, 1, 4])
+    found, expected = boxed, {"e": table}
+    state, bare_state = tx.init(found), tx.init(expected)
+    before = jax.tree.structure(state)
+    for _ in range(2):
+        look_up = memoptax.sparse.row_value_and_grad
+        gradient = look_up(loss, found, jax.tree.map(lambda _: ids, found))[1]
+        updates, state = tx.update(gradient, state, found)
+        found = untyped(memoptax.sparse.apply_updates(found, updates))
+        gradient = look_up(loss, expected, {"e": ids})[1]
+        updates, bare_state = tx.update(gradient, bare_state, expected)
+        expected = memoptax.sparse.apply_updates(expected, updates)
+    assert jax.tree.structure(state) == before
+    assert jax.tree.structure(found) == jax.tree.structure(boxed)
+    np.testing.assert_array_equal(*jax.tree.leaves([found, expected]))
+    moved = np.any(jax.tree.leaves(found)[0] != table, axis=1)
+    np.testing.assert_array_equal(moved, [False, True, False, False, True, False])

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "memoptax"
 # Levels from the bottom up. A room is a package or a single file.
 FLOORS = [
-    {"_bases", "_check", "_flax_metadata", "_parameters", "_tensors"},
+    {"_bases", "_check", "_parameters", "_tensors"},
     {"_buffer"},
     {"_critical_gradients", "_critical_momenta", "_momentum"}
     | {"_sm3", "_sm3_momenta", "_sm3_rules"}

@@ -1,10 +1,12 @@
 """Parameters without a gradient are not trained, and may be of any kind."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from contract import each_factory
+from jax.experimental.sparse import BCOO
 
 import memoptax
 
@@ -35,3 +37,29 @@ def test_sm3_with_weight_decay_leaves_it_alone():
     alone = untyped(tx.update({"w": jnp.ones(3)}, tx.init(weights), weights))[0]
     assert found["fixed"] is None
     np.testing.assert_array_equal(found["w"], alone["w"])
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [jnp.ones(3), jnp.arange(3), lambda x: x, jax.random.key(0), {"x": "names"}],
+    ids=["floats", "integers", "function", "key", "tree"],
+)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "row-sparse"])
+def test_a_wrapper_for_row_sparse_gradients_leaves_it_alone(fixed, sparse):
+    """The gradients have None there, and init saw None, as with equinox.filter."""
+    tx = untyped(
+        optax.chain(
+            memoptax.sparse.on_values(optax.clip_by_global_norm(1.0)),
+            memoptax.sparse.on_values(optax.add_decayed_weights(0.5)),
+            memoptax.sm3(0.1, cover=memoptax.covers.rows),
+        )
+    )
+    table, gradient = jnp.ones((4, 2)), jnp.zeros((4, 2)).at[:2].set(1.0)
+    if sparse:
+        gradient = BCOO((jnp.ones((2, 2)), jnp.array([[0], [1]])), shape=(4, 2))
+    params, state = {"w": table, "fixed": fixed}, tx.init({"w": table, "fixed": None})
+    updates, _ = tx.update({"w": gradient, "fixed": None}, state, params)
+    assert updates["fixed"] is None
+    moved = untyped(memoptax.sparse.apply_updates(params, updates))
+    np.testing.assert_allclose(moved["w"][:2], 0.9, rtol=1e-6)
+    assert moved["fixed"] is fixed

@@ -17,9 +17,9 @@ def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformati
     """
 
     def update_fn(updates, state, params=None):
-        values = _map(lambda u: u.data if row_sparse.is_row_sparse(u) else u, updates)
+        values = row_sparse.tree_map(row_sparse.values, updates)
         values, state = inner.update(values, state, params)
-        return _map(_with_values, updates, values), state
+        return row_sparse.tree_map(row_sparse.with_values, updates, values), state
 
     return optax.GradientTransformation(inner.init, update_fn)
 
@@ -47,7 +47,7 @@ def _of_shapes(mask):
             return leaf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
-    return lambda tree: mask(_map(shape, tree))
+    return lambda tree: mask(row_sparse.tree_map(shape, tree))
 
 
 def _decay_of_dense(rate):
@@ -64,23 +64,16 @@ def _decay_of_dense(rate):
 
         # A row-sparse leaf becomes None, which is not a leaf.
         def dense_part(u, x):
-            return None if row_sparse.is_whole(u) else x
+            return None if row_sparse.is_row_sparse(u) else x
 
-        kept, decayed = (_map(dense_part, updates, tree) for tree in (updates, params))
+        kept, decayed = (
+            row_sparse.tree_map(dense_part, updates, tree) for tree in (updates, params)
+        )
         # In a tuple, because None by itself would mean that there are no parameters.
         found: Any
         found, state = dense.update((kept,), state, (decayed,))
-        return _map(
+        return row_sparse.tree_map(
             lambda u, d: u if d is None else d.astype(u.dtype), updates, found[0]
         ), state
 
     return optax.GradientTransformation(dense.init, update_fn)
-
-
-def _with_values(update, values):
-    return None if update is None else row_sparse.with_values(update, values)
-
-
-def _map(f, updates, *rest):
-    """``f`` of every update, which may be row-sparse, or None if it is not trained."""
-    return jax.tree.map(f, updates, *rest, is_leaf=row_sparse.is_whole)

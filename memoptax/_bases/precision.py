@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memoptax import _check, _flax_metadata, _parameters
+from memoptax import _check, _parameters
 from memoptax._bases import guards
-from memoptax._tensors import dtypes, layout, storage
+from memoptax._tensors import dtypes, flax_metadata, layout, storage
 
 
 def in_float32(inner: optax.GradientTransformation):
@@ -82,7 +82,7 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
             *storage.pack(treedef, stored, state.scales),
         )
 
-    return optax.GradientTransformation(init_fn, _flax_metadata.on_arrays(update_fn))
+    return optax.GradientTransformation(init_fn, flax_metadata.on_arrays(update_fn))
 
 
 def _check_stored(state, field, dtype):

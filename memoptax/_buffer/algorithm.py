@@ -23,10 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoptax import _flax_metadata
 from memoptax._buffer import aggregation, eviction, holding, matching
 from memoptax._buffer.options import Options, check_scales
-from memoptax._tensors import dtypes, layout, storage
+from memoptax._tensors import dtypes, flax_metadata, layout, storage
 from memoptax._tensors import norms as _norms
 
 
@@ -65,7 +64,7 @@ def empty(options: Options, params) -> Buffer:
     summed = way == "sum"
     norms = jnp.zeros((max(len(leaves), 1), topc), dtype)
     return Buffer(
-        slots=_flax_metadata.make(
+        slots=flax_metadata.make(
             lambda p: storage.zeros(p, copies, options.buffer_dtype), params
         ),
         scales=storage.zero_scales(params, copies, options.buffer_dtype),

@@ -24,6 +24,23 @@ def is_whole(node: Any) -> bool:
     return node is None or is_row_sparse(node)
 
 
+def tree_map(f, updates, *rest) -> Any:
+    """``f`` of every update, which may be row-sparse. None is no update, and stays.
+
+    The other trees may have anything in its place.
+    """
+
+    def of_one(update, *others):
+        return None if update is None else f(update, *others)
+
+    return jax.tree.map(of_one, updates, *rest, is_leaf=is_whole)
+
+
+def values(update):
+    """The values of a row-sparse update, or a dense one as it is."""
+    return update.data if is_row_sparse(update) else update
+
+
 def places(ids, rows: int) -> jax.Array:
     """Row numbers in [0, rows), and `rows` for ids outside of [-rows, rows).
 

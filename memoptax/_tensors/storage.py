@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memoptax import _flax_metadata
-from memoptax._tensors import dtypes, tiles
+from memoptax._tensors import dtypes, flax_metadata, tiles
 
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
 
@@ -53,8 +52,8 @@ def zero_scales(params, copies: int | None = None, dtype=None):
 
     # optax.tree.map_params finds the parameters by passing init a tree without leaves.
     # Even then, every other field of the state must have a leaf.
-    leaves = _flax_metadata.leaves_with_path(params)
-    scales = tuple(_flax_metadata.fit(box, scale(leaf)) for _, box, leaf in leaves)
+    leaves = flax_metadata.leaves_with_path(params)
+    scales = tuple(flax_metadata.fit(box, scale(leaf)) for _, box, leaf in leaves)
     return scales or jnp.zeros(())
 
 

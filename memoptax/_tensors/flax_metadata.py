@@ -12,14 +12,15 @@ Flax is not imported. Its boxes are recognised by their methods.
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from memoptax._tensors import row_sparse
+
 # The keys under which versions of nnx keep the names.
 _KEYS = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names")
 
 
 def is_box(node) -> bool:
     """Whether this is a box with one array in it. optax.masked may have emptied it."""
-    boxed = _is_linen(node) or _is_nnx(node)
-    return boxed and jax.tree.structure(node).num_leaves == 1
+    return (_is_linen(node) or _is_nnx(node)) and len(_arrays(node)) == 1
 
 
 def make(function, params):
@@ -51,7 +52,7 @@ def leaves_with_path(params):
 
 def inside(node):
     """The array in a box, or the node itself."""
-    return jax.tree.leaves(node)[0] if is_box(node) else node
+    return _arrays(node)[0] if is_box(node) else node
 
 
 def bare(tree):
@@ -78,6 +79,11 @@ def on_arrays(update_fn):
         return like(updates, new_updates), like(state, new_state)
 
     return boxed_update_fn
+
+
+def _arrays(node):
+    """The arrays in a node. A row-sparse gradient is one."""
+    return jax.tree.leaves(node, is_leaf=row_sparse.is_row_sparse)
 
 
 def _is_linen(node):
