@@ -24,7 +24,7 @@ from benchmarks.learning import (
     training,
 )
 from benchmarks.learning import task as tasks
-from benchmarks.learning.experiments import CORE, NAMES, e7, e9, e11, load
+from benchmarks.learning.experiments import CORE, NAMES, characters, e7, e9, e11, load
 from benchmarks.learning.results import FOLDER, Results
 
 from untyped import untyped
@@ -39,6 +39,15 @@ def test_all_experiments_run_in_their_quick_form(capsys):
     assert printed.count("Bounds: ") == len(CORE)
     assert printed.count("| optimizer |") == len(CORE)
     assert printed.count("C=5 FIFO |") >= 5
+
+
+def test_runs_on_the_text_of_another_python_are_not_kept_with_the_rest(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(characters, "PYTHON", (3, 0))
+    with pytest.raises(SystemExit):
+        command.main(["e13"])
+    assert "are on the help of Python 3.0, and this" in capsys.readouterr().err
 
 
 # Statistics

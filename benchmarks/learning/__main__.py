@@ -11,6 +11,7 @@ tables then show it beside every score, like the bytes of the state.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
@@ -66,8 +67,20 @@ def main(argv=None) -> None:
         if args.cost:
             cost.measure(each, args.results / f"{each.name}-cost.csv")
         elif not args.table:
+            if args.results == FOLDER and (other := other_python(each)):
+                parser.error(
+                    f"the kept runs of {each.name} are on the help of Python {other}, "
+                    "and this Python's is another text: run it with that Python, or "
+                    "keep your runs in another folder (--results)."
+                )
             experiment.run(each, results, lanes=args.lanes, only=args.only)
         print(page.tables(each, args.results))
+
+
+def other_python(each) -> str:
+    """The Python whose data the kept runs are of, if it is not this one."""
+    pythons = {task.python for task, _ in each.plan()} - {None, sys.version_info[:2]}
+    return ", ".join("{}.{}".format(*python) for python in pythons)
 
 
 def show(each, folder, quick):

@@ -10,6 +10,7 @@ from benchmarks.learning import task as tasks
 from benchmarks.learning.models import Model, cross_entropy, transformer
 
 CONTEXT, SCORED = 64, 256  # SCORED is the number of windows in a score
+PYTHON = 3, 12  # whose help the kept runs are on
 
 
 @functools.cache
@@ -79,4 +80,5 @@ def task(name, steps, size, model: Model) -> tasks.Task:
         schedule=tasks.cosine,
         unit="test loss, nats per character",
         lanes=5,
+        python=PYTHON,
     )
