@@ -258,9 +258,9 @@ def adam_cm(settings=SHORT) -> list[Row]:
 
 
 def sm3_cm(settings=((5, 0.99), (5, "FIFO"), (5, "κ=1e-6"))) -> list[Row]:
-    """Controls of ``sm3_cm``, which is itself among the bases. Two have no buffer."""
+    """Controls of ``sm3_cm``, which is itself among the bases. One has no buffer."""
     rows = buffered_rows("sm3_cm", "adam", SM3 / 16, memoptax.sm3_cm, settings)
-    return rows + bases("sm3_cm, C=0", "sm3_cm, C=0, int8")
+    return rows + bases("sm3_cm, C=0")
 
 
 def _relative(rate, **options):

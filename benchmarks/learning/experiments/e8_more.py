@@ -12,7 +12,7 @@ from benchmarks.learning.protocol import Size
 def plan():
     rows = [
         *o.bases("adam", "sgd", "ademamix", "adam, averaged", "sgd, averaged"),
-        *o.bases("adagrad", "sm3", "sm3_cm", "sm3_cm, C=0"),
+        *o.bases("adagrad", "sm3", "sm3_cm"),
         *o.adam_c(),
         *o.adam_cm(((1, 0.9), *o.SHORT)),
         *o.sgd_c(),
