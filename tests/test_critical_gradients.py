@@ -105,6 +105,21 @@ def test_the_global_norm_decides_differently_from_the_sum_of_norms():
         assert (updates["a"][-1], updates["b"][-1]) == kept
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("synced", [True, False])
+@pytest.mark.parametrize("size", [1e-5, 10.0])
+def test_a_custom_priority_sees_float32(dtype, synced, size):
+    """In float16 the square of 300 is infinite, and that of 1e-5 is 0."""
+    tx = untyped(critical_gradients(2, 0.7, synced=synced, priority_fn=optax.tree.norm))
+    state = tx.init(jnp.zeros((10, 100), dtype))
+    for k in range(1, 5):
+        gradient = jnp.full((10, 100), k * size, dtype)
+        _, state = tx.update(gradient, state)
+        norm = np.linalg.norm(np.asarray(gradient, np.float64))
+        np.testing.assert_allclose(np.max(state.buffer.keys), 0.7 * norm, rtol=1e-5)
+    assert state.buffer.accepted[0] == 4
+
+
 def test_a_custom_priority_sees_one_leaf_without_syncing():
     # The smallest sums are critical. Apart, a keeps -2 and b its 0. Together, 1 < 2.
     stream = {

@@ -252,14 +252,20 @@ def _priority(options: Options, gradients, leaves, norms) -> jax.Array:
     """How critical ``gradients`` are, (R,): the sum of the L2 norms of a row's leaves.
 
     A ``priority_fn`` replaces this rule. If not ``synced``, it is called for each leaf.
+    It sees float32 or better, because squares of float16 overflow above 255.
     """
     rule = options.rule
     if rule is None:
         return _norms.total(norms) if options.synced else norms
-    parts = jax.lax.stop_gradient([gradients] if options.synced else leaves)
+    parts = [gradients] if options.synced else leaves
+    parts = jax.lax.stop_gradient(jax.tree.map(_wide, parts))
     return _norms.vector(
         [options.priority_of(rule(part), norms.dtype) for part in parts], norms.dtype
     )
+
+
+def _wide(x):
+    return x.astype(dtypes.widest(x.dtype, jnp.float32))
 
 
 def _needs_own_norms(options: Options, buffer: Buffer, offers) -> bool:

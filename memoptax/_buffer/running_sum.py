@@ -110,7 +110,7 @@ def _is_changed(buffer):
     held but still has a norm.
     """
     held, entries = eviction.held(buffer), buffer.entries
-    in_order = jnp.arange(entries.shape[1], dtype=entries.dtype)
+    in_order = jnp.arange(entries.shape[1], dtype=entries.dtype)[None]
     moved = jnp.any(jnp.sort(entries, axis=1) != in_order, axis=1)
     misplaced = jnp.any(held, axis=1) & moved
     return jnp.any(misplaced) | jnp.any((buffer.norms > 0) & ~held)
