@@ -85,8 +85,8 @@ def critical_gradients(
       synced: whether all leaves are kept or dropped together, by one priority. If
         False, each leaf has its own priority.
       priority_fn: a function that says how critical a gradient is. It maps the
-        gradients (one leaf if not ``synced``) to a scalar of at least 0. None
-        means the sum of the leaves' L2 norms, which is the authors' rule.
+        gradients in float32 or better (one leaf if not ``synced``) to a scalar of at
+        least 0. None means the sum of the leaves' L2 norms, which is the authors' rule.
         ``optax.tree.norm`` is the global norm. Inside ``jax.shard_map`` any of these
         sees only the shards of one device. Use :func:`memoptax.sharded_norm` there, so
         that all devices agree. It also takes a rule of your own.
