@@ -78,7 +78,7 @@ def main(argv=None) -> None:
 
 
 def other_python(each) -> str:
-    """The Python whose data the kept runs are of, if it is not this one."""
+    """The Python whose help the kept runs use as data, or "" if it is this one."""
     pythons = {task.python for task, _ in each.plan()} - {None, sys.version_info[:2]}
     return ", ".join("{}.{}".format(*python) for python in pythons)
 

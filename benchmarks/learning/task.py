@@ -29,7 +29,7 @@ class Task(NamedTuple):
     until: float | None = None  # the run stops at this running loss
     watch: Callable | None = None  # optimizer's state -> dict of scalars (averaged)
     lanes: int = 8  # runs trained at once
-    python: tuple[int, int] | None = None  # whose data the kept runs are of, if one's
+    python: tuple[int, int] | None = None  # the version whose text is the data
 
 
 def constant(steps):

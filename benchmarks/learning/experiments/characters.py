@@ -10,7 +10,7 @@ from benchmarks.learning import task as tasks
 from benchmarks.learning.models import Model, cross_entropy, transformer
 
 CONTEXT, SCORED = 64, 256  # SCORED is the number of windows in a score
-PYTHON = 3, 12  # whose help the kept runs are on
+PYTHON = 3, 12  # the kept runs use its help as text
 
 
 @functools.cache
