@@ -30,7 +30,7 @@ PANELS = {
 def kind(name: str) -> str:
     """Which of ``KINDS`` an optimizer is."""
     marks = {"FIFO": "FIFO", "random": "random keys", "κ=": "κ = 1e-6"}
-    if "C=" not in name and not name.endswith("_cm"):
+    if "C=0" in name or not ("C=" in name or "_cm" in name):
         return "no buffer"
     return next((k for mark, k in marks.items() if mark in name), "keeps the critical")
 
