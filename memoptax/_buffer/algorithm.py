@@ -114,7 +114,7 @@ def recall_and_offer(
         options, buffer, leaves, stored, norms, priority, sound
     )
     joined = aggregation.join(
-        [x.astype(dtypes.widest(x.dtype, jnp.float32)) for x in leaves],
+        [dtypes.wide(x) for x in leaves],
         totals,
         fill,
         options.kappa,
@@ -258,14 +258,10 @@ def _priority(options: Options, gradients, leaves, norms) -> jax.Array:
     if rule is None:
         return _norms.total(norms) if options.synced else norms
     parts = [gradients] if options.synced else leaves
-    parts = jax.lax.stop_gradient(jax.tree.map(_wide, parts))
+    parts = jax.lax.stop_gradient(jax.tree.map(dtypes.wide, parts))
     return _norms.vector(
         [options.priority_of(rule(part), norms.dtype) for part in parts], norms.dtype
     )
-
-
-def _wide(x):
-    return x.astype(dtypes.widest(x.dtype, jnp.float32))
 
 
 def _needs_own_norms(options: Options, buffer: Buffer, offers) -> bool:

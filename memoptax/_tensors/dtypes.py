@@ -31,3 +31,8 @@ def holds(dtype, other) -> bool:
     """Whether a dtype can represent every value of the other one."""
     wide, narrow = jnp.finfo(dtype), jnp.finfo(other)
     return wide.nmant >= narrow.nmant and wide.maxexp >= narrow.maxexp
+
+
+def wide(x):
+    """An array in float32 or better."""
+    return x.astype(widest(x.dtype, jnp.float32))

@@ -136,7 +136,7 @@ def _rounded_to(info, x):
     A GPU skips a conversion to a narrow dtype and back. The running sum would then add
     a number that differs from the one in the slot.
     """
-    wide = x.astype(dtypes.widest(x.dtype, jnp.float32))
+    wide = dtypes.wide(x)
     rounded = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
     # reduce_precision has no subnormal numbers, which float16 needs below 6e-5.
     step = float(info.smallest_subnormal)
@@ -256,7 +256,7 @@ def decode(stored: Stored, dtype):
 
 def choose(wanted, stored: Stored, other: Stored | None = None) -> Stored:
     """The stored value if ``wanted``, and if not, ``other`` or zero."""
-    wide = jax.tree.map(lambda x: x.astype(dtypes.widest(x.dtype, jnp.float32)), stored)
+    wide = jax.tree.map(dtypes.wide, stored)
     return _chosen(wide, stored, wanted, other)
 
 
