@@ -13,13 +13,13 @@ from memoptax._buffer.algorithm import Buffer as Buffer
 from memoptax._buffer.options import BufferArguments as BufferArguments
 from memoptax._buffer.sharded_norm import sharded_norm as sharded_norm
 from memoptax._buffer_tools import buffer_stats as buffer_stats
-from memoptax._buffer_tools import check_state as check_state
 from memoptax._buffer_tools import reset_buffer as reset_buffer
 from memoptax._buffer_tools import resize_buffer as resize_buffer
 from memoptax._bytes import MemoryReport as MemoryReport
 from memoptax._bytes import largest_topc as largest_topc
 from memoptax._bytes import memory_report as memory_report
 from memoptax._bytes import state_bytes as state_bytes
+from memoptax._check_state import check_state as check_state
 from memoptax._critical_gradients import (
     CriticalGradientsState as CriticalGradientsState,
 )

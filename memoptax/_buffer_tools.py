@@ -1,14 +1,13 @@
-"""Look into, resize, empty or check the buffers inside any optimizer's state."""
+"""Look into, resize or empty the buffers inside any optimizer's state."""
 
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
-from memoptax import _check, _parameters
+from memoptax import _check
 from memoptax._buffer import algorithm, eviction, matching, resizing
 from memoptax._buffer import holding as _holding
 from memoptax._buffer import options as _options
@@ -68,7 +67,7 @@ def buffer_stats(state: Any, updates: Any = None) -> dict[str, jax.Array]:
       '2 of 2, 67% taken'
     """
     buffers, updates = _buffers(state, "buffer_stats"), flax_metadata.bare(updates)
-    found = [_for_each(_stats, b, _leaves_like(b, updates)) for b in buffers]
+    found = [for_each(_stats, b, _leaves_like(b, updates)) for b in buffers]
     if len(found) == 1:
         return found[0]
     return {
@@ -118,7 +117,7 @@ def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> Sta
         return resizing.resize(buffer, topc, way)
 
     for buffer in _buffers(state, "resize_buffer"):
-        _check_numbers(buffer)
+        check_numbers(buffer)
     return _map_buffers(resized, state)
 
 
@@ -145,115 +144,7 @@ def reset_buffer(state: State) -> State:
     return _map_buffers(resizing.reset, state)
 
 
-def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
-    """Refuse a state that does not belong to ``tx`` and ``params``.
-
-    ``update`` checks only shapes and dtypes, while it is traced. This function checks
-    the values too. Call it outside of ``jax.jit`` after every restore from a
-    checkpoint, and whenever a state was changed by other means.
-
-    Args:
-      tx: the optimizer.
-      params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
-      state: the state to check.
-
-    Returns:
-      None.
-
-    Raises:
-      ValueError: if the state differs from ``tx.init(params)`` in structure, shape or
-        dtype, or has a leaf that is not an array; if a floating-point array has a
-        number that is not finite (a scalar may be infinite), or a second moment, a
-        count or a scale is below 0 in a state of memoptax, or in one of optax's common
-        ones; if the entries of a buffer are not a permutation, its counters contradict
-        each other, or its keys or norms are negative. The error names the array.
-
-    Examples:
-      >>> import memoptax, jax.numpy as jnp
-      >>> tx = memoptax.sgd_c(0.1)
-      >>> params = jnp.zeros(3)
-      >>> memoptax.check_state(tx, params, tx.init(params))
-    """
-    _check.transformation("tx", tx)
-    bare, asked = map(flax_metadata.bare, (state, jax.eval_shape(tx.init, params)))
-    found, wanted = map(jax.tree.leaves_with_path, (bare, asked))
-    if jax.tree.structure(bare) != jax.tree.structure(asked):
-        raise ValueError(
-            f"state has the structure {jax.tree.structure(bare)}, but tx.init(params) "
-            f"has {jax.tree.structure(asked)}: it belongs to another optimizer, other "
-            "options or other parameters."
-        )
-    # In an ensemble a scalar has the axes of the members.
-    batch = max((buffer.keys.ndim - 2 for buffer in _found(asked)), default=0)
-    for (path, leaf), (_, like) in zip(found, wanted):
-        name = f"state{jax.tree_util.keystr(path)}"
-        if isinstance(leaf, Tracer):
-            raise ValueError(
-                f"{name} is traced, but check_state looks at numbers: call it outside "
-                "of jax.jit."
-            )
-        try:
-            leaf = jnp.asarray(leaf)
-        except (TypeError, ValueError):
-            array = isinstance(leaf, np.ndarray)
-            kind = leaf.dtype.name if array else f"type {type(leaf).__name__}"
-            raise ValueError(
-                f"{name} must be an array of numbers, but is of {kind}."
-            ) from None
-        if leaf.shape != like.shape or leaf.dtype != like.dtype:
-            raise ValueError(
-                f"{name} has shape {leaf.shape} and dtype {leaf.dtype},"
-                f" but tx.init(params) has {like.shape} and {like.dtype} there."
-            )
-        if jnp.issubdtype(like.dtype, jnp.floating):
-            # A scalar of optax may start at infinity, such as the best value so far.
-            scalar = leaf.ndim <= batch
-            good = ~jnp.isnan(leaf) if scalar else jnp.isfinite(leaf)
-            if not jnp.all(good):
-                raise ValueError(f"{name} has numbers that are not finite.")
-    for path, leaf in _at_least_0(bare):
-        if jnp.any(jnp.less(leaf, 0)):
-            raise ValueError(f"state{path} has numbers below 0.")
-    for buffer in _found(_parameters.state_arrays(bare)):
-        matching.check_shapes(buffer)
-        _check_numbers(buffer)
-        if jnp.any(_for_each(resizing.leftovers, buffer)):
-            raise ValueError(
-                "state has a buffer with values in slots of entries that are not held: "
-                "was it scaled or averaged? memoptax.reset_buffer empties it."
-            )
-
-
-# Fields that are sums of squares, counts or scales in the states of this package, and
-# in these of optax. In others, a name may mean another thing: optax.sm3 keeps its
-# momentum in nu. Parameters may have such names too.
-_AT_LEAST_0 = ("nu", "nu_max", "accumulators", "scales", "mu_scales", "count")
-_OF_OPTAX = (
-    *(optax.ScaleByAdamState, optax.ScaleByAmsgradState, optax.ScaleByBeliefState),
-    *(optax.ScaleByNovogradState, optax.ScaleByRmsState, optax.ScaleByRStdDevState),
-    *(optax.EmaState, optax.ScaleByLionState, optax.ScaleByScheduleState),
-    optax.InjectStatefulHyperparamsState,
-)
-
-
-def _at_least_0(state):
-    """The paths and arrays of a state that cannot have numbers below 0."""
-    found = []
-
-    def descend(path, node):
-        kind = type(node)
-        if kind in _OF_OPTAX or kind.__module__.startswith(f"{__package__}."):
-            above = jax.tree_util.keystr(path)
-            for field in sorted({*_AT_LEAST_0} & {*getattr(node, "_fields", ())}):
-                for rest, leaf in jax.tree.leaves_with_path(getattr(node, field)):
-                    found.append((f"{above}.{field}{jax.tree_util.keystr(rest)}", leaf))
-        return False
-
-    jax.tree.leaves_with_path(state, is_leaf=descend, is_leaf_takes_path=True)
-    return found
-
-
-def _check_numbers(buffer):
+def check_numbers(buffer):
     """Refuse a buffer with impossible numbers, unless they are traced."""
     numbers = buffer._replace(slots=None, scales=None, total=None)
     if any(isinstance(x, Tracer) or _is_abstract(x) for x in jax.tree.leaves(numbers)):
@@ -354,13 +245,13 @@ def _is_buffer(node):
     return isinstance(node, algorithm.Buffer)
 
 
-def _found(state):
+def buffers_in(state):
     nodes = jax.tree.leaves(state, is_leaf=_is_buffer)
     return [node for node in nodes if _is_buffer(node)]
 
 
 def _buffers(state, caller):
-    buffers = _found(flax_metadata.bare(state))
+    buffers = buffers_in(flax_metadata.bare(state))
     for buffer in buffers:
         matching.check_shapes(buffer)
     if not buffers:
@@ -382,7 +273,7 @@ def _map_buffers(function, state):
 def _boxed(buffer, function):
     """``function`` of a buffer whose arrays may be in Flax's boxes, in boxes again."""
     bare = flax_metadata.bare(buffer)
-    new = _for_each(function, bare)
+    new = for_each(function, bare)
     if not flax_metadata.has_boxes(buffer):
         return new
 
@@ -398,7 +289,7 @@ def _boxed(buffer, function):
     return algorithm.Buffer(*map(fit, algorithm.Buffer._fields))
 
 
-def _for_each(function, buffer, *rest):
+def for_each(function, buffer, *rest):
     """``function`` of a buffer, or of each buffer of a batch. It takes shapes too."""
     for _ in range(buffer.keys.ndim - 2):
         function = jax.vmap(function)

@@ -146,7 +146,7 @@ def integer(
 
 def rate(name: str, value) -> Any:
     """``value``, refused unless it is a number of at least 0 or a schedule."""
-    if not callable(value):
+    if not callable(value) or isinstance(value, type):
         if not is_real(value):
             raise ValueError(
                 f"{name} must be a number or a schedule, but is {value!r}."

@@ -186,7 +186,8 @@ def _recalling(options, sound=True) -> optax.GradientTransformationExtraArgs:
         return guards.without_buffer(optax.identity(), CriticalGradientsState)
 
     def init_fn(params):
-        return CriticalGradientsState(algorithm.empty(options, params))
+        state = CriticalGradientsState(algorithm.empty(options, params))
+        return options.in_shards(state, params)
 
     def update_fn(updates, state, params=None):
         _check.state(state, CriticalGradientsState)

@@ -142,7 +142,8 @@ def critical_momenta(
 
     def init_fn(params):
         mu, mu_scales = _momentum.zeros(params, mu_dtype)
-        return CriticalMomentaState(mu, mu_scales, algorithm.empty(options, params))
+        state = CriticalMomentaState(mu, mu_scales, algorithm.empty(options, params))
+        return options.in_shards(state, params)
 
     def update_fn(updates, state, params=None):
         _check.state(state, CriticalMomentaState)
@@ -247,7 +248,7 @@ def scale_by_adam_cm(
             return jax.tree.map(storage.zero_sum, params)
 
         mu, mu_scales = _momentum.zeros(params, mu_dtype)
-        return ScaleByAdamCmState(
+        state = ScaleByAdamCmState(
             count=jnp.zeros((), jnp.int32),
             mu=mu,
             mu_scales=mu_scales,
@@ -255,6 +256,7 @@ def scale_by_adam_cm(
             nu_max=zeros() if amsgrad else None,
             buffer=algorithm.empty(options, params),
         )
+        return options.in_shards(state, params)
 
     def check(updates, state, params):
         _check.state(state, ScaleByAdamCmState)

@@ -13,7 +13,7 @@ from memoptax._bases import precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
 from memoptax._buffer.options import Aggregate, BufferArguments
-from memoptax._tensors import dtypes, families, flax_metadata
+from memoptax._tensors import dtypes, families, flax_metadata, layout
 
 
 class ScaleBySM3CmState(NamedTuple):
@@ -118,13 +118,14 @@ def scale_by_sm3_cm(
 
     def init_fn(params):
         mu, mu_scales = _momentum.zeros(params, mu_dtype)
-        return ScaleBySM3CmState(
+        state = ScaleBySM3CmState(
             count=jnp.zeros((), jnp.int32),
             mu=mu,
             mu_scales=mu_scales,
             accumulators=_sm3_rules.zero_accumulators(params, cover),
             buffer=None if options.keeps_nothing else algorithm.empty(options, params),
         )
+        return options.in_shards(state, params)
 
     def check(updates, state, params):
         _check.state(state, ScaleBySM3CmState)
@@ -193,7 +194,9 @@ def _leaf(boxes, x, parts, accumulators, b2, taken):
     x, b2 = x.astype(dtype), _sm3_rules.hyperparameter(b2, dtype)
     found = families.Families(boxes, x.shape)
     parts = None if parts is None else algorithm.joining(parts, dtype)
-    nu, floors, raised = _sm3_rules.sm3_ii(x, accumulators, found, b2, parts)
+    agreeing = layout.agreeing(accumulators, x)
+    nu, floors, raised = _sm3_rules.sm3_ii(x, agreeing, found, b2, parts)
+    raised = tuple(map(layout.like, raised, accumulators))
     # A number that overflows stays as it was. An infinite one would never come down.
     raised = tuple(
         jnp.where(taken & jnp.isfinite(new), new, old)

@@ -43,7 +43,8 @@ def step(rule, path, boxes, gradient, accumulators, memory):
         eps = jnp.where(sound, eps, jnp.nan)  # so that no direction is finite
     g = _beside(gradient, accumulators, memory).astype(dtype)
     families = _families.Families(boxes, g.shape)
-    nu, floors, raised = rule.precondition(g, accumulators, families, beta)
+    agreeing = layout.agreeing(accumulators, g)
+    nu, floors, raised = rule.precondition(g, agreeing, families, beta)
     raised = tuple(map(layout.like, raised, accumulators))
     if len(raised) == 1 and raised[0].shape == g.shape:
         # Adagrad rejects non-finite entries one at a time. Testing only the new sum

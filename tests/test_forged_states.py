@@ -214,6 +214,11 @@ def plausible(draw):
 
 def go_on(case):
     opt, state = case
+    if opt is NAMED["summed"]:  # other slots than those of the sum
+        with pytest.raises(ValueError, match="running sum .* is not that of its slots"):
+            check(opt, state)
+        topc = opt.options["topc"]
+        state = memoptax.resize_buffer(state, topc, holding="sum")
     check(opt, state)
     after = loop(opt).run(steps_of(gradients(seed=1)), (honest(opt)[0], state))
     assert is_finite(after)

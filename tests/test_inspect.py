@@ -519,10 +519,77 @@ def test_a_count_of_rebuilds_below_0_or_an_age_above_the_offers_is_refused():
     for change, words in (
         ({"rebuilds": buffer.rebuilds - 5}, "rebuilds are negative"),
         ({"ages": buffer.ages + jnp.array([[7, 0]])}, "contradict"),
+        ({"keys": buffer.keys + 1}, "slots of entries that are not held"),
+        ({"norms": buffer.norms + 1}, "slots of entries that are not held"),
+        ({"norms": buffer.norms / 2}, "running sum .* is not that of its slots"),
+        ({"error": buffer.error + 1}, "running sum .* is not that of its slots"),
+        ({"total": 0 * buffer.total}, "running sum .* is not that of its slots"),
+        ({"total": buffer.total + 1e-3}, "running sum .* is not that of its slots"),
     ):
         forged = state._replace(buffer=buffer._replace(**change))
         with pytest.raises(ValueError, match=words):
             memoptax.check_state(tx, params, forged)
+
+
+def test_equal_ages_are_refused():
+    tx = memoptax.critical_gradients(2)
+    params = jnp.ones(3)
+    state: Any = tx.init(params)
+    for _ in range(2):
+        state = tx.update(params, state)[1]
+    memoptax.check_state(tx, params, state)
+    buffer = state.buffer._replace(ages=jnp.ones_like(state.buffer.ages))
+    with pytest.raises(ValueError, match="entries of equal ages"):
+        memoptax.check_state(tx, params, state._replace(buffer=buffer))
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_two_states_whose_floats_alone_were_averaged_are_refused_and_mended(batch):
+    """As by a tool that averages weights and leaves counters alone."""
+    tx: Any = memoptax.adam_c(0.1, topc=3, holding="sum")
+    params, random = jnp.ones((2, 3)), np.random.default_rng(0)
+    if batch:
+        tx = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
+    states: Any = []
+    for _ in range(2):
+        state = tx.init(params)
+        for _ in range(7):
+            gradient = jnp.asarray(random.normal(size=(2, 3)), jnp.float32)
+            state = tx.update(gradient, state, params)[1]
+        memoptax.check_state(tx, params, state)
+        states.append(state)
+
+    def mean(a, b):
+        return (a + b) / 2 if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    mixed = jax.tree.map(mean, *states)
+    with pytest.raises(ValueError, match="running sum .* is not that of its slots"):
+        memoptax.check_state(tx, params, mixed)
+    mended = memoptax.resize_buffer(mixed, 3, holding="sum")
+    memoptax.check_state(tx, params, mended)
+
+
+@pytest.mark.parametrize(
+    ("tx", "field"),
+    [
+        (memoptax.sgd_c(0.1, topc=2, buffer_dtype="int8"), "scales"),
+        (memoptax.adam_c(0.1, topc=2, mu_dtype="int8"), "scales"),
+        (memoptax.adam_cm(0.1, topc=2, mu_dtype="int8"), "mu_scales"),
+        (memoptax.sm3(0.1, momentum=0.9, momentum_dtype="int8"), "scales"),
+    ],
+)
+def test_int8_without_its_scales_is_refused(tx, field):
+    params = {"w": jnp.ones((2, 3))}
+    state = tx.update(params, tx.init(params), params)[1]
+    memoptax.check_state(tx, params, state)
+
+    def without(path, x):
+        here = any(getattr(key, "name", "") == field for key in path)
+        return jnp.zeros_like(x) if here else x
+
+    lost = jax.tree_util.tree_map_with_path(without, state)
+    with pytest.raises(ValueError, match=r"\['w'\] has numbers in int8 whose scales"):
+        memoptax.check_state(tx, params, lost)
 
 
 def test_a_scalar_of_an_ensemble_may_be_infinite():

@@ -18,7 +18,7 @@ FLOORS = [
     {"_critical_gradients", "_critical_momenta", "_momentum"}
     | {"_sm3", "_sm3_momenta", "_sm3_rules"}
     | {"covers", "sparse"}
-    | {"_buffer_tools", "_bytes", "_schedules", "_sharding"},
+    | {"_buffer_tools", "_bytes", "_check_state", "_schedules", "_sharding"},
     {"memoptax"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -103,6 +103,84 @@ def test_boxes_across_devices_are_those_of_one_device(make, cover, spec, mesh):
         assert trimmed(a.sharding.spec) == trimmed(b)
 
 
+# States that a helper has divided along any axis, in explicit mode
+
+
+def divided(state, mesh):
+    """Every array over "data", along the first axis that it divides."""
+
+    def place(x):
+        axis = next((k for k, n in enumerate(x.shape) if n % 2 == 0), x.ndim)
+        spec = P(*[None] * axis, "data") if axis < x.ndim else P()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, state)
+
+
+def on_two(tree):
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Explicit,))
+    return mesh, jax.device_put(tree, NamedSharding(mesh, P("data")))
+
+
+BUFFERED = {
+    "slots": lambda: memoptax.sgd_c(0.1, topc=3),
+    "keys": lambda: memoptax.sgd_c(0.1, topc=2),
+    "keys of a sum": lambda: memoptax.adam_cm(0.1, topc=2, holding="sum"),
+    "scales": lambda: memoptax.adam_c(0.1, topc=3, buffer_dtype="int8"),
+    "draws": lambda: memoptax.sgd_c(0.1, topc=1, fifo_probability=0.5),
+    "rows": lambda: memoptax.sm3_cm(0.1, topc=1, synced=False),
+}
+
+
+@pytest.mark.parametrize("name", BUFFERED)
+def test_a_buffer_divided_where_it_must_be_whole_is_refused(name):
+    mesh, params = on_two({"w": jnp.ones((8, 8)), "b": jnp.ones(8)})
+    tx = BUFFERED[name]()
+    state = divided(tx.init(params), mesh)
+    field = {"keys of a sum": "slots|keys", "scales": "slots", "rows": "keys"}
+    message = (
+        f"field ({field.get(name, name.split()[0])}) is divided over the mesh axis"
+    )
+    for use in (
+        lambda: tx.update(params, state, params),
+        lambda: jax.jit(tx.update)(params, state, params),
+        lambda: memoptax.buffer_stats(state),
+        lambda: memoptax.resize_buffer(state, 2),
+        lambda: memoptax.reset_buffer(state),
+        lambda: memoptax.check_state(tx, params, state),
+    ):
+        with pytest.raises(ValueError, match=message + ".*state_shardings"):
+            use()
+    whole = jax.device_put(state, memoptax.state_shardings(tx, params))
+    jax.jit(tx.update)(params, whole, params)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        memoptax.sm3(0.1),
+        memoptax.sm3(0.1, variant="I", cover=memoptax.covers.blocks(2)),
+        memoptax.sm3(0.1, momentum=0.9, momentum_dtype="int8"),
+        memoptax.sm3_cm(0.1, topc=0),
+    ],
+)
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data"), P()])
+def test_accumulators_divided_along_any_axis_are_used_and_stay_there(tx, spec):
+    """As the states of optax are. A mesh axis divides two axes of the leaf here."""
+    values = np.float32(np.random.default_rng(0).normal(size=(8, 8)))
+    mesh, _ = on_two({})
+    params = jax.device_put(values, NamedSharding(mesh, spec))
+    state = divided(tx.init(params), mesh)
+    types = jax.tree.map(jax.typeof, state)
+    want, plain = None, tx.init(values)
+    for _ in range(2):
+        got, state = jax.jit(tx.update)(params, state, params)
+        want, plain = jax.jit(tx.update)(values, plain, values)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+        assert jax.tree.map(jax.typeof, state) == types
+        assert jax.typeof(got) == jax.typeof(params)
+
+
 def trimmed(spec):
     entries = [None if e == () else e for e in spec]
     while entries and entries[-1] is None:

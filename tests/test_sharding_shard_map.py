@@ -271,7 +271,7 @@ def test_sharded_norm_needs_no_square_in_range(size, mesh):
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ("auto", "does not track this under check_vma=False: name the axes"),
+        ("auto", "does not track this with check_vma=False or in jax.pmap: name the"),
         ({"matrix": BOTH}, "axes for 1 leaves, but the gradients have 3"),
     ],
 )
@@ -283,3 +283,52 @@ def test_axes_that_cannot_be_right_are_refused(axes, message, mesh):
 def test_a_rule_that_is_no_function_is_refused():
     with pytest.raises(ValueError, match="rule must be a function, but is 'max'"):
         memoptax.sharded_norm("auto", untyped("max"))
+
+
+# Without sharded_norm: each device decides about its own shards
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(memoptax.sgd_c, 0.1, 0.9, topc=1, buffer_dtype="int8"),
+        functools.partial(memoptax.rmsprop_c, 0.1, topc=2),
+        functools.partial(memoptax.adam_c, 0.1, topc=2, synced=False),
+        functools.partial(memoptax.adam_cm, 0.1, topc=2, holding="sum"),
+        functools.partial(memoptax.adam_cm, 0.1, mu_dtype="int8", skip_first=True),
+        functools.partial(memoptax.sgd_cm, 0.1, topc=2, fifo_probability=0.5),
+        functools.partial(memoptax.sm3_cm, 0.1, topc=2),
+        functools.partial(memoptax.sm3_cm, 0.1, topc=0),
+    ],
+    ids=lambda make: make.func.__name__,
+)
+def test_a_state_from_init_is_the_carry_of_a_scan(make):
+    """Each device trains as one alone does, on its own shard of the parameters."""
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,))
+    params = {"w": values()["matrix"], "b": values()["vector"]}
+    tx, stream = make(), {"w": values(4)["matrix"], "b": values(4)["vector"]}
+
+    def run(params, stream):
+        def step(carry, gradients):
+            params, state = carry
+            updates, state = tx.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), stream)[0][0]
+
+    specs = (P("data"), P(None, "data"))
+    found = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("data")))(
+        params, stream
+    )
+
+    def of_half(part, tree, axis):
+        return jax.tree.map(lambda x: np.split(x, 2, axis)[part], tree)
+
+    halves = [
+        jax.jit(run)(of_half(part, params, 0), of_half(part, stream, 1))
+        for part in range(2)
+    ]
+    want = jax.tree.map(lambda *parts: np.concatenate(parts), *halves)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, want
+    )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from memoptax import _check
 from memoptax._buffer import holding
 from memoptax._buffer.options import Options
-from memoptax._tensors import dtypes, storage
+from memoptax._tensors import dtypes, layout, storage
 
 _KEEP = "Pass the arguments that the state was made with, or make a new one with init."
 
@@ -136,6 +136,7 @@ def check_shapes(buffer) -> None:
     for array in jax.tree.leaves(buffer.slots):
         if array.dtype.name not in storage.DTYPES:
             raise ValueError(f"state has a buffer whose slots are {array.dtype.name}.")
+    _check_whole(buffer)
     *batch, rows, topc = shape
     for name, found, wanted in _shapes(buffer, rows, topc, tuple(batch)):
         if found != wanted:
@@ -143,6 +144,28 @@ def check_shapes(buffer) -> None:
                 f"state has a buffer whose field {name} has shape {found} where "
                 f"{wanted} is needed beside keys of shape {shape}."
             )
+
+
+def _check_whole(buffer):
+    """Refuse arrays that are divided where every device needs all their numbers.
+
+    In automatic mode the compiler sends the numbers. In explicit mode JAX would fail
+    somewhere in the update.
+    """
+    batch = range(buffer.keys.ndim - 2)
+    for name, field in zip(buffer._fields, buffer):
+        stacked = name in ("slots", "scales") and buffer.entries is not None
+        for array in jax.tree.leaves(field):
+            axes = [k for k in range(array.ndim) if k not in batch]
+            if name in ("slots", "scales", "total"):
+                axes = axes[:1] if stacked else []
+            if divided := layout.divided(array, axes):
+                raise ValueError(
+                    f"state has a buffer whose field {name} is divided over the mesh "
+                    f"axis {' and '.join(divided)}, but every device needs all of its "
+                    f"entries (its sharding is {jax.typeof(array).sharding.spec}): "
+                    "place the state with memoptax.state_shardings."
+                )
 
 
 def _shapes(buffer, rows, topc, batch):

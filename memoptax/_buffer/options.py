@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from memoptax import _check
 from memoptax._buffer import aggregation, sharded_norm
 from memoptax._buffer import holding as holding_
-from memoptax._tensors import storage
+from memoptax._tensors import layout, storage
 
 Aggregate = str | Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Priority = Callable[[Any], ArrayLike]
@@ -55,6 +55,16 @@ class Options(NamedTuple):
     def way(self, slots) -> str:
         """The way to hold values in ``slots``. Only their dtypes matter."""
         return holding_.way(self.holding, self.topc, holding_.itemsize(slots))
+
+    def in_shards(self, state, params):
+        """A new ``state``, as one that an update has returned inside ``shard_map``.
+
+        There each device decides for its own shards, so every array of a state varies
+        between devices, the keys too. With ``sharded_norm`` all decide together.
+        """
+        if self.across is not None:
+            return state
+        return layout.vary_together(state, params)
 
     def is_sound(self):
         """Whether κ and the FIFO probability, which may be traced, are finite."""

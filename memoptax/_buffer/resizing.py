@@ -90,8 +90,15 @@ def reset(buffer):
     return zeros._replace(entries=holding.in_order(*buffer.keys.shape))
 
 
-def leftovers(buffer):
-    """Whether a slot has numbers other than 0, but no entry that is held.
+def has_equal_ages(buffer):
+    """Whether two entries of a row came in at the same step. Ages stop at a limit."""
+    ages = jnp.sort(buffer.ages, axis=1)
+    old, new = ages[:, 1:], ages[:, :-1]
+    return jnp.any((old == new) & (new > 0) & (old < jnp.iinfo(ages.dtype).max))
+
+
+def has_leftovers(buffer):
+    """Whether a slot, a key or a norm is not 0, but belongs to no entry that is held.
 
     The spare slot may have a value that was refused or evicted.
     """
@@ -102,12 +109,48 @@ def leftovers(buffer):
         allowed = running_sum.in_slots(filled, buffer.entries)
         allowed |= spare & jnp.any(filled, axis=1, keepdims=True)
     leaves = jax.tree.leaves(buffer.slots)
-    found = jnp.zeros((), bool)
+    found = jnp.any(~filled & (buffer.keys != 0))
+    if buffer.norms is not None:
+        found |= jnp.any(~filled & (buffer.norms != 0))
     for slots, right in zip(leaves, holding.per_leaf(list(allowed), leaves)):
         slots = slots[None] if buffer.entries is None else slots
         used = jnp.any(slots != 0, axis=tuple(range(1, slots.ndim)))
         found |= jnp.any(used & ~right)
     return found
+
+
+def has_wrong_sum(buffer):
+    """Whether a running sum, its norms or its error bound contradict the slots.
+
+    A tool that averages two states, but only their floating-point numbers, mixes the
+    sums of one with the slots of the other.
+    """
+    if buffer.norms is None:
+        return jnp.zeros((), bool)
+    stacks, _ = holding.stacks_of(buffer)
+    totals, dtype = jax.tree.leaves(buffer.total), buffer.keys.dtype
+    held = running_sum.in_slots(eviction.held(buffer), buffer.entries)
+    zeros = [jnp.zeros_like(total) for total in totals]
+    found = running_sum.from_slots(zeros, stacks, held)
+    # Equal infinities are no gap.
+    gaps = [jnp.where(a == b, 0, a - b) for a, b in zip(totals, found)]
+    fresh = running_sum.fresh_error(buffer.norms, running_sum.units(totals, dtype))
+    allowed = running_sum.largest_error(buffer.norms, totals)
+    some = 1.01  # norms are rounded too
+    wrong = ~(_norms.of(gaps, dtype) <= some * (buffer.error + fresh))
+    wrong |= ~(buffer.error <= some * jnp.maximum(allowed, fresh))
+    return jnp.any(wrong) | jnp.any(~(_norms_of_entries(buffer) <= some * buffer.norms))
+
+
+def _norms_of_entries(buffer):
+    """The norms (L, C) of the values held, one entry at a time."""
+    dtype, leaves = buffer.keys.dtype, range(len(jax.tree.leaves(buffer.slots)))
+
+    def of(entry):
+        values = [holding.value(buffer, leaf, entry, dtype) for leaf in leaves]
+        return _norms.of(values, dtype)
+
+    return jax.lax.map(of, jnp.arange(buffer.keys.shape[1])).T
 
 
 def problem(buffer) -> str | None:

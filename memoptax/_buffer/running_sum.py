@@ -92,7 +92,9 @@ def bound(buffer, totals, new, incoming):
     lost = jnp.where(jnp.any((norms > 0) | (buffer.norms > 0), axis=1), lost, 0)
     rounding = unit * incoming + unit * outgoing + scale + lost
     error = buffer.error + jnp.where(jnp.any(new, axis=1), rounding, 0)
-    exact = jnp.all(error <= _TOLERANCE * scale)  # false if a tool has made it NaN
+    exact = jnp.all(
+        error <= largest_error(norms, totals)
+    )  # false if a tool has made it NaN
     # A sum that overflows, before a change or while it changes, stays infinite until it
     # is rebuilt. The norms may be wider than the sum of a leaf.
     limits = [jnp.finfo(t.dtype).max for t in totals] or [0]
@@ -114,6 +116,11 @@ def _is_changed(buffer):
     moved = jnp.any(jnp.sort(entries, axis=1) != in_order, axis=1)
     misplaced = jnp.any(held, axis=1) & moved
     return jnp.any(misplaced) | jnp.any((buffer.norms > 0) & ~held)
+
+
+def largest_error(norms, totals):
+    """The error bounds (L,) beyond which sums of such values are rebuilt."""
+    return _TOLERANCE * _sum_of_products(units(totals, norms.dtype), norms)
 
 
 def fresh_error(norms, units):

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from memoptax import _check
-from memoptax._tensors import dtypes, norms
+from memoptax._tensors import dtypes, layout, norms
 
 Names = tuple[Any, ...]
 
@@ -105,12 +105,13 @@ class ShardedNorm:
         return squares
 
     def _names(self, squares) -> list[Names]:
-        varying, known = [_varying(x) for x in squares], _is_tracked()
+        varying, known = [layout.varying(x) for x in squares], _is_tracked()
         if isinstance(self.axes, str) and self.axes == "auto":
             if not known:
                 raise ValueError(
                     "sharded_norm('auto') asks JAX over which axes a gradient varies, "
-                    "but JAX does not track this under check_vma=False: name the axes."
+                    "but JAX does not track this with check_vma=False or in jax.pmap: "
+                    "name the axes."
                 )
             return [tuple(sorted(names)) for names in varying]
         every = [_flat(entry) for entry in self._entries(len(squares))]
@@ -189,14 +190,7 @@ def _flat(entry) -> Names:
     return tuple(name for part in entry for name in _flat(part))
 
 
-def _varying(x) -> frozenset:
-    """The mesh axes over which JAX knows that a value varies."""
-    kind = jax.typeof(x)
-    vma = getattr(kind, "vma", None)  # until jax 0.9
-    return kind.mat.varying if vma is None else vma
-
-
 def _is_tracked() -> bool:
     """Whether JAX tracks what varies. Under check_vma=False it does not."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    return all(name in _varying(jax.lax.axis_index(name)) for name in manual)
+    return all(name in layout.varying(jax.lax.axis_index(name)) for name in manual)

@@ -42,8 +42,13 @@ def _may_be_a_box(box: Any) -> bool:
 
 def resolve(cover: Any, path: Any, leaf: Any) -> tuple[Box, ...]:
     """The box shapes a cover gives a parameter, checked and cut to its shape."""
-    boxes: Any = cover(path, leaf) if callable(cover) else cover
     of, shape = name(path), tuple(leaf.shape)
+    if not all(isinstance(size, int) for size in shape):
+        raise ValueError(
+            f"{of} has the shape {shape}, but the accumulators of SM3 need sizes that "
+            "are known while tracing: give jax.export numbers."
+        )
+    boxes: Any = cover(path, leaf) if callable(cover) else cover
     if not isinstance(boxes, (list, tuple)):
         raise ValueError(
             f"The cover of {of} with shape {shape} is {boxes!r}: it must be a list of "

@@ -1,4 +1,6 @@
-"""The sharding of one array for another one, in JAX's explicit mode."""
+"""What JAX's types say about devices: in explicit mode how they divide an array, and in
+``shard_map`` the mesh axes over which its values vary.
+"""
 
 import math
 
@@ -14,9 +16,30 @@ def like(x, other, leading: int = 0):
     """
     have, want = jax.typeof(x).sharding, jax.typeof(other).sharding
     spec = _whole(want.spec[leading:], x.ndim)
-    if have.mesh.empty or want.mesh.empty or _whole(have.spec, x.ndim) == spec:
+    if have.mesh.empty or want.mesh.empty:
         return x
-    return _placed(x, want.mesh, spec)
+    return _with_spec(x, want.mesh, spec)
+
+
+def agreeing(arrays, other):
+    """The arrays, so that they can be broadcast against each other and ``other``.
+
+    In JAX's explicit mode a mesh axis can divide one axis of the result only. An array
+    that it divides along another one is gathered along that one.
+    """
+    sharding = jax.typeof(other).sharding
+    if sharding.mesh.empty:
+        return arrays
+    settled, placed = list(_whole(sharding.spec, other.ndim)), []
+    for x in arrays:
+        spec = list(_whole(jax.typeof(x).sharding.spec, x.ndim))
+        for axis, names in enumerate(spec):
+            taken = {n for part in settled for n in _names(part)}
+            if settled[axis] is None and taken.isdisjoint(_names(names)):
+                settled[axis] = names
+            spec[axis] = names if settled[axis] == names else None
+        placed.append(_with_spec(x, sharding.mesh, tuple(spec)))
+    return tuple(placed)
 
 
 def in_runs(x, axis: int, size: int):
@@ -27,19 +50,63 @@ def in_runs(x, axis: int, size: int):
     """
     sharding = jax.typeof(x).sharding
     spec = list(_whole(sharding.spec, x.ndim))
-    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
-    if sharding.mesh.empty or names == (None,):
+    if sharding.mesh.empty or spec[axis] is None:
         return x
-    parts = math.prod(sharding.mesh.shape[name] for name in names)
+    parts = math.prod(sharding.mesh.shape[name] for name in _names(spec[axis]))
     if x.shape[axis] % (parts * size) == 0:
         return x
     spec[axis] = None
-    return _placed(x, sharding.mesh, spec)
+    return _with_spec(x, sharding.mesh, tuple(spec))
 
 
-def _placed(x, mesh, spec):
+def divided(x, axes) -> tuple:
+    """The mesh axes that divide an array along ``axes``, in JAX's explicit mode."""
+    if not isinstance(x, jax.Array):
+        return ()
+    spec = _whole(jax.typeof(x).sharding.spec, x.ndim)
+    return tuple(name for axis in axes for name in _names(spec[axis]))
+
+
+def varying(x) -> frozenset:
+    """The mesh axes over which JAX knows that a value varies, in ``shard_map``."""
+    kind = jax.typeof(x)
+    vma = getattr(kind, "vma", None)  # until jax 0.9
+    return kind.mat.varying if vma is None else vma
+
+
+def vary_together(tree, others):
+    """The ``tree``, every array of which varies over the axes of any of the ``others``.
+
+    It changes types and no numbers. Zeros that are made in ``shard_map`` vary over no
+    axis. What an update makes of them does, and ``jax.lax.scan`` needs a carry whose
+    type does not change.
+    """
+    arrays = [x for x in jax.tree.leaves(others) if isinstance(x, jax.Array)]
+    axes = frozenset().union(*map(varying, arrays))
+
+    def cast(x):
+        missing = tuple(sorted(axes - varying(x)))
+        if not missing:
+            return x
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(x, missing, to="varying")
+        return vars(jax.lax)["pvary"](x, missing)  # until jax 0.8
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
+def _with_spec(x, mesh, spec):
     """``x`` with this spec. It names the mesh, because ``jax.set_mesh`` is optional."""
+    if _whole(jax.typeof(x).sharding.spec, x.ndim) == spec:
+        return x
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def _names(part) -> tuple:
+    """The mesh axes in one entry of a spec."""
+    if part is None:
+        return ()
+    return part if isinstance(part, tuple) else (part,)
 
 
 def _whole(spec, rank):

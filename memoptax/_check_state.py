@@ -1,0 +1,170 @@
+"""Check that the numbers of a state can be those of an optimizer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from memoptax import _buffer_tools, _check, _parameters
+from memoptax._buffer import matching, resizing
+from memoptax._tensors import flax_metadata
+
+
+def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
+    """Refuse a state that does not belong to ``tx`` and ``params``.
+
+    ``update`` checks only shapes and dtypes, while it is traced. This function checks
+    the values too. Call it outside of ``jax.jit`` after every restore from a
+    checkpoint, and whenever a state was changed by other means.
+
+    Args:
+      tx: the optimizer.
+      params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
+      state: the state to check.
+
+    Returns:
+      None.
+
+    Raises:
+      ValueError: if the state differs from ``tx.init(params)`` in structure, shape or
+        dtype, or has a leaf that is not an array; if a floating-point array has a
+        number that is not finite (a scalar may be infinite), or a second moment, a
+        count or a scale is below 0 in a state of memoptax, or in one of optax's common
+        ones; if the entries of a buffer are not a permutation, its counters or ages
+        contradict each other, its keys or norms are negative, or a running sum is not
+        that of its slots; or if numbers in int8 have a scale of 0. The error names the
+        array.
+
+    Examples:
+      >>> import memoptax, jax.numpy as jnp
+      >>> tx = memoptax.sgd_c(0.1)
+      >>> params = jnp.zeros(3)
+      >>> memoptax.check_state(tx, params, tx.init(params))
+    """
+    _check.transformation("tx", tx)
+    bare, asked = map(flax_metadata.bare, (state, jax.eval_shape(tx.init, params)))
+    found, wanted = map(jax.tree.leaves_with_path, (bare, asked))
+    if jax.tree.structure(bare) != jax.tree.structure(asked):
+        raise ValueError(
+            f"state has the structure {jax.tree.structure(bare)}, but tx.init(params) "
+            f"has {jax.tree.structure(asked)}: it belongs to another optimizer, other "
+            "options or other parameters."
+        )
+    # In an ensemble a scalar has the axes of the members.
+    batch = max(
+        (buffer.keys.ndim - 2 for buffer in _buffer_tools.buffers_in(asked)), default=0
+    )
+    for (path, leaf), (_, like) in zip(found, wanted):
+        name = f"state{jax.tree_util.keystr(path)}"
+        if isinstance(leaf, Tracer):
+            raise ValueError(
+                f"{name} is traced, but check_state looks at numbers: call it outside "
+                "of jax.jit."
+            )
+        try:
+            leaf = jnp.asarray(leaf)
+        except (TypeError, ValueError):
+            array = isinstance(leaf, np.ndarray)
+            kind = leaf.dtype.name if array else f"type {type(leaf).__name__}"
+            raise ValueError(
+                f"{name} must be an array of numbers, but is of {kind}."
+            ) from None
+        if leaf.shape != like.shape or leaf.dtype != like.dtype:
+            raise ValueError(
+                f"{name} has shape {leaf.shape} and dtype {leaf.dtype},"
+                f" but tx.init(params) has {like.shape} and {like.dtype} there."
+            )
+        if jnp.issubdtype(like.dtype, jnp.floating):
+            # A scalar of optax may start at infinity, such as the best value so far.
+            scalar = leaf.ndim <= batch
+            good = ~jnp.isnan(leaf) if scalar else jnp.isfinite(leaf)
+            if not jnp.all(good):
+                raise ValueError(f"{name} has numbers that are not finite.")
+    for path, leaf in _at_least_0(bare):
+        if jnp.any(jnp.less(leaf, 0)):
+            raise ValueError(f"state{path} has numbers below 0.")
+    for buffer in _buffer_tools.buffers_in(_parameters.state_arrays(bare)):
+        matching.check_shapes(buffer)
+        _buffer_tools.check_numbers(buffer)
+        for is_wrong, sentence in _CONTRADICTIONS.items():
+            if jnp.any(_buffer_tools.for_each(is_wrong, buffer)):
+                raise ValueError(f"state has a buffer {sentence}")
+    for path, values, scales in _in_int8(bare):
+        if jnp.any(jnp.where(scales == 0, values != 0, False)):
+            raise ValueError(
+                f"state{path} has numbers in int8 whose scales are 0: was it restored "
+                "without its scales?"
+            )
+
+
+# What only check_state refuses. An update goes on with it, and resize_buffer mends it.
+_CONTRADICTIONS = {
+    resizing.has_leftovers: (
+        "with numbers in slots of entries that are not held: was it scaled or "
+        "averaged? memoptax.reset_buffer empties it."
+    ),
+    resizing.has_equal_ages: (
+        "with entries of equal ages: was it scaled or averaged? memoptax.reset_buffer "
+        "empties it."
+    ),
+    resizing.has_wrong_sum: (
+        "whose running sum (total, norms, error) is not that of its slots: was it "
+        "averaged, or restored in parts? memoptax.resize_buffer(state, topc), with the "
+        "topc and holding that it has, adds the slots up again."
+    ),
+}
+
+# Fields that are sums of squares, counts or scales in the states of this package, and
+# in these of optax. In others, a name may mean another thing: optax.sm3 keeps its
+# momentum in nu. Parameters may have such names too.
+_AT_LEAST_0 = ("nu", "nu_max", "accumulators", "scales", "mu_scales", "count")
+_OF_OPTAX = (
+    *(optax.ScaleByAdamState, optax.ScaleByAmsgradState, optax.ScaleByBeliefState),
+    *(optax.ScaleByNovogradState, optax.ScaleByRmsState, optax.ScaleByRStdDevState),
+    *(optax.EmaState, optax.ScaleByLionState, optax.ScaleByScheduleState),
+    optax.InjectStatefulHyperparamsState,
+)
+
+
+def _at_least_0(state):
+    """The paths and arrays of a state that cannot have numbers below 0."""
+    found = []
+
+    def descend(path, node):
+        kind = type(node)
+        if kind in _OF_OPTAX or kind.__module__.startswith(f"{__package__}."):
+            above = jax.tree_util.keystr(path)
+            for field in sorted({*_AT_LEAST_0} & {*getattr(node, "_fields", ())}):
+                for rest, leaf in jax.tree.leaves_with_path(getattr(node, field)):
+                    found.append((f"{above}.{field}{jax.tree_util.keystr(rest)}", leaf))
+        return False
+
+    jax.tree.leaves_with_path(state, is_leaf=descend, is_leaf_takes_path=True)
+    return found
+
+
+# What this package may store in int8, and the field with its scales.
+_SCALES = {"slots": "scales", "moment": "scales", "momentum": "scales"}
+_SCALES |= {"mu": "mu_scales"}
+
+
+def _in_int8(state):
+    """The paths, values and scales of what this package stores in int8."""
+    found = []
+
+    def descend(path, node):
+        if type(node).__module__.startswith(f"{__package__}."):
+            above = jax.tree_util.keystr(path)
+            for field in {*_SCALES} & {*getattr(node, "_fields", ())}:
+                values = jax.tree.leaves_with_path(getattr(node, field))
+                scales = jax.tree.leaves(getattr(node, _SCALES[field], None))
+                for (rest, leaf), scale in zip(values, scales):
+                    name = f"{above}.{field}{jax.tree_util.keystr(rest)}"
+                    found.append((name, leaf, scale))
+        return False
+
+    jax.tree.leaves_with_path(state, is_leaf=descend, is_leaf_takes_path=True)
+    return found
