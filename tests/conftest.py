@@ -7,7 +7,7 @@
 Most of the time goes into compilation, for programs that run once. So LLVM does not
 optimize them, and XLA's slower emitters of fusions are off: test_critical_gradients.py
 takes 17 seconds instead of 29. Passes over whole programs, which decide what is fused,
-copied and held, stay on. CI runs the fast suite once with MEMOPTAX_TEST_OPTIMIZED too.
+copied and held, stay on. CI runs half of the fast suite with MEMOPTAX_TEST_OPTIMIZED.
 
 On an accelerator, tests marked ``cpu_only`` are skipped with the reason that the marker
 gives, and so are all that ask for the fixture ``mesh``. Matrix products have full
@@ -16,7 +16,8 @@ its memory with ``XLA_PYTHON_CLIENT_PREALLOCATE=false``. All of this is set befo
 starts.
 
 ``pytest`` runs the fast suite, ``-m long`` the rest, ``-m "long or not long"`` all.
-A test marked ``few(n)`` has n of its cases in the fast suite, spread evenly. CI leaves
+A test marked ``few(n)`` has n of its cases in the fast suite, spread evenly, or as many
+as ``MEMOPTAX_TEST_FEW`` says if those are fewer. CI leaves
 out what is marked ``exhaustive``: the 5,000 streams per family of test_properties.py,
 whose results docs/trust.md keeps. The fast suite has a short form of them.
 """
@@ -68,6 +69,7 @@ def pytest_collection_modifyitems(items):
             cases.setdefault((item.path, item.originalname), []).append(item)
     for group in cases.values():
         (count,) = group[0].get_closest_marker("few").args
+        count = min(count, int(os.environ.get("MEMOPTAX_TEST_FEW") or count))
         fast = {k * len(group) // count for k in range(count)}
         for place, item in enumerate(group):
             if place not in fast:

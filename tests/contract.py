@@ -134,6 +134,9 @@ each_factory = pytest.mark.parametrize(
     "opt", [opt for opt in OPTIMIZERS if opt.name == opt.factory.__name__], ids=repr
 )
 # Each factory, and the building blocks with all options of the buffer.
+each_lone_block = pytest.mark.parametrize(
+    "opt", [opt for opt in OPTIMIZERS if not opt.rated], ids=repr
+)
 each_block = pytest.mark.parametrize(
     "opt",
     [opt for opt in OPTIMIZERS if opt.name == opt.factory.__name__ or not opt.rated],

@@ -23,6 +23,7 @@ from contract import (
     donating,
     each_block,
     each_factory,
+    each_lone_block,
     each_memory,
     each_optimizer,
     expected,
@@ -70,7 +71,7 @@ def test_vmap_over_seeds_equals_runs_apart(opt):
         close(at(batched, seed), expected(opt, seed))
 
 
-@each_block
+@each_lone_block
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="jax before 0.10 cannot batch such slices"
 )

@@ -97,7 +97,7 @@ def test_results_resume(tmp_path):
     assert ("t", "o", 0.1, 0, 5) in again and ("t", "o", 0.1, 2, 5) not in again
     again.append([_run(seed=2)])
     assert len(Results(path).runs) == 3
-    (run,) = Results(path).select(optimizer="o", seed=1)
+    (run,) = Results(path).select("t", "o", seed=1)
     assert np.isnan(run["test"]) and run["steps"] == 5
 
 
@@ -372,6 +372,7 @@ def test_numbers_are_written_as_far_as_they_are_known():
     assert page.difference(intervals.Interval(0.01, 0.5)) == "+0.01 ± 0.50"
 
 
+@pytest.mark.long
 def test_the_pages_are_those_of_the_results():
     texts = [path.read_text() for path in page.PAGES]
     known = load()

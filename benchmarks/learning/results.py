@@ -18,6 +18,7 @@ class Results:
     def __init__(self, path: Path):
         self.path = path
         self.runs: dict[tuple, dict] = {}
+        self._rows: dict[tuple[str, str], dict[tuple, dict]] = {}
         if path.exists():
             with path.open(newline="") as file:
                 for line in csv.DictReader(file):
@@ -42,16 +43,18 @@ class Results:
         for run in runs:
             self._add(run)
 
-    def select(self, **wanted) -> list[dict]:
-        """The runs whose columns have these values."""
+    def select(self, task: str, optimizer: str, **wanted: float) -> list[dict]:
+        """The runs of an optimizer on a task, whose columns have these numbers."""
         return [
             run
-            for run in self.runs.values()
+            for run in self._rows.get((task, optimizer), {}).values()
             if all(_same(run[name], value) for name, value in wanted.items())
         ]
 
     def _add(self, run):
-        self.runs[_key(*(run[name] for name in KEY))] = run
+        key = _key(*(run[name] for name in KEY))
+        self.runs[key] = run
+        self._rows.setdefault(key[:2], {})[key] = run
 
 
 def _key(task, optimizer, rate, seed, steps):
@@ -59,8 +62,6 @@ def _key(task, optimizer, rate, seed, steps):
 
 
 def _same(one, other):
-    if isinstance(one, str):
-        return one == other
     return f"{one:.6g}" == f"{other:.6g}"
 
 
