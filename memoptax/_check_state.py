@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from memoptax import _buffer_tools, _check, _parameters
 from memoptax._buffer import matching, resizing
-from memoptax._tensors import flax_metadata
+from memoptax._tensors import flax_metadata, storage
 
 
 def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
@@ -31,12 +31,12 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
     Raises:
       ValueError: if the state differs from ``tx.init(params)`` in structure, shape or
         dtype, or has a leaf that is not an array; if a floating-point array has a
-        number that is not finite (a scalar may be infinite), or a second moment, a
-        count or a scale is below 0 in a state of memoptax, or in one of optax's common
-        ones; if the entries of a buffer are not a permutation, its counters or ages
-        contradict each other, its keys or norms are negative, or a running sum is not
-        that of its slots; or if numbers in int8 have a scale of 0. The error names the
-        array.
+        number that is not finite (a scalar may be infinite, but not the sum of a
+        buffer, although ``update`` recovers from that), or a second moment, a count or
+        a scale is below 0 in a state of memoptax, or in one of optax's common ones; if
+        the entries of a buffer are not a permutation, its counters or ages contradict
+        each other, its keys or norms are negative, or a running sum is not that of its
+        slots; or if numbers in int8 have a scale of 0. The error names the array.
 
     Examples:
       >>> import memoptax, jax.numpy as jnp
@@ -93,6 +93,7 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
             if jnp.any(_buffer_tools.for_each(is_wrong, buffer)):
                 raise ValueError(f"state has a buffer {sentence}")
     for path, values, scales in _in_int8(bare):
+        values, scales = storage.on_device(values), storage.on_device(scales)
         if jnp.any(jnp.where(scales == 0, values != 0, False)):
             raise ValueError(
                 f"state{path} has numbers in int8 whose scales are 0: was it restored "
@@ -100,11 +101,11 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
             )
 
 
-# What only check_state refuses. An update goes on with it, and resize_buffer mends it.
+# What only check_state refuses. An update goes on with such a state.
 _CONTRADICTIONS = {
     resizing.has_leftovers: (
-        "with numbers in slots of entries that are not held: was it scaled or "
-        "averaged? memoptax.reset_buffer empties it."
+        "with a key, a norm or numbers in slots of entries that are not held: was it "
+        "scaled or averaged? memoptax.reset_buffer empties it."
     ),
     resizing.has_equal_ages: (
         "with entries of equal ages: was it scaled or averaged? memoptax.reset_buffer "
@@ -147,8 +148,12 @@ def _at_least_0(state):
 
 
 # What this package may store in int8, and the field with its scales.
-_SCALES = {"slots": "scales", "moment": "scales", "momentum": "scales"}
-_SCALES |= {"mu": "mu_scales"}
+_SCALES = {
+    "slots": "scales",
+    "moment": "scales",
+    "momentum": "scales",
+    "mu": "mu_scales",
+}
 
 
 def _in_int8(state):

@@ -181,6 +181,55 @@ def test_accumulators_divided_along_any_axis_are_used_and_stay_there(tx, spec):
         assert jax.typeof(got) == jax.typeof(params)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: memoptax.sgd_c(0.1, topc=2),
+        lambda: memoptax.adam_cm(0.1, topc=2, buffer_dtype="int8", mu_dtype="int8"),
+        lambda: memoptax.adam_c(0.1, topc=2, holding="sum"),
+        lambda: memoptax.sm3_cm(0.1, topc=1),
+    ],
+    ids=["read", "int8", "sum", "select"],
+)
+def test_a_state_restored_without_a_mesh_is_put_on_it(make):
+    """As a state of optax is, in explicit mode."""
+    values = np.float32(np.random.default_rng(0).normal(size=(8, 4)))
+    mesh, params = on_two(values)
+    tx = make()
+    with jax.set_mesh(mesh):
+        state = jax.tree.map(np.asarray, tx.init(params))
+        plain = tx.init(values)
+        for _ in range(3):
+            got, state = jax.jit(tx.update)(params, state, params)
+            want, plain = jax.jit(tx.update)(values, plain, values)
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+        memoptax.check_state(tx, params, state)
+
+
+@pytest.mark.parametrize("topc", [1, 2])
+def test_a_state_is_checked_outside_of_its_mesh(topc):
+    _, params = on_two({"w": jnp.ones((8, 8)), "b": jnp.ones(8)})
+    tx = memoptax.sgd_c(0.1, topc=topc)
+    state = tx.update(params, tx.init(params), params)[1]
+    memoptax.check_state(tx, params, state)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_state_in_the_memory_of_the_host_is_checked(dtype):
+    tx = memoptax.adam_c(0.1, topc=2, holding="sum", buffer_dtype=dtype)
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,))
+    params = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("data")))
+    there = memoptax.state_shardings(tx, params, slots_memory_kind="pinned_host")
+    state = jax.jit(tx.init, out_shardings=there)(params)
+    step = jax.jit(tx.update, out_shardings=(params.sharding, there))
+    state = step(params, state, params)[1]
+    memoptax.check_state(tx, params, state)
+    total = jnp.zeros_like(state[0].buffer.total)
+    wrong = state[0]._replace(buffer=state[0].buffer._replace(total=total))
+    with pytest.raises(ValueError, match="is not that of its slots"):
+        memoptax.check_state(tx, params, (wrong, *state[1:]))
+
+
 def trimmed(spec):
     entries = [None if e == () else e for e in spec]
     while entries and entries[-1] is None:

@@ -57,10 +57,10 @@ class Options(NamedTuple):
         return holding_.way(self.holding, self.topc, holding_.itemsize(slots))
 
     def in_shards(self, state, params):
-        """A new ``state``, as one that an update has returned inside ``shard_map``.
+        """The new ``state`` of a buffer, with the types that it has after an update.
 
-        There each device decides for its own shards, so every array of a state varies
-        between devices, the keys too. With ``sharded_norm`` all decide together.
+        Inside ``shard_map`` each device decides for its own shards, so all arrays vary
+        between devices, the keys too. With ``sharded_norm`` all devices decide alike.
         """
         if self.across is not None:
             return state

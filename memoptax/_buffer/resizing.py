@@ -92,6 +92,8 @@ def reset(buffer):
 
 def has_equal_ages(buffer):
     """Whether two entries of a row came in at the same step. Ages stop at a limit."""
+    if buffer.ages.shape[1] == 1:
+        return jnp.zeros((), bool)
     ages = jnp.sort(buffer.ages, axis=1)
     old, new = ages[:, 1:], ages[:, :-1]
     return jnp.any((old == new) & (new > 0) & (old < jnp.iinfo(ages.dtype).max))
@@ -113,6 +115,7 @@ def has_leftovers(buffer):
     if buffer.norms is not None:
         found |= jnp.any(~filled & (buffer.norms != 0))
     for slots, right in zip(leaves, holding.per_leaf(list(allowed), leaves)):
+        slots = storage.on_device(slots)
         slots = slots[None] if buffer.entries is None else slots
         used = jnp.any(slots != 0, axis=tuple(range(1, slots.ndim)))
         found |= jnp.any(used & ~right)

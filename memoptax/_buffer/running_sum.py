@@ -92,9 +92,8 @@ def bound(buffer, totals, new, incoming):
     lost = jnp.where(jnp.any((norms > 0) | (buffer.norms > 0), axis=1), lost, 0)
     rounding = unit * incoming + unit * outgoing + scale + lost
     error = buffer.error + jnp.where(jnp.any(new, axis=1), rounding, 0)
-    exact = jnp.all(
-        error <= largest_error(norms, totals)
-    )  # false if a tool has made it NaN
+    # False if a tool has made it NaN.
+    exact = jnp.all(error <= largest_error(norms, totals))
     # A sum that overflows, before a change or while it changes, stays infinite until it
     # is rebuilt. The norms may be wider than the sum of a leaf.
     limits = [jnp.finfo(t.dtype).max for t in totals] or [0]

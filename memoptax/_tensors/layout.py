@@ -21,6 +21,22 @@ def like(x, other, leading: int = 0):
     return _with_spec(x, want.mesh, spec)
 
 
+def on_mesh_of(x, other, leading: int):
+    """``x``, which may be on no mesh, on that of ``other`` in JAX's explicit mode.
+
+    Its first ``leading`` axes stay whole, and so does an axis of another size. A state
+    that was restored as arrays of NumPy is on no mesh.
+    """
+    have, want = jax.typeof(x).sharding, jax.typeof(other).sharding
+    if want.mesh.empty or not have.mesh.empty:
+        return x
+    names = zip(_whole(want.spec, other.ndim), other.shape, x.shape[leading:])
+    spec = [name if size == own else None for name, size, own in names]
+    return jax.sharding.reshard(
+        x, NamedSharding(want.mesh, PartitionSpec(*[None] * leading, *spec))
+    )
+
+
 def agreeing(arrays, other):
     """The arrays, so that they can be broadcast against each other and ``other``.
 

@@ -267,7 +267,7 @@ def read(stack: Stored, slot) -> Stored:
         value = jax.lax.dynamic_index_in_dim(
             x, slot, 0, keepdims=False, allow_negative_indices=False
         )
-        return _moved(value, jax.memory.Space.Device)
+        return on_device(value)
 
     return jax.tree.map(taken, stack)
 
@@ -292,7 +292,7 @@ def select(stack: Stored, slots, filled, copies: int | None) -> Stored:
     """
 
     def taken(x):
-        chosen = jnp.take(_moved(x, jax.memory.Space.Device), slots, axis=0)
+        chosen = jnp.take(on_device(x), slots, axis=0)
         full = jnp.reshape(filled, (-1,) + (1,) * (chosen.ndim - 1))
         chosen = jnp.where(full, chosen, jnp.zeros((), chosen.dtype))
         if copies is None:
@@ -305,8 +305,13 @@ def select(stack: Stored, slots, filled, copies: int | None) -> Stored:
 
 def emptied(array):
     """Zeros like a stack, or any array of a state, in the same memory."""
-    zeros = jnp.zeros_like(_moved(array, jax.memory.Space.Device))
+    zeros = jnp.zeros_like(on_device(array))
     return _moved(zeros, jax.typeof(array).memory_space)
+
+
+def on_device(x):
+    """``x`` in the memory of the device."""
+    return _moved(x, jax.memory.Space.Device)
 
 
 def _moved(x, space):
