@@ -66,13 +66,7 @@ def _summed(buffer, like, rebuilds):
     zeros = [jnp.zeros_like(x) for x in jax.tree.leaves(like)]
     held = running_sum.in_slots(eviction.held(buffer), buffer.entries)
     totals = running_sum.from_slots(zeros, stacks, held)
-    norms = jnp.stack(
-        [
-            _norms.of([holding.value(buffer, k, i, dtype) for i in range(topc)], dtype)
-            for k in range(len(leaves))
-        ]
-        or [jnp.zeros((topc,), dtype)]
-    )
+    norms = _norms_of_entries(buffer) if leaves else jnp.zeros((1, topc), dtype)
     units = running_sum.units(totals, dtype)
     return buffer._replace(
         total=treedef.unflatten(totals),
