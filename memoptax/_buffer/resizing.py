@@ -139,6 +139,7 @@ def has_wrong_sum(buffer):
     return jnp.any(wrong) | jnp.any(~(_norms_of_entries(buffer) <= some * buffer.norms))
 
 
+@jax.jit  # so that a loop outside of jit is compiled once
 def _norms_of_entries(buffer):
     """The norms (L, C) of the values held, one entry at a time."""
     dtype, leaves = buffer.keys.dtype, range(len(jax.tree.leaves(buffer.slots)))
