@@ -1,0 +1,196 @@
+"""What check_state refuses, and what it takes."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+
+import memoptax
+
+from untyped import untyped
+
+pytestmark = pytest.mark.few(1)
+
+
+def test_an_infinity_in_a_new_state_of_optax_is_no_fault():
+    tx = optax.chain(memoptax.sgd_c(0.1), optax.contrib.reduce_on_plateau())
+    params = jnp.ones(3)
+    memoptax.check_state(tx, params, tx.init(params))
+
+
+class Named(NamedTuple):
+    """Parameters named like fields of states that are never negative."""
+
+    scales: Any
+    count: Any
+    nu: Any
+
+
+@pytest.mark.parametrize(
+    ("tx", "params"),
+    [
+        (memoptax.adam_c(0.1), Named(*[jnp.ones(3)] * 3)),
+        (memoptax.adam_cm(0.1, mu_dtype="int8"), {"a": Named(*[jnp.ones(3)] * 3)}),
+        (optax.adam(0.1), Named(*[jnp.ones(3)] * 3)),
+        (optax.chain(memoptax.critical_gradients(2), optax.sm3(0.1)), jnp.ones((2, 3))),
+    ],
+    ids=["adam_c", "adam_cm", "optax.adam", "optax.sm3, whose nu is a momentum"],
+)
+@pytest.mark.few(4)
+def test_a_name_of_a_field_may_mean_another_thing(tx, params):
+    gradients = jax.tree.map(lambda x: -x, params)
+    _, state = tx.update(gradients, tx.init(params), params)
+    memoptax.check_state(tx, params, state)
+
+
+def test_what_is_no_array_is_named():
+    tx, params = memoptax.sgd_c(0.1), jnp.ones(3)
+    state = untyped(tx.init(params))
+    shape = jax.eval_shape(lambda: state[0].buffer.slots)
+    for leaf, kind in (
+        ("abc", "type str"),
+        (object(), "type object"),
+        (shape, "type ShapeDtypeStruct"),
+        (np.zeros(shape.shape, "V2"), "void16"),  # bfloat16 from np.load
+    ):
+        buffer = state[0].buffer._replace(slots=leaf)
+        forged = (state[0]._replace(buffer=buffer), *state[1:])
+        with pytest.raises(
+            ValueError, match=f"slots must be .* numbers, but is of {kind}"
+        ):
+            memoptax.check_state(tx, params, forged)
+
+
+def test_a_number_in_a_buffer_is_taken_as_in_update():
+    tx, params = memoptax.sgd_c(0.1, holding="sum"), jnp.ones(3)
+    state = optax.tree.set(tx.init(params), rebuilds=0)
+    _, after = tx.update(params, state)
+    memoptax.check_state(tx, params, state)
+    memoptax.check_state(tx, params, after)
+    with pytest.raises(
+        ValueError,
+        match="field rebuilds must hold arrays, but holds an object of type int",
+    ):
+        memoptax.buffer_stats(state)
+
+
+def test_a_traced_state_has_no_numbers_to_check():
+    tx, params = memoptax.sgd_c(0.1), jnp.ones(3)
+    with pytest.raises(ValueError, match="call it outside of jax.jit"):
+        jax.jit(lambda state: memoptax.check_state(tx, params, state))(tx.init(params))
+
+
+@pytest.mark.parametrize("options", [{}, {"topc": 1}, {"holding": "sum"}])
+def test_a_scaled_buffer_that_became_empty_is_refused_and_resized_to_an_empty_one(
+    options,
+):
+    """All integers are 0, but the slots are not."""
+    tx = memoptax.critical_gradients(**options)
+    params = jnp.ones(3)
+    state = tx.init(params)
+    for k in range(6):
+        state = tx.update(params * (k + 1), state)[1]
+    scaled = jax.tree.map(lambda x: (0.1 * x).astype(x.dtype), state)
+    with pytest.raises(ValueError, match="slots of entries that are not held"):
+        memoptax.check_state(tx, params, scaled)
+    resized = memoptax.resize_buffer(scaled, 7)
+    larger = memoptax.critical_gradients(7)
+    memoptax.check_state(larger, params, resized)
+    fresh = larger.init(params)
+    for k in range(3):
+        found, resized = larger.update(params * (k + 1), resized)
+        wanted, fresh = larger.update(params * (k + 1), fresh)
+        np.testing.assert_allclose(untyped(found), untyped(wanted), rtol=1e-6)
+
+
+def test_a_count_of_rebuilds_below_0_or_an_age_above_the_offers_is_refused():
+    tx = memoptax.critical_gradients(2, holding="sum")
+    params = jnp.ones(3)
+    state: Any = tx.update(params, tx.init(params))[1]
+    buffer = state.buffer
+    memoptax.check_state(tx, params, state)
+    for change, words in (
+        ({"rebuilds": buffer.rebuilds - 5}, "rebuilds are negative"),
+        ({"ages": buffer.ages + jnp.array([[7, 0]])}, "contradict"),
+        ({"keys": buffer.keys + 1}, "slots of entries that are not held"),
+        ({"norms": buffer.norms + 1}, "slots of entries that are not held"),
+        ({"norms": buffer.norms / 2}, "running sum .* is not that of its slots"),
+        ({"error": buffer.error + 1}, "running sum .* is not that of its slots"),
+        ({"total": 0 * buffer.total}, "running sum .* is not that of its slots"),
+        ({"total": buffer.total + 1e-3}, "running sum .* is not that of its slots"),
+    ):
+        forged = state._replace(buffer=buffer._replace(**change))
+        with pytest.raises(ValueError, match=words):
+            memoptax.check_state(tx, params, forged)
+
+
+def test_equal_ages_are_refused():
+    tx = memoptax.critical_gradients(2)
+    params = jnp.ones(3)
+    state: Any = tx.init(params)
+    for _ in range(2):
+        state = tx.update(params, state)[1]
+    memoptax.check_state(tx, params, state)
+    buffer = state.buffer._replace(ages=jnp.ones_like(state.buffer.ages))
+    with pytest.raises(ValueError, match="entries of equal ages"):
+        memoptax.check_state(tx, params, state._replace(buffer=buffer))
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_two_states_whose_floats_alone_were_averaged_are_refused_and_mended(batch):
+    """As by a tool that averages weights and leaves counters alone."""
+    tx: Any = memoptax.adam_c(0.1, topc=3, holding="sum")
+    params, random = jnp.ones((2, 3)), np.random.default_rng(0)
+    if batch:
+        tx = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
+    states: Any = []
+    for _ in range(2):
+        state = tx.init(params)
+        for _ in range(7):
+            gradient = jnp.asarray(random.normal(size=(2, 3)), jnp.float32)
+            state = tx.update(gradient, state, params)[1]
+        memoptax.check_state(tx, params, state)
+        states.append(state)
+
+    def mean(a, b):
+        return (a + b) / 2 if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    mixed = jax.tree.map(mean, *states)
+    with pytest.raises(ValueError, match="running sum .* is not that of its slots"):
+        memoptax.check_state(tx, params, mixed)
+    mended = memoptax.resize_buffer(mixed, 3, holding="sum")
+    memoptax.check_state(tx, params, mended)
+
+
+@pytest.mark.parametrize(
+    ("tx", "field"),
+    [
+        (memoptax.sgd_c(0.1, topc=2, buffer_dtype="int8"), "scales"),
+        (memoptax.adam_c(0.1, topc=2, mu_dtype="int8"), "scales"),
+        (memoptax.adam_cm(0.1, topc=2, mu_dtype="int8"), "mu_scales"),
+        (memoptax.sm3(0.1, momentum=0.9, momentum_dtype="int8"), "scales"),
+    ],
+)
+def test_int8_without_its_scales_is_refused(tx, field):
+    params = {"w": jnp.ones((2, 3))}
+    state = tx.update(params, tx.init(params), params)[1]
+    memoptax.check_state(tx, params, state)
+
+    def without(path, x):
+        here = any(getattr(key, "name", "") == field for key in path)
+        return jnp.zeros_like(x) if here else x
+
+    lost = jax.tree_util.tree_map_with_path(without, state)
+    with pytest.raises(ValueError, match=r"\['w'\] has numbers in int8 whose scales"):
+        memoptax.check_state(tx, params, lost)
+
+
+def test_a_scalar_of_an_ensemble_may_be_infinite():
+    plain = optax.chain(memoptax.adam_c(0.1, topc=2), optax.contrib.reduce_on_plateau())
+    tx = optax.GradientTransformation(jax.vmap(plain.init), jax.vmap(plain.update))
+    params = jnp.ones((3, 2))
+    memoptax.check_state(tx, params, tx.init(params))
