@@ -206,22 +206,25 @@ def test_an_average_of_few_weights_is_their_mean():
     np.testing.assert_allclose(state.average, (-1 - 2 - 6) / 3, rtol=1e-6)
 
 
+LINE = tasks.Task(
+    name="line",
+    data=jnp.arange(8.0),
+    init=lambda key: jax.random.normal(key, (1,)),
+    draw=lambda data, key, count: jax.random.randint(
+        jax.random.fold_in(key, count), (2,), 0, 8
+    ),
+    batch=lambda data, rows: data[rows],
+    loss=lambda w, x: jnp.mean((w[0] * x - x) ** 2),
+    score=lambda data, w, losses, key: {"validation": w[0], "test": losses[-1]},
+    steps=6,
+    schedule=tasks.warmup,
+    lanes=2,
+)
+
+
 def test_training_is_that_of_a_plain_loop():
     """Lanes, padding and the split into three programs change nothing."""
-    task = tasks.Task(
-        name="line",
-        data=jnp.arange(8.0),
-        init=lambda key: jax.random.normal(key, (1,)),
-        draw=lambda data, key, count: jax.random.randint(
-            jax.random.fold_in(key, count), (2,), 0, 8
-        ),
-        batch=lambda data, rows: data[rows],
-        loss=lambda w, x: jnp.mean((w[0] * x - x) ** 2),
-        score=lambda data, w, losses, key: {"validation": w[0], "test": losses[0]},
-        steps=6,
-        schedule=tasks.warmup,
-        lanes=2,
-    )
+    task = LINE
     runs = [
         {"rate": rate, "seed": seed} for rate in (0.01, 0.02, 0.03) for seed in (3,)
     ]
@@ -235,6 +238,26 @@ def test_training_is_that_of_a_plain_loop():
             w = w - rate * jax.grad(task.loss)(w, batch)
         np.testing.assert_allclose(float(record["validation"]), w[0], rtol=1e-4)
         assert np.isnan(record["acceptance"])
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_an_average_is_scored_online_before_each_step(online):
+    task = LINE._replace(online=online, schedule=tasks.constant)
+
+    def make(rate, steps):
+        return training.with_average(optax.sgd(rate), 0.99)
+
+    ((record,),) = training.train(task, make, [{"rate": 0.01, "seed": 3}])
+    init_key, key = jax.random.split(jax.random.key(3))
+    weights = [task.init(init_key)]
+    for count in range(6):
+        batch = task.batch(task.data, task.draw(task.data, key, count))
+        weights.append(weights[-1] - 0.01 * jax.grad(task.loss)(weights[-1], batch))
+    # The plain mean of the weights after the first five steps, or the last of them.
+    scored = sum(weights[1:6]) / 5 if online else weights[5]
+    np.testing.assert_allclose(record["test"], task.loss(scored, batch), rtol=1e-4)
+    mean = sum(weights[1:]) / 6
+    np.testing.assert_allclose(record["validation"], mean[0], rtol=1e-4)
 
 
 def test_what_the_slots_hold_is_counted():

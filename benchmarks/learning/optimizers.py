@@ -257,7 +257,7 @@ def adam_cm(settings=SHORT) -> list[Row]:
     return buffered_rows("adam_cm", "adam", ADAM / 4, memoptax.adam_cm, settings)
 
 
-def sm3_cm(settings=((5, 0.99), (5, "FIFO"), (5, "κ=1e-6"))) -> list[Row]:
+def sm3_cm(settings=SHORT[1:]) -> list[Row]:
     """Controls of ``sm3_cm``, which is itself among the bases. One has no buffer."""
     rows = buffered_rows("sm3_cm", "adam", SM3 / 16, memoptax.sm3_cm, settings)
     return rows + bases("sm3_cm, C=0")

@@ -27,6 +27,7 @@ class Task(NamedTuple):
     curve: Callable | None = None  # data, params -> a number, at each of `points`
     points: int = 1
     until: float | None = None  # the run stops at this running loss
+    online: bool = False  # whether the score is made of the losses of the batches
     watch: Callable | None = None  # optimizer's state -> dict of scalars (averaged)
     lanes: int = 8  # runs trained at once
     python: tuple[int, int] | None = None  # the version whose text is the data

@@ -138,6 +138,8 @@ def _run(task, make):
             params, state, running, count = carry
             batch = task.batch(data, drawn)
             loss, grads = jax.value_and_grad(task.loss)(params, batch)
+            if task.online and isinstance(state, AverageState):
+                loss = task.loss(state.average, batch)
             updates, state = tx.update(grads, state, params)
             new = optax.apply_updates(params, updates)
             watched = _watched(task, state)

@@ -78,6 +78,7 @@ def task():
         score=score,
         steps=steps,
         schedule=tasks.constant,
+        online=True,
         unit="mean loss of the last two thirds, nats",
         lanes=8,
     )
@@ -85,7 +86,8 @@ def task():
 
 def plan():
     rows = [
-        *o.bases("adam", "sgd", "ademamix", "adagrad", "adagrad from 0"),
+        *o.bases("adam", "sgd", "ademamix", "adam, averaged"),
+        *o.bases("adagrad", "adagrad from 0"),
         *o.bases("sm3", "sm3_cm"),
         *o.sm3_cm(),
         *o.adam_c(),

@@ -77,7 +77,7 @@ def rows():
     settings = ((1, 0.9), *o.SHORT, (20, 0.99), (20, "FIFO"))
     return [
         *o.bases("adam", "sgd", "adam, SAM", "sgd, SAM"),
-        *o.bases("ademamix", "adagrad", "sm3", "sm3_cm"),
+        *o.bases("ademamix", "adam, averaged", "adagrad", "sm3", "sm3_cm"),
         *o.sm3_cm(),
         *o.adam_cm(settings),
         *o.adam_c(),

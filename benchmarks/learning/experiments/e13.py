@@ -11,7 +11,8 @@ SMALL, LARGE = 64, 92  # widths: 115,072 and 227,240 parameters
 
 def plan():
     small = o.bases("adam", "sm3", "sm3_cm", "ademamix", "adafactor", "adagrad", "muon")
-    small += o.sm3_cm(((5, "FIFO"),)) + o.bases("sm3_cm, C=0, int8")
+    small += o.bases("adam, averaged")
+    small += o.sm3_cm() + o.bases("sm3_cm, C=0, int8")
     small += o.bases("sm3 momentum", "sm3 momentum, int8", "sm3_cm, C=1, int8")
     small += o.bases("adam, own schedule", "sm3, own schedule", "sm3_cm, own schedule")
     small += o.bases("ademamix, own schedule", "adafactor, own schedule")

@@ -128,7 +128,7 @@ def plan():
         *o.bases("adam", "sgd", "ademamix", "adam, averaged", "adagrad", "sm3"),
         *o.adam_c(),
         *o.adam_cm(((1, 0.9), *o.SHORT)),
-        *o.sgd_c(((5, 0.7), (5, "FIFO"))),
+        *o.sgd_c(),
     ]
     return [
         (flips("flips of one in five", BATCH, FLIPS), rows),
