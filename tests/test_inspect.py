@@ -294,9 +294,10 @@ def test_equal_entries_are_coherent_whatever_their_size(size):
     np.testing.assert_allclose(memoptax.buffer_stats(state)["coherence"], 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "int8"])
-def test_a_resized_sum_is_as_wide_as_a_new_one(dtype, x64):
-    params = jnp.ones(3, jnp.float64)
+@pytest.mark.parametrize("dtype", [None, "float64", "float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("of_params", ["float64", "float32", "float16"])
+def test_a_resized_sum_is_as_wide_as_a_new_one(of_params, dtype, x64):
+    params = jnp.ones(3, of_params)
     options = {"buffer_dtype": dtype, "topc": 3}
     state = memoptax.sgd_c(0.1, holding="read", **options).init(params)
     state = memoptax.resize_buffer(state, 3, holding="sum")

@@ -54,10 +54,13 @@ def _summed(buffer, like, rebuilds):
     leaves, treedef = jax.tree.flatten(buffer.slots)
     stacks, _ = holding.stacks_of(buffer)
     if like is None:
-        # Slots of one dtype may be narrower than the parameters. Keys never are.
+        # Slots may be wider or narrower than the parameters. Keys are as wide as the
+        # widest of these, and so is a sum if all slots have one dtype.
         known = dtype if len({x.dtype for x in leaves}) == 1 else jnp.float32
         wide = [
-            dtype if x.dtype == jnp.int8 else dtypes.widest(x.dtype, known)
+            dtype
+            if x.dtype == jnp.int8 or dtypes.holds(x.dtype, dtype)
+            else dtypes.widest(x.dtype, known)
             for x in leaves
         ]
         like = treedef.unflatten(
