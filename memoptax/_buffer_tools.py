@@ -124,6 +124,9 @@ def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> Sta
 def reset_buffer(state: State) -> State:
     """The state with its buffers emptied, for a change of task. Moments are kept.
 
+    Under ``jax.jit`` on a mesh in automatic mode its zeros are replicated, as those of
+    ``init`` are. Call it outside of ``jax.jit`` there, or pass ``out_shardings``.
+
     Args:
       state: the state of an optimizer with critical gradients or momenta.
 

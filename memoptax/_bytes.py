@@ -231,8 +231,9 @@ def largest_topc(
     wins. So slots are rounded only if that allows a larger C.
 
     Args:
-      optimizer: a function that takes ``topc`` and ``buffer_dtype`` by name and returns
-        the transformation, such as ``functools.partial(memoptax.adam_c, 1e-3)``.
+      optimizer: a function that takes ``buffer_dtype`` and any ``topc`` from 1 to
+        ``at_most`` by name, and returns the transformation, such as
+        ``functools.partial(memoptax.adam_c, 1e-3)``.
       params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
       budget: bytes for the whole state, moments included, or with ``shardings`` those
         on one device. Parameters, gradients and activations are not counted.

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from memoptax import _buffer_tools, _check, _parameters
 from memoptax._buffer import matching, resizing
-from memoptax._tensors import flax_metadata, storage
+from memoptax._tensors import flax_metadata, layout, storage
 
 
 def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
@@ -30,7 +30,8 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
 
     Raises:
       ValueError: if the state differs from ``tx.init(params)`` in structure, shape or
-        dtype, or has a leaf that is not an array; if a floating-point array has a
+        dtype, or has a leaf that is not an array, that was deleted, or that is bound to
+        other devices than the first; if a floating-point array has a
         number that is not finite (a scalar may be infinite, but not the sum of a
         buffer, although ``update`` recovers from that), or a second moment, a count or
         a scale is below 0 in a state of memoptax, or in one of optax's common ones; if
@@ -57,6 +58,7 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
     batch = max(
         (buffer.keys.ndim - 2 for buffer in _buffer_tools.buffers_in(asked)), default=0
     )
+    bound = None
     for (path, leaf), (_, like) in zip(found, wanted):
         name = f"state{jax.tree_util.keystr(path)}"
         if isinstance(leaf, Tracer):
@@ -64,8 +66,21 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
                 f"{name} is traced, but check_state looks at numbers: call it outside "
                 "of jax.jit."
             )
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise ValueError(
+                f"{name} was deleted, as donated arrays are: pass the state that the "
+                "step has returned."
+            )
+        devices = layout.devices_of(leaf)
+        bound = bound or (devices and (name, devices))
+        if devices and devices != bound[1]:
+            raise ValueError(
+                f"{bound[0]} is bound to {layout.called(bound[1])}, but {name} to "
+                f"{layout.called(devices)}: place the state with "
+                "memoptax.state_shardings."
+            )
         try:
-            leaf = jnp.asarray(leaf)
+            leaf = storage.on_device(jnp.asarray(leaf))
         except (TypeError, ValueError):
             array = isinstance(leaf, np.ndarray)
             kind = leaf.dtype.name if array else f"type {type(leaf).__name__}"

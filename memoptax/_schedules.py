@@ -40,7 +40,8 @@ def sm3_schedule(
       cooldown_fraction: the part of the run, from 0 to 1, that the cool-down takes.
 
     Returns:
-      A schedule: a function from the step to a float32 scalar.
+      A schedule: a function from the step to a scalar in float32, or in float64 if
+        ``peak`` is.
 
     Raises:
       ValueError: if an argument is out of its range, or if one other than ``peak`` is

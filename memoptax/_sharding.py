@@ -69,9 +69,9 @@ def state_partition_specs(
 
     Raises:
       ValueError: if ``specs`` is neither like ``params`` nor a prefix; if a spec is not
-        a ``PartitionSpec``, or has more entries than its parameter has axes (the error
-        names the parameter); if ``over`` does not name axes of the mesh, or names one
-        that already divides a parameter.
+        a ``PartitionSpec``, has more entries than its parameter has axes, or names a
+        mesh axis twice (the error names the parameter); if ``over`` does not name axes
+        of the mesh, or names one that already divides a parameter.
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax
@@ -274,6 +274,10 @@ def _checked(path, leaf, spec, mesh) -> PartitionSpec:
             f"{len(leaf.shape)} axes."
         )
     spec = PartitionSpec() if spec is None else spec
+    if len(set(_names(spec))) < len(_names(spec)):
+        raise ValueError(
+            f"specs has {spec} for {_called(path)}, but must name each mesh axis once."
+        )
     for name in _names(spec):
         if not isinstance(name, str):
             raise ValueError(

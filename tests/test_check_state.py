@@ -128,6 +128,14 @@ def test_a_count_of_rebuilds_below_0_or_an_age_above_the_offers_is_refused():
             memoptax.check_state(tx, params, forged)
 
 
+def test_a_donated_state_is_refused():
+    tx, params = memoptax.sgd_c(0.1), jnp.ones(3)
+    state = tx.init(params)
+    jax.jit(lambda state: tx.update(params, state)[1], donate_argnums=0)(state)
+    with pytest.raises(ValueError, match="was deleted, as donated arrays are"):
+        memoptax.check_state(tx, params, state)
+
+
 def test_equal_ages_are_refused():
     tx = memoptax.critical_gradients(2)
     params = jnp.ones(3)

@@ -1,8 +1,11 @@
 """Meshes that do not fit: missing names, and boxes across devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -41,6 +44,12 @@ def test_what_is_no_mesh_is_refused():
         memoptax.state_shardings(tx, params, SMALLER, slots_memory_kind="pinned_host")
     with pytest.raises(ValueError, match="specs must name mesh axes"):
         memoptax.state_partition_specs(tx, params, P(P.UNCONSTRAINED))
+    for twice in (P("data", "data"), P(("data", "data"))):
+        with pytest.raises(ValueError, match="must name each mesh axis once"):
+            memoptax.state_partition_specs(tx, params, twice)
+    for wrong in (P(P.UNCONSTRAINED), P(3), {"w": P("data", None, ("model", 3))}):
+        with pytest.raises(ValueError, match="axes must be 'auto', names of mesh axes"):
+            memoptax.sharded_norm(wrong)
 
 
 def test_a_norm_over_an_axis_that_is_not_there_is_refused(mesh):
@@ -212,6 +221,27 @@ def test_a_state_is_checked_outside_of_its_mesh(topc):
     tx = memoptax.sgd_c(0.1, topc=topc)
     state = tx.update(params, tx.init(params), params)[1]
     memoptax.check_state(tx, params, state)
+
+
+@each_maker
+def test_a_state_bound_to_other_devices_is_refused(make, mesh):
+    """A restore may bind to a device what an eager init has left to JAX."""
+    params = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P("data")))
+    tx = optax.chain(make(0.1), optax.ema(0.9))
+    state = tx.init(params)
+    memoptax.check_state(tx, params, state)
+    bound = jax.tree.map(
+        lambda x: x if x.committed else jax.device_put(x, jax.devices()[1]), state
+    )
+    calls = [lambda state: memoptax.check_state(tx, params, state)]
+    if make is not memoptax.sm3:
+        resize = functools.partial(memoptax.resize_buffer, topc=2)
+        calls += [memoptax.buffer_stats, memoptax.reset_buffer, resize]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"bound to .*, but .* to .*: place"):
+            call(bound)
+    placed = jax.device_put(bound, memoptax.state_shardings(tx, params))
+    memoptax.check_state(tx, params, placed)
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])

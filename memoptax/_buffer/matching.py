@@ -136,6 +136,7 @@ def check_shapes(buffer) -> None:
     for array in jax.tree.leaves(buffer.slots):
         if array.dtype.name not in storage.DTYPES:
             raise ValueError(f"state has a buffer whose slots are {array.dtype.name}.")
+    _check_devices(buffer)
     _check_whole(buffer)
     *batch, rows, topc = shape
     for name, found, wanted in _shapes(buffer, rows, topc, tuple(batch)):
@@ -143,6 +144,28 @@ def check_shapes(buffer) -> None:
             raise ValueError(
                 f"state has a buffer whose field {name} has shape {found} where "
                 f"{wanted} is needed beside keys of shape {shape}."
+            )
+
+
+def _check_devices(buffer):
+    """Refuse arrays that are bound to different devices, as JAX does.
+
+    Some restores bind each array to where it was saved, also the keys that an eager
+    ``init`` has left to JAX.
+    """
+    bound = [
+        (name, devices)
+        for name, field in zip(buffer._fields, buffer)
+        for array in jax.tree.leaves(field)
+        if (devices := layout.devices_of(array)) is not None
+    ]
+    for name, devices in bound[1:]:
+        if devices != bound[0][1]:
+            raise ValueError(
+                f"state has a buffer whose field {bound[0][0]} is bound to "
+                f"{layout.called(bound[0][1])}, but {name} to "
+                f"{layout.called(devices)}: place the state with "
+                "memoptax.state_shardings."
             )
 
 

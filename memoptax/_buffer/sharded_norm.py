@@ -177,8 +177,14 @@ def _devices(name) -> int:
 
 def _is_entry(node) -> bool:
     """Whether this stands for one leaf: a name, names, a spec, or None."""
-    names = isinstance(node, tuple) and all(isinstance(name, str) for name in node)
-    return names or node is None or isinstance(node, str | PartitionSpec)
+    if isinstance(node, PartitionSpec):
+        return all(part is None or _is_names(part) for part in node)
+    return node is None or _is_names(node)
+
+
+def _is_names(part) -> bool:
+    several = isinstance(part, tuple) and all(isinstance(name, str) for name in part)
+    return several or isinstance(part, str)
 
 
 def _flat(entry) -> Names:

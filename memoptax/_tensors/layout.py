@@ -5,6 +5,7 @@
 import math
 
 import jax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 
@@ -81,6 +82,21 @@ def divided(x, axes) -> tuple:
         return ()
     spec = _whole(jax.typeof(x).sharding.spec, x.ndim)
     return tuple(name for axis in axes for name in _names(spec[axis]))
+
+
+def devices_of(x) -> frozenset | None:
+    """The devices that an array is bound to, or None if JAX may still move it."""
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer) or not x.committed:
+        return None
+    return frozenset(x.sharding.device_set)
+
+
+def called(devices) -> str:
+    """The devices, in a sentence."""
+    ids = sorted(device.id for device in devices)
+    if len(ids) == 1:
+        return f"device {ids[0]}"
+    return f"{len(ids)} devices ({ids[0]} to {ids[-1]})"
 
 
 def varying(x) -> frozenset:
