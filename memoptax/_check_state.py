@@ -58,7 +58,7 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
     batch = max(
         (buffer.keys.ndim - 2 for buffer in _buffer_tools.buffers_in(asked)), default=0
     )
-    bound = None
+    bound = []
     for (path, leaf), (_, like) in zip(found, wanted):
         name = f"state{jax.tree_util.keystr(path)}"
         if isinstance(leaf, Tracer):
@@ -71,14 +71,14 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
                 f"{name} was deleted, as donated arrays are: pass the state that the "
                 "step has returned."
             )
-        devices = layout.devices_of(leaf)
-        bound = bound or (devices and (name, devices))
-        if devices and devices != bound[1]:
-            raise ValueError(
-                f"{bound[0]} is bound to {layout.called(bound[1])}, but {name} to "
-                f"{layout.called(devices)}: place the state with "
-                "memoptax.state_shardings."
-            )
+        if (devices := layout.devices_of(leaf)) is not None:
+            bound.append((name, devices))
+            if devices != bound[0][1]:
+                raise ValueError(
+                    f"{bound[0][0]} is bound to {layout.called(bound[0][1])}, but "
+                    f"{name} to {layout.called(devices)}: place the state with "
+                    "memoptax.state_shardings."
+                )
         try:
             leaf = storage.on_device(jnp.asarray(leaf))
         except (TypeError, ValueError):

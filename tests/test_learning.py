@@ -247,17 +247,18 @@ def test_an_average_is_scored_online_before_each_step(online):
     def make(rate, steps):
         return training.with_average(optax.sgd(rate), 0.99)
 
-    ((record,),) = training.train(task, make, [{"rate": 0.01, "seed": 3}])
+    ((record,),) = untyped(training.train(task, make, [{"rate": 0.01, "seed": 3}]))
     init_key, key = jax.random.split(jax.random.key(3))
-    weights = [task.init(init_key)]
-    for count in range(6):
-        batch = task.batch(task.data, task.draw(task.data, key, count))
+    draws = [task.draw(task.data, key, count) for count in range(6)]
+    batches, weights = [task.batch(task.data, x) for x in draws], [task.init(init_key)]
+    for batch in batches:
         weights.append(weights[-1] - 0.01 * jax.grad(task.loss)(weights[-1], batch))
     # The plain mean of the weights after the first five steps, or the last of them.
-    scored = sum(weights[1:6]) / 5 if online else weights[5]
-    np.testing.assert_allclose(record["test"], task.loss(scored, batch), rtol=1e-4)
-    mean = sum(weights[1:]) / 6
-    np.testing.assert_allclose(record["validation"], mean[0], rtol=1e-4)
+    scored = jnp.stack(weights[1:6]).mean(0) if online else weights[5]
+    wanted = task.loss(scored, batches[5])
+    np.testing.assert_allclose(record["test"], wanted, rtol=1e-4)
+    mean = jnp.stack(weights[1:]).mean(0)[0]
+    np.testing.assert_allclose(record["validation"], mean, rtol=1e-4)
 
 
 def test_what_the_slots_hold_is_counted():
