@@ -151,7 +151,12 @@ def rate(name: str, value) -> Any:
             raise ValueError(
                 f"{name} must be a number or a schedule, but is {value!r}."
             )
-        return number(name, value, 0)
+        value = number(name, value, 0)
+        if isinstance(value, jax.Array) and jnp.isdtype(
+            value.dtype, "unsigned integer"
+        ):
+            return value.astype(jnp.float32)  # it has no negative, and steps go down
+        return value
     if not _takes(value, 1):
         raise ValueError(
             f"{name} must be a function of the step alone if it is a schedule, but is "
@@ -211,13 +216,17 @@ def dtype(name: str, value) -> None:
     """Refuse what is neither None nor a real floating-point dtype."""
     try:
         floating = value is None or (
-            not _is_array(value) and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+            not _is_array(value)
+            and jnp.issubdtype(found := jnp.dtype(value), jnp.floating)
+            and _computes(found)
+            and found.isnative
         )
     except (TypeError, ValueError):
         floating = False
     if not floating:
         raise ValueError(
-            f"{name} must be None or a real floating-point dtype, but is {value!r}."
+            f"{name} must be None or a real floating-point dtype of 16 to 64 bits, but "
+            f"is {value!r}."
         )
 
 
@@ -231,7 +240,8 @@ def stored_dtype(name: str, value, allowed):
     if value is None:
         return None
     try:
-        found = None if _is_array(value) else jnp.dtype(value).name
+        kind = None if _is_array(value) else jnp.dtype(value)
+        found = kind.name if kind is not None and kind.isnative else None
     except (TypeError, ValueError):
         found = value
     if not isinstance(found, str) or found not in allowed:

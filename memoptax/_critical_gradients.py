@@ -91,12 +91,12 @@ def critical_gradients(
         sees only the shards of one device. Use :func:`memoptax.sharded_norm` there, so
         that all devices agree. It also takes a rule of your own.
       buffer_dtype: dtype of the slots: None (that of the parameters), float64, float32,
-        bfloat16, float16 or int8. Sums and keys stay in float32 or better. A leaf is
-        refused if its norm exceeds the range of the dtype (65504 in float16). If
-        ``synced``, all leaves are refused with it. int8 has one float32 scale per row
-        of the last axis, or one for a tensor of rank 0 or 1. The error of an element
-        is then at most 1/254 of the largest magnitude in its row. Rows below 1.5e-36
-        become 0. No derivative flows through int8.
+        bfloat16, float16 or int8. Sums and keys stay in float32 or better. A leaf of a
+        wider dtype is refused if its norm exceeds the range of the slots (65504 in
+        float16). If ``synced``, all leaves are refused with it. int8 has one float32
+        scale per row of the last axis, or one for a tensor of rank 0 or 1. The error of
+        an element is then at most 1/254 of the largest magnitude in its row. Rows below
+        1.5e-36 become 0. No derivative flows through int8.
         ``docs/low_precision.md`` has the measured effect on accuracy.
       fifo_probability: the probability that a step replaces the oldest entry of a full
         buffer without comparing keys, drawn once per step. None means never.
@@ -302,7 +302,8 @@ def rmsprop_c(
       nesterov: whether that momentum is Nesterov's.
       centered: whether to divide by the standard deviation instead of the root mean
         square.
-      initial_scale: the initial value of the second moment.
+      initial_scale: the initial value of the second moment. A traced one is not
+        checked.
       weight_decay: λ ≥ 0, a number or a schedule, added after aggregation (L2).
       aggr: as in :func:`critical_gradients`.
       **buffer: the other arguments of :func:`critical_gradients`.

@@ -66,7 +66,7 @@ def sm3_schedule(
     def schedule(count):
         t = jnp.asarray(count, jnp.float32)
         left = jnp.maximum(total_steps - t, 0)
-        rise = (t / warmup_steps) ** power if warmup_steps else 1.0
+        rise = (t / max(warmup_steps, 1e-6)) ** power if warmup_steps else 1.0
         # A cool-down shorter than one step is a drop at the end.
         fall = left / max(cooldown_fraction * total_steps, 1e-6)
         return peak * jnp.minimum(jnp.minimum(rise, 1.0), fall)

@@ -101,7 +101,10 @@ STORAGE = (
 )
 FLOATING = (
     [None, "bfloat16", jnp.float16, np.dtype("float32")],
-    ["int8", "x", 3, ["float32"], jnp.int32, {}, "complex64", np.array([1.0, 2.0])],
+    [
+        *("int8", "x", 3, ["float32"], jnp.int32, {}, "complex64", np.array([1.0, 2])),
+        *("float8_e4m3fn", np.longdouble, ">f4"),
+    ],
 )
 FUNCTIONS = [None, optax.tree.norm], ["x", 2, [], jnp.array(1.0), two_arguments]
 BETA = numbers(-0.1, 1.0, 5.0)
@@ -390,6 +393,23 @@ def test_numbers_do_not_widen_updates(factory):
                 updates, after = jax.eval_shape(tx.update, half, state, half)
                 assert updates["w"].dtype == jnp.bfloat16, (name, value)
                 assert leaf_signature(after) == leaf_signature(state), (name, value)
+
+
+@each_factory
+@pytest.mark.few(3)
+def test_a_rate_without_a_negative_goes_down(factory):
+    if "learning_rate" not in inspect.signature(factory).parameters:
+        return
+    params = {"w": jnp.ones((2, 2))}
+    found = []
+    for one in (1, jnp.uint8(1)):
+        tx = factory(one)
+        state = tx.init(params)
+        for _ in range(2):  # the first step of CM does nothing
+            updates, state = tx.update(params, state, params)
+        found.append(updates["w"])
+    assert jnp.all(found[1] < 0)
+    np.testing.assert_array_equal(*found)
 
 
 NOTHING = [{}, {"topc": 0}, {"kappa": 0}]

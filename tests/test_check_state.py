@@ -136,6 +136,19 @@ def test_a_donated_state_is_refused():
         memoptax.check_state(tx, params, state)
 
 
+@pytest.mark.parametrize("topc", [1, 3])
+def test_a_norm_at_the_end_of_the_range_is_held(topc):
+    """int8 rounds a norm up, so its bound would be infinite."""
+    tx = memoptax.critical_gradients(topc, holding="sum", buffer_dtype="int8")
+    params = {"w": jnp.zeros(1)}
+    state: Any = tx.init(params)
+    for size in (3.395e38, 1.0):
+        state = tx.update({"w": jnp.full(1, size)}, state)[1]
+        memoptax.check_state(tx, params, state)
+        memoptax.resize_buffer(state, 2)
+    assert memoptax.buffer_stats(state)["fill"] == min(topc, 2)
+
+
 def test_equal_ages_are_refused():
     tx = memoptax.critical_gradients(2)
     params = jnp.ones(3)

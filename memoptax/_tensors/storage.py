@@ -211,13 +211,14 @@ def _limit(dtype, stored) -> float | None:
 
 
 def norm_bounds(norms, leaves, stored: list[Stored], across=None):
-    """Upper bounds (L,) of the L2 norms (L,) after storage."""
+    """Upper bounds (L,) of the L2 norms (L,) after storage, none of them infinite."""
     roundings = list(map(_rounding, leaves, stored, norms))
     squares = [rounding[1] for rounding in roundings]
     squares = squares if across is None else across(squares)
     factors = jnp.asarray([rounding[0] for rounding in roundings] or [1], norms.dtype)
     units = jnp.asarray([rounding[2] for rounding in roundings] or [1], norms.dtype)
-    return norms * factors + units * jnp.sqrt(jnp.asarray(squares or [0], norms.dtype))
+    lost = units * jnp.sqrt(jnp.asarray(squares or [0], norms.dtype))
+    return jnp.minimum(norms * factors + lost, jnp.finfo(norms.dtype).max)
 
 
 def _rounding(x, stored, norm):
