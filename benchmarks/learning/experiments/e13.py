@@ -6,7 +6,13 @@ from benchmarks.learning.experiments import characters
 from benchmarks.learning.protocol import Size
 
 STEPS, BATCH = 1000, 8
-SMALL, LARGE = 64, 92  # widths: 115,072 and 227,240 parameters
+# Widths: 40,536, 115,072 and 227,240 parameters.
+THIRD, SMALL, LARGE = 36, 64, 92
+NAMES = (
+    "characters",
+    "characters, twice the parameters",
+    "characters, a third of the parameters",
+)
 
 
 def plan():
@@ -20,11 +26,12 @@ def plan():
     large = o.bases("adam", "sm3", "sm3, own schedule", "adafactor")
     large += o.bases("adafactor, own schedule", "sm3 momentum, int8")
     large += o.bases("sm3_cm, C=1, int8", "sm3_cm, C=0, int8")
-    one, other = characters.of_width(SMALL), characters.of_width(LARGE)
-    more = "characters, twice the parameters"
+    third = [o.BASES["adam"]._replace(base="adam")]
+    third += o.bases("adam, own schedule")
+    models = map(characters.of_width, (SMALL, LARGE, THIRD))
     return [
-        (characters.task("characters", STEPS, BATCH, one), small),
-        (characters.task(more, STEPS, BATCH, other), large),
+        (characters.task(name, STEPS, BATCH, model), rows)
+        for name, model, rows in zip(NAMES, models, (small, large, third))
     ]
 
 
@@ -34,10 +41,11 @@ EXPERIMENT = Experiment(
     bounds=(
         "the next character of Python's help, a transformer of width 64 with two "
         "layers and a context of 64, batch 8, 1,000 steps, warm-up and cosine, or "
-        "SM3's own schedule; twice the parameters at width 92; twenty fresh seeds"
+        "SM3's own schedule; twice the parameters at width 92, a third at width 36; "
+        "twenty fresh seeds"
     ),
     plan=plan,
     size=Size(seeds=20),
     quick=("adam", "sm3"),
-    against={"characters, twice the parameters": "characters"},
+    against=dict.fromkeys(NAMES[1:], NAMES[0]),
 )
