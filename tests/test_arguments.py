@@ -404,9 +404,9 @@ def test_a_rate_without_a_negative_goes_down(factory):
     found = []
     for one in (1, jnp.uint8(1)):
         tx = factory(one)
-        state = tx.init(params)
-        for _ in range(2):  # the first step of CM does nothing
-            updates, state = tx.update(params, state, params)
+        # The first step of CM does nothing.
+        _, state = tx.update(params, tx.init(params), params)
+        updates, _ = tx.update(params, state, params)
         found.append(updates["w"])
     assert jnp.all(found[1] < 0)
     np.testing.assert_array_equal(*found)
