@@ -58,9 +58,10 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
     batch = max(
         (buffer.keys.ndim - 2 for buffer in _buffer_tools.buffers_in(asked)), default=0
     )
-    bound = []
-    for (path, leaf), (_, like) in zip(found, wanted):
-        name = f"state{jax.tree_util.keystr(path)}"
+    named = [(f"state{jax.tree_util.keystr(path)}", leaf) for path, leaf in found]
+    if sentence := layout.conflict(named):
+        raise ValueError(sentence)
+    for (name, leaf), (_, like) in zip(named, wanted):
         if isinstance(leaf, Tracer):
             raise ValueError(
                 f"{name} is traced, but check_state looks at numbers: call it outside "
@@ -71,14 +72,6 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
                 f"{name} was deleted, as donated arrays are: pass the state that the "
                 "step has returned."
             )
-        if (devices := layout.devices_of(leaf)) is not None:
-            bound.append((name, devices))
-            if devices != bound[0][1]:
-                raise ValueError(
-                    f"{bound[0][0]} is bound to {layout.called(bound[0][1])}, but "
-                    f"{name} to {layout.called(devices)}: place the state with "
-                    "memoptax.state_shardings."
-                )
         try:
             leaf = storage.on_device(jnp.asarray(leaf))
         except (TypeError, ValueError):

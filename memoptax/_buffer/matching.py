@@ -153,20 +153,13 @@ def _check_devices(buffer):
     Some restores bind each array to where it was saved, also the keys that an eager
     ``init`` has left to JAX.
     """
-    bound = [
-        (name, devices)
+    arrays = [
+        (name, array)
         for name, field in zip(buffer._fields, buffer)
         for array in jax.tree.leaves(field)
-        if (devices := layout.devices_of(array)) is not None
     ]
-    for name, devices in bound[1:]:
-        if devices != bound[0][1]:
-            raise ValueError(
-                f"state has a buffer whose field {bound[0][0]} is bound to "
-                f"{layout.called(bound[0][1])}, but {name} to "
-                f"{layout.called(devices)}: place the state with "
-                "memoptax.state_shardings."
-            )
+    if sentence := layout.conflict(arrays):
+        raise ValueError(f"state has a buffer whose field {sentence}")
 
 
 def _check_whole(buffer):

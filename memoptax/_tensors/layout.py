@@ -84,14 +84,25 @@ def divided(x, axes) -> tuple:
     return tuple(name for axis in axes for name in _names(spec[axis]))
 
 
-def devices_of(x) -> frozenset | None:
-    """The devices that an array is bound to, or None if JAX may still move it."""
-    if not isinstance(x, jax.Array) or isinstance(x, Tracer) or not x.committed:
-        return None
-    return frozenset(x.sharding.device_set)
+def conflict(named) -> str | None:
+    """Which of these pairs of a name and an array are bound to different devices."""
+    bound = [(name, x.sharding.device_set) for name, x in named if _is_bound(x)]
+    for name, devices in bound[1:]:
+        first, others = bound[0]
+        if devices != others:
+            return (
+                f"{first} is bound to {_called(others)}, but {name} to "
+                f"{_called(devices)}: place the state with memoptax.state_shardings."
+            )
+    return None
 
 
-def called(devices) -> str:
+def _is_bound(x) -> bool:
+    """Whether this is an array that JAX may not move to another device."""
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
+
+
+def _called(devices) -> str:
     """The devices, in a sentence."""
     ids = sorted(device.id for device in devices)
     if len(ids) == 1:
