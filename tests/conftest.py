@@ -74,6 +74,8 @@ def pytest_collection_modifyitems(items):
         for place, item in enumerate(group):
             if place not in fast:
                 item.add_marker(pytest.mark.long)
+    # Otherwise one worker may begin them when the other has nothing left to do.
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
     if PLATFORM == "cpu":
         return
     for item in items:

@@ -348,7 +348,9 @@ def test_the_mean_used_is_exact_to_the_bound_and_the_arriving_outlier():
             assert error <= 1.2e-5 * norms[leaf].sum() + arriving
 
 
-@pytest.mark.parametrize("topc", [5, 100, 169, 334, 1400])
+@pytest.mark.parametrize(
+    "topc", [5, 100, 169, 334, pytest.param(1400, marks=pytest.mark.minutes)]
+)
 @pytest.mark.few(1)
 def test_without_outliers_rebuilds_are_rare(topc):
     random = np.random.default_rng(0)

@@ -229,6 +229,7 @@ language_model.train(name, settings, text, mesh, pathlib.Path(folder), every=1)
 
 @pytest.mark.cpu_only("processes of simulated devices")
 @pytest.mark.long
+@pytest.mark.minutes
 def test_a_run_killed_while_it_saves_takes_the_same_steps(tmp_path):
     """Killed when it begins to write, and again when only the name is missing."""
     environment = os.environ | {

@@ -52,6 +52,7 @@ def test_surfaces_give_the_recorded_losses(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.minutes
 def test_digits_train_and_are_drawn(tmp_path, capsys):
     digits = load("examples/experiments/digits.py")
     output = tmp_path / "digits.png"

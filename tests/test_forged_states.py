@@ -178,6 +178,7 @@ def test_what_is_no_state_is_refused_with_a_sentence(case):
 @settings(max_examples=1000)
 @given(trees())
 @pytest.mark.long
+@pytest.mark.minutes
 def test_a_thousand_trees_that_are_no_state_are_refused(case):
     mistake(case)
 

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.long
+@pytest.mark.minutes
 def test_all_experiments_run_in_their_quick_form(capsys):
     command.main(["--quick"])
     printed = capsys.readouterr().out

@@ -30,6 +30,7 @@ def run(output, *arguments, devices):
 @pytest.mark.cpu_only("processes of simulated devices")
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.minutes
 def test_two_processes_of_two_devices_are_one_of_four(tmp_path):
     said, two = run(tmp_path / "two.npz", "--local", "2", devices=1)
     assert "2 processes, 4 devices" in said

@@ -192,13 +192,22 @@ def test_apply_updates_is_optax_elsewhere():
         np.testing.assert_array_equal(x, y)
 
 
+ENTRIES = jnp.arange(3)[:, None]  # of a diagonal
+
+
 @pytest.mark.parametrize(
     ("update", "message"),
     [
         (sparse([1, 8], jnp.ones((2, 3)), 10), r"\['t'\] has the shape \(10, 3\)"),
         (sparse([1, 2], jnp.ones((2, 1)), 3), r"\['t'\] has the shape \(3, 1\)"),
-        (BCOO.fromdense(jnp.eye(3)), r"\['t'\] has 0 batch and 2 sparse"),
-        (BCOO.fromdense(jnp.eye(3), n_batch=1), r"\['t'\] has 1 batch and 1 sparse"),
+        (
+            BCOO((jnp.ones(3), jnp.tile(ENTRIES, 2)), shape=(3, 3)),
+            r"\['t'\] has 0 batch and 2 sparse",
+        ),
+        (
+            BCOO((jnp.ones((3, 1)), ENTRIES[:, None]), shape=(3, 3)),
+            r"\['t'\] has 1 batch and 1 sparse",
+        ),
     ],
     ids=["more rows", "narrow rows", "entries", "batch"],
 )

@@ -30,7 +30,7 @@ class Size(NamedTuple):
     growth: int = 6  # rates by which a grid may grow
 
 
-QUICK = Size(rates=3, tuning_seeds=2, seeds=2, growth=0)
+QUICK = Size(rates=2, tuning_seeds=1, seeds=2, growth=0)
 
 
 class Choice(NamedTuple):

@@ -55,13 +55,18 @@ def spiked(task: tasks.Task, factor: float) -> tasks.Task:
 def plan():
     small = characters.of_width(SMALL)
     task = characters.task("characters", STEPS, BATCH, small)
-    longer = characters.task("characters, 8,000 steps", 8000, BATCH, small)
-    rows = o.bases("adam", "sm3", "ademamix", "adafactor", "adagrad")
-    rows += o.bases("adam, own schedule", "sm3, own schedule")
+    longer = {
+        steps: characters.task(f"characters, {steps:,} steps", steps, BATCH, small)
+        for steps in (2000, 4000, 8000)
+    }
+    scheduled = o.bases("adam, own schedule", "sm3, own schedule")
+    rows = o.bases("adam", "sm3", "ademamix", "adafactor", "adagrad") + scheduled
     spikes = o.bases("adam", "sm3", "adagrad")
     spikes += [*o.adam_cm(((5, 0.7), (5, "FIFO"))), *o.adam_c(((5, 0.7), (5, "FIFO")))]
     return [
-        (longer, rows),
+        (longer[2000], o.bases("adam") + scheduled),
+        (longer[4000], o.bases("adam") + scheduled),
+        (longer[8000], rows),
         (spiked(task, 10.0), spikes),
         (spiked(task, 1000.0), spikes),
     ]
@@ -71,8 +76,8 @@ EXPERIMENT = Experiment(
     name="e13_more",
     question="Does SM3 hold in longer runs, and after a spike?",
     bounds=(
-        "as E13, but with 8,000 steps; or with one gradient multiplied by 10 or 1,000, "
-        "at a constant rate after a warm-up; ten fresh seeds"
+        "as E13, but with 2,000 to 8,000 steps; or with one gradient multiplied by 10 "
+        "or 1,000, at a constant rate after a warm-up; ten fresh seeds"
     ),
     plan=plan,
     size=Size(seeds=10),
