@@ -263,7 +263,7 @@ def largest_topc(
     if not (shardings is None or callable(shardings)):
         raise ValueError(f"shardings must be a function, but is {shardings!r}.")
     budget = _check.known("budget", budget, 0, finite=False)
-    at_most = _check.integer("at_most", at_most, 1)
+    at_most = _check.size("at_most", at_most, 1)
     if not (isinstance(buffer_dtypes, (list, tuple)) and buffer_dtypes):
         raise ValueError(
             "buffer_dtypes must be a list of at least one dtype, but is "

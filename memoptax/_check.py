@@ -144,6 +144,11 @@ def integer(
     return int(value)
 
 
+def size(name: str, value, low: int) -> int:
+    """``value`` as an integer of at least ``low``. int32 must also hold one more."""
+    return integer(name, integer(name, value, low), high=2**31 - 2)
+
+
 def rate(name: str, value) -> Any:
     """``value``, refused unless it is a number of at least 0 or a schedule."""
     if not callable(value) or isinstance(value, type):
@@ -151,17 +156,26 @@ def rate(name: str, value) -> Any:
             raise ValueError(
                 f"{name} must be a number or a schedule, but is {value!r}."
             )
-        value = number(name, value, 0)
-        if isinstance(value, jax.Array) and jnp.isdtype(
-            value.dtype, "unsigned integer"
-        ):
-            return value.astype(jnp.float32)  # it has no negative, and steps go down
-        return value
+        return _with_sign(number(name, value, 0))
     if not _takes(value, 1):
         raise ValueError(
             f"{name} must be a function of the step alone if it is a schedule, but is "
             f"{value!r}."
         )
+
+    def scheduled(count):
+        found = value(count)
+        if jnp.iscomplexobj(found):
+            raise ValueError(f"{name} must return a real number, but returned {found}.")
+        return _with_sign(found)
+
+    return scheduled
+
+
+def _with_sign(value):
+    """A rate of unsigned integers as float32: it has no negative, and steps go down."""
+    if isinstance(value, jax.Array) and jnp.isdtype(value.dtype, "unsigned integer"):
+        return value.astype(jnp.float32)
     return value
 
 

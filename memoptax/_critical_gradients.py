@@ -48,11 +48,11 @@ def critical_gradients(
     The key of a gradient starts as :math:`\lVert g \rVert` and is multiplied by
     ``decay`` at every step. The first update is the gradient itself. A full buffer
     refuses a gradient whose norm is not above the least key in the buffer. Among equal
-    keys, the entry with the lowest index is replaced. If the gradient or its priority
-    is not finite, the buffer does not change. The update is still returned, so that
-    later transformations can see it.
+    keys, the entry with the lowest index is replaced, and among keys that have decayed
+    to 0 the oldest. If the gradient or its priority is not finite, the buffer does not
+    change. The update is still returned, so that later transformations can see it.
 
-    Memory: C + 1 copies of the parameters, or one copy for C = 1. A running sum
+    Memory: C + 1 copies of float32 parameters, or one copy for C = 1. A running sum
     (``holding='sum'``) takes one more. Donate the state
     (``jax.jit(step, donate_argnums=...)``). Otherwise XLA copies the buffer on every
     step.
@@ -222,8 +222,8 @@ def sgd_c(
     :func:`critical_gradients` followed by ``optax.sgd``. The default ``aggr='sum'``
     roughly doubles the step, so compare it with SGD at twice the rate.
 
-    Memory: C + 1 copies of the parameters, 1 for C = 1; one more each with momentum and
-    with a running sum (``holding='sum'``); less with ``buffer_dtype``.
+    Memory: C + 1 copies of float32 parameters, 1 for C = 1; one more each with momentum
+    and with a running sum (``holding='sum'``); less with ``buffer_dtype``.
 
     Args:
       learning_rate: η, a number or an optax schedule.
@@ -290,8 +290,9 @@ def rmsprop_c(
     ``eps_in_sqrt=False``. If centered, the square of the mean of u is subtracted from
     :math:`v_t`, and the difference is clamped at 0.
 
-    Memory: C + 2 copies of the parameters, 2 for C = 1; one more each with momentum, if
-    centered, and with a running sum (``holding='sum'``); less with ``buffer_dtype``.
+    Memory: C + 2 copies of float32 parameters, 2 for C = 1; one more each with
+    momentum, if centered, and with a running sum (``holding='sum'``); less with
+    ``buffer_dtype``.
 
     Args:
       learning_rate: η, a number or an optax schedule.
@@ -366,8 +367,8 @@ def adam_c(
 
     This is :func:`critical_gradients` followed by ``optax.adam``.
 
-    Memory: C + 3 copies of the parameters, 3 for C = 1; one more each with AMSGrad and
-    with a running sum (``holding='sum'``); less with ``buffer_dtype``.
+    Memory: C + 3 copies of float32 parameters, 3 for C = 1; one more each with AMSGrad
+    and with a running sum (``holding='sum'``); less with ``buffer_dtype``.
 
     Args:
       learning_rate: η, a number or an optax schedule. The authors tune it again, from
@@ -438,8 +439,8 @@ def adamw_c(
     with the moments of :func:`adam_c` without its L2 term. This is
     :func:`critical_gradients` followed by ``optax.adamw``.
 
-    Memory: C + 3 copies of the parameters, 3 for C = 1; one more each with AMSGrad and
-    with a running sum (``holding='sum'``); less with ``buffer_dtype``.
+    Memory: C + 3 copies of float32 parameters, 3 for C = 1; one more each with AMSGrad
+    and with a running sum (``holding='sum'``); less with ``buffer_dtype``.
 
     Args:
       learning_rate: η, a number or an optax schedule.

@@ -65,8 +65,8 @@ def critical_momenta(
     written back into m, and there is no bias correction. If a gradient is not finite,
     the whole update is NaN and the whole state does not change.
 
-    Memory: C + 2 copies of the parameters (2 for C = 1), for the slots and m; less with
-    ``buffer_dtype`` and ``mu_dtype``. What :func:`critical_gradients` says of its
+    Memory: C + 2 copies of float32 parameters (2 for C = 1), for the slots and m; less
+    with ``buffer_dtype`` and ``mu_dtype``. What :func:`critical_gradients` says of its
     buffer holds here too.
 
     Args:
@@ -183,7 +183,7 @@ def scale_by_adam_cm(
     of the gradients. If a gradient is not finite, the whole update is NaN and the whole
     state does not change.
 
-    Memory: C + 3 copies of the parameters, 3 for C = 1, for the slots, m and v; one
+    Memory: C + 3 copies of float32 parameters, 3 for C = 1, for the slots, m and v; one
     more each with AMSGrad and with a running sum (``holding='sum'``). With C = 1 and
     int8 for ``buffer_dtype`` and ``mu_dtype`` it is 6 bytes per float32 parameter. Adam
     takes 8.
@@ -307,8 +307,8 @@ def sgd_cm(
     weight 1 − β₁, and there is no bias correction, so the first steps are short. The
     authors provide no SGD variant of critical momenta.
 
-    Memory: C + 2 copies of the parameters, 2 for C = 1, and one more with a running sum
-    (``holding='sum'``).
+    Memory: C + 2 copies of float32 parameters, 2 for C = 1, and one more with a running
+    sum (``holding='sum'``).
 
     Args:
       learning_rate: η, a number or an optax schedule.
@@ -357,8 +357,8 @@ def adam_cm(
     and settles in a flat one. On networks it was level with Adam, or worse, after full
     training (``docs/evidence.md``).
 
-    Memory: C + 3 copies of the parameters, 3 for C = 1; one more each with AMSGrad and
-    with a running sum (``holding='sum'``).
+    Memory: C + 3 copies of float32 parameters, 3 for C = 1; one more each with AMSGrad
+    and with a running sum (``holding='sum'``).
 
     Args:
       learning_rate: η, a number or an optax schedule.
@@ -423,8 +423,8 @@ def adamw_cm(
     :math:`\theta_{t+1} = \theta_t - \eta\,(u_t + \lambda\,\theta_t)` with the u of
     :func:`scale_by_adam_cm`, which has the equations and the reference.
 
-    Memory: C + 3 copies of the parameters, 3 for C = 1; one more each with AMSGrad and
-    with a running sum (``holding='sum'``).
+    Memory: C + 3 copies of float32 parameters, 3 for C = 1; one more each with AMSGrad
+    and with a running sum (``holding='sum'``).
 
     Args:
       learning_rate: η, a number or an optax schedule.

@@ -1,10 +1,12 @@
 """The learning-rate schedule that SM3's authors train with."""
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
 from memoptax import _check
+from memoptax._tensors import dtypes
 
 
 def sm3_schedule(
@@ -58,6 +60,8 @@ def sm3_schedule(
       <https://arxiv.org/abs/1901.11150>`_, 2019
     """
     peak = _check.number("peak", peak, 0)
+    if isinstance(peak, jax.Array):
+        peak = dtypes.wide(peak)
     total_steps = _check.known("total_steps", total_steps, 0, above=True)
     warmup_steps = _check.known("warmup_steps", warmup_steps, 0, total_steps)
     power = _check.known("power", power, 0)

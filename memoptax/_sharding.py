@@ -41,7 +41,8 @@ def state_partition_specs(
     keep the axes that they follow, and scales of int8 have all axes but the last. All
     other arrays are replicated: counters, and the keys, norms and ages of a buffer.
     This holds in any chain, under ``optax.masked``, ``optax.partition``,
-    ``optax.MultiSteps`` and ``optax.inject_hyperparams``, and for optax's own states.
+    ``optax.MultiSteps`` and ``optax.inject_hyperparams``, and for optax's own states,
+    but not in ``optax.flatten``, which joins parameters of different specs.
 
     ``over`` divides the state further than the parameters (ZeRO-1). Specs are made as
     if each parameter were also divided over these mesh axes, along the first axis that
@@ -91,7 +92,7 @@ def state_partition_specs(
     _check_mesh(mesh)
     over = _checked_over(over, mesh)
     leaves, treedef = jax.tree.flatten_with_path(params)
-    leaves = [(path, _shaped(leaf)) for path, leaf in leaves]
+    leaves = [(path, _shaped(path, leaf)) for path, leaf in leaves]
     every = [
         _divided_further(*leaf, _checked(*leaf, spec, mesh), over, mesh)
         for leaf, spec in zip(leaves, _per_parameter(specs, params))
@@ -241,9 +242,13 @@ def _with_slots_in(kind, node):
     return node._replace(slots=slots)
 
 
-def _shaped(leaf):
+def _shaped(path, leaf):
     """The shape and dtype of a leaf, which may be a number."""
-    return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
+    try:
+        return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
+    except TypeError as error:
+        name = jax.tree_util.keystr(path) or "params"
+        raise ValueError(f"{name} must be an array, but is {leaf!r}.") from error
 
 
 def _is_spec(node):

@@ -60,8 +60,8 @@ def scale_by_sm3_cm(
     steps are about :math:`1 / (1 - \beta_1)` times as long as Adam's. If a gradient is
     not finite, the whole update is NaN and the whole state does not change.
 
-    Memory: C + 2 copies of the parameters (2 for C = 1), for the slots and m, and one
-    more with a running sum (``holding='sum'``); less with ``buffer_dtype`` and
+    Memory: C + 2 copies of float32 parameters (2 for C = 1), for the slots and m, and
+    one more with a running sum (``holding='sum'``); less with ``buffer_dtype`` and
     ``mu_dtype``. A tensor :math:`n_1 \times \dots \times n_k` adds
     :math:`\sum_i n_i` numbers in float32 (float64 for float64 parameters). With int8
     for both, a matrix of 1024² takes 2.02 bytes per parameter at C = 1, and 7.04 at

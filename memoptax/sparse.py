@@ -227,7 +227,8 @@ def _places(table, ids):
         raise ValueError(f"ids must be integers, but are {ids!r}.") from error
     if known.size == 0 and not hasattr(ids, "dtype"):  # NumPy makes floats of []
         known = known.astype(np.int32)
-    if not jnp.issubdtype(known.dtype, jnp.integer):
+    # NumPy counts durations among the integers.
+    if not jnp.issubdtype(known.dtype, jnp.integer) or known.dtype.kind == "m":
         raise ValueError(f"ids must be integers, but are {ids!r}.")
     rows = table.shape[0]
     if isinstance(known, (np.ndarray, np.generic)):

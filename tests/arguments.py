@@ -134,7 +134,10 @@ ARGUMENTS = {
     ),
     "topc": (
         [None, 0, 1, np.int64(3), np.uint8(3), np.array(3)],
-        [-1, 2.5, "x", True, [3], np.array([3, 3]), np.float32(3), 3j, jnp.array(3)],
+        [
+            *(-1, 2.5, "x", True, [3], np.array([3, 3]), np.float32(3), 3j),
+            *(jnp.array(3), 2**63, 10**400),
+        ],
     ),
     "seed": (
         [0, -1, np.int64(3), np.array(3), jnp.array(3), 2**40],

@@ -47,7 +47,14 @@ class Buffer:
         if fifo:
             return self.ages.index(max(self.ages))
         smallest = min(self.keys)
-        return self.keys.index(smallest) if key > smallest else None
+        if key <= smallest:
+            return None
+        # Keys that have decayed to 0 leave by age, others by index.
+        order = self.ages if smallest == 0 else [0] * self.topc
+        return max(
+            (i for i, k in enumerate(self.keys) if k == smallest),
+            key=lambda i: (order[i], -i),
+        )
 
     def _stored(self, x):
         return stored(x, self.round_to)

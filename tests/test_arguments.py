@@ -241,14 +241,41 @@ def test_a_rate_without_a_negative_goes_down(factory):
         return
     params = {"w": jnp.ones((2, 2))}
     found = []
-    for one in (1, jnp.uint8(1)):
+    for one in (1, jnp.uint8(1), lambda count: jnp.uint8(1)):
         tx = factory(one)
         # The first step of CM does nothing.
         _, state = tx.update(params, tx.init(params), params)
         updates, _ = tx.update(params, state, params)
         found.append(updates["w"])
-    assert jnp.all(found[1] < 0)
-    np.testing.assert_array_equal(*found)
+    assert jnp.all(found[0] < 0)
+    np.testing.assert_array_equal(found, [found[0]] * 3)
+
+
+@each_factory
+def test_a_schedule_returns_real_numbers(factory):
+    params = {"w": jnp.ones((2, 2))}
+    for name in ("learning_rate", "weight_decay"):
+        if name in inspect.signature(factory).parameters:
+            tx = build(factory, **{name: lambda count: 0.1j})
+            state = jax.eval_shape(tx.init, params)
+            with pytest.raises(ValueError, match=f"{name} must return a real number"):
+                jax.eval_shape(tx.update, params, state, params)
+
+
+@each_factory
+@pytest.mark.few(3)
+def test_a_narrow_kappa_does_not_overflow(factory):
+    if "kappa" not in inspect.signature(factory).parameters:
+        return
+    params = {"w": jnp.ones((2, 2))}
+    want, *found = (
+        tx.update(params, tx.init(params), params)
+        for tx in (
+            build(factory, kappa=kind(100)) for kind in (float, jnp.int8, jnp.uint8)
+        )
+    )
+    for each in found:
+        jax.tree.map(np.testing.assert_array_equal, each, want)
 
 
 NOTHING = [{}, {"topc": 0}, {"kappa": 0}]

@@ -89,6 +89,38 @@ def test_among_equal_keys_the_lowest_entry_leaves(way):
     np.testing.assert_array_equal(entries(buffer), [2, 3, 1])
 
 
+@pytest.mark.parametrize(
+    ("topc", "decay", "size"),
+    [(300, 0.7, 1.0), (20, 0.001, 1.0), (20, 0.7, 1e-36), (3, 0.0, 1.0)],
+    ids=str,
+)
+def test_among_keys_that_decayed_to_0_the_oldest_leaves(topc, decay, size):
+    """Keys of 1.2e-38 and less are 0 on a CPU. Norms are equal, so all are accepted."""
+    buffer = empty(jnp.float32(0), topc, holding="read")
+
+    @jax.jit
+    def run(buffer):
+        def body(buffer, step):
+            return offer(buffer, size * (1 + step / 1e4), decay=decay)[1], None
+
+        return jax.lax.scan(body, buffer, jnp.arange(4 * topc))[0]
+
+    buffer = run(buffer)
+    np.testing.assert_array_equal(np.sort(buffer.ages[0]), np.arange(topc) + 1)
+    youngest = resizing.resize(buffer, 2, "read")
+    assert set(youngest.ages[0].tolist()) == {1, 2}
+
+
+def test_a_subnormal_key_counts_as_0():
+    """A device that keeps them would never make 0 of the smallest."""
+    buffer = empty(jnp.float32(0), 2, holding="read")
+    for value in (1.0, 2.0):
+        _, buffer = offer(buffer, value)
+    keys = jnp.asarray(np.array([[1e-40, 1e-45]], np.float32))
+    _, buffer = offer(buffer._replace(keys=keys), 3.0)
+    np.testing.assert_array_equal(entries(buffer), [3, 2])
+
+
 def test_keys_decay_after_insertion_the_new_one_too():
     buffer = empty(jnp.float32(0), 2)
     for value in (4.0, 1.0):

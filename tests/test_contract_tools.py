@@ -302,6 +302,15 @@ def test_strict_promotion_of_dtypes_is_no_error(opt):
             trace_all(opt, *dtypes)
 
 
+@pytest.mark.parametrize("kappa", [jnp.bfloat16(0.5), jnp.int32(1)], ids=repr)
+@pytest.mark.parametrize("factory", [memoptax.sgd_c, memoptax.adam_cm, memoptax.sm3_cm])
+def test_kappa_may_have_any_dtype_under_strict_promotion(factory, kappa):
+    params = {"w": jnp.ones((2, 2))}
+    with jax.numpy_dtype_promotion("strict"):
+        tx = factory(0.1, kappa=kappa)
+        jax.eval_shape(tx.update, params, tx.init(params), params)
+
+
 @each_optimizer
 @pytest.mark.few(5)
 def test_promotion_of_ranks_may_be_an_error(opt):

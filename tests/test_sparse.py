@@ -243,7 +243,11 @@ def test_ids_of_64_bits(x64):
 
 
 @pytest.mark.parametrize(
-    "ids", [[0.5], jnp.array([1.0]), "x", [[1], [1, 2]], [True], jnp.array([True])]
+    "ids",
+    [
+        *([0.5], jnp.array([1.0]), "x", [[1], [1, 2]], [True], jnp.array([True])),
+        np.array([1, 2], "m8[s]"),
+    ],
 )
 def test_ids_that_are_no_integers_are_refused(ids):
     with pytest.raises(ValueError, match="ids must be integers, but are"):

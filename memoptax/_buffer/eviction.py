@@ -32,18 +32,39 @@ def fill(buffer) -> jax.Array:
 
 
 def ranks(buffer) -> jax.Array:
-    """The keys, with 0 for what is not finite and -1 for empty entries.
+    """The keys, with 0 for what is not a normal number and -1 for empty entries.
 
-    A tool may have made an infinite key, which would never leave.
+    A tool may have made an infinite key, which would never leave. A subnormal key may
+    be 0 on one device, and on another stay what it is when it decays.
     """
-    real = (buffer.keys > 0) & (buffer.keys < jnp.inf)
+    tiny = jnp.finfo(buffer.keys.dtype).tiny
+    real = (buffer.keys >= tiny) & (buffer.keys < jnp.inf)
     keys = jnp.where(real, buffer.keys, 0)
     return jnp.where(held(buffer), keys, -1)
 
 
+def _turns(buffer, ranks) -> jax.Array:
+    """Which of the entries of equal rank leaves first: that with the largest turn.
+
+    A key that has decayed to 0 no longer tells how critical its value is, so of these
+    entries the oldest leaves. If the lowest index left, the entries with low indices
+    would take turns, and all others would stay for ever.
+    """
+    return jnp.where(ranks == 0, buffer.ages, 0)
+
+
 def least(buffer) -> jax.Array:
     """The entry with the least key, (R,). An empty entry is below all others."""
-    return jax.lax.top_k(-ranks(buffer), 1)[1][:, 0]
+    found = ranks(buffer)
+    lowest = jnp.min(found, axis=1, keepdims=True)
+    turns = jnp.where(found == lowest, _turns(buffer, found), -1)
+    return jax.lax.top_k(turns, 1)[1][:, 0]
+
+
+def most(buffer, number: int) -> jax.Array:
+    """The ``number`` entries with the largest keys, (R, number), largest first."""
+    found = ranks(buffer)
+    return jnp.lexsort((_turns(buffer, found), -found), axis=1)[:, :number]
 
 
 def oldest(buffer) -> jax.Array:

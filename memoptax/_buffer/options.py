@@ -185,7 +185,7 @@ def capacity(topc, least: int) -> int:
             "sets the shape of the state. Under optax.inject_hyperparams pass "
             "static_args='topc'."
         )
-    return _check.integer("topc", topc, least)
+    return _check.size("topc", topc, least)
 
 
 def storage_dtype(name: str, dtype):

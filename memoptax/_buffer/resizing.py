@@ -13,7 +13,7 @@ def resize(buffer, topc: int, way: str):
     """The buffer with capacity ``topc``: its most critical entries, in order."""
     rows, before = buffer.keys.shape
     kept = min(topc, before)
-    chosen = jnp.sort(jax.lax.top_k(eviction.ranks(buffer), kept)[1], axis=1)
+    chosen = jnp.sort(eviction.most(buffer, kept), axis=1)
     slots = chosen
     if buffer.entries is not None:
         slots = jnp.take_along_axis(holding.slots_of(buffer.entries), chosen, axis=1)

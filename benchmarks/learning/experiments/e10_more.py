@@ -88,15 +88,17 @@ def ruled_loss(params, batch):
 
 
 def plan():
-    buffers = [
-        *o.adam_c(((5, 0.7), (5, 0.99), (5, "FIFO"))),
-        *o.adam_cm(((5, 0.7), (5, 0.99), (5, "FIFO"))),
-    ]
+    emptied = ((5, 0.7), (5, 0.99), (5, "FIFO"))
     reset = [
         row._replace(name=f"{row.name}, reset", make=with_resets(row.make), fifo="")
-        for row in buffers
+        for row in [*o.adam_c(emptied), *o.adam_cm(emptied)]
     ]
-    rows = [*o.bases("adam", "sgd", "ademamix", "adagrad", "sm3"), *buffers, *reset]
+    rows = [
+        *o.bases("adam", "sgd", "ademamix", "adam, averaged", "adagrad", "sm3"),
+        *o.adam_c(),
+        *o.adam_cm(),
+        *reset,
+    ]
     steps, unit = EACH * TASKS, "mean loss of the last two thirds, nats"
     sequence = mnist.task("permuted MNIST-1D", steps, schedule=tasks.constant)
     return [

@@ -64,8 +64,8 @@ def plan():
     spikes = o.bases("adam", "sm3", "adagrad")
     spikes += [*o.adam_cm(((5, 0.7), (5, "FIFO"))), *o.adam_c(((5, 0.7), (5, "FIFO")))]
     return [
-        (longer[2000], o.bases("adam") + scheduled),
-        (longer[4000], o.bases("adam") + scheduled),
+        (longer[2000], scheduled),
+        (longer[4000], scheduled),
         (longer[8000], rows),
         (spiked(task, 10.0), spikes),
         (spiked(task, 1000.0), spikes),
