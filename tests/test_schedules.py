@@ -76,6 +76,6 @@ def test_errors_are_sentences(arguments, sentence):
 @pytest.mark.parametrize("peak", [jnp.bfloat16(0.5), jnp.int32(1), jnp.float16(0.5)])
 def test_the_peak_may_have_any_dtype_under_strict_promotion(peak):
     with jax.numpy_dtype_promotion("strict"):
-        rate = memoptax.sm3_schedule(peak, 2, 10)(jnp.int32(5))
+        rate = untyped(memoptax.sm3_schedule(peak, 2, 10))(jnp.int32(5))
     assert rate.dtype == jnp.float32
     assert rate == peak
