@@ -11,7 +11,7 @@ from memoptax import _check
 from memoptax._buffer import algorithm, eviction, matching, resizing
 from memoptax._buffer import holding as _holding
 from memoptax._buffer import options as _options
-from memoptax._tensors import dtypes, flax_metadata, norms
+from memoptax._tensors import dtypes, flax_metadata, layout, norms
 
 State = TypeVar("State")
 
@@ -276,7 +276,8 @@ def _map_buffers(function, state):
 def _boxed(buffer, function):
     """``function`` of a buffer whose arrays may be in Flax's boxes, in boxes again."""
     bare = flax_metadata.bare(buffer)
-    new = for_each(function, bare)
+    # Inside shard_map, what it makes anew varies between devices as the rest does.
+    new = layout.vary_together(for_each(function, bare), bare.keys)
     if not flax_metadata.has_boxes(buffer):
         return new
 

@@ -239,8 +239,8 @@ def dtype(name: str, value) -> None:
         floating = False
     if not floating:
         raise ValueError(
-            f"{name} must be None or a real floating-point dtype of 16 to 64 bits, but "
-            f"is {value!r}."
+            f"{name} must be None or a real floating-point dtype of 16 to 64 bits in "
+            f"this machine's byte order, but is {value!r}."
         )
 
 

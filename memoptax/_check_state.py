@@ -29,15 +29,18 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
       None.
 
     Raises:
-      ValueError: if the state differs from ``tx.init(params)`` in structure, shape or
-        dtype, or has a leaf that is not an array, that was deleted, or that is bound to
-        other devices than the first; if a floating-point array has a
-        number that is not finite (a scalar may be infinite, but not the sum of a
-        buffer, although ``update`` recovers from that), or a second moment, a count or
-        a scale is below 0 in a state of memoptax, or in one of optax's common ones; if
-        the entries of a buffer are not a permutation, its counters or ages contradict
-        each other, its keys or norms are negative, or a running sum is not that of its
-        slots; or if numbers in int8 have a scale of 0. The error names the array.
+      ValueError: The error names the array.
+        - If the state differs from ``tx.init(params)`` in structure, shape or dtype.
+        - If a leaf is not an array or was deleted, or if leaves are bound to different
+          devices and the parameters are not.
+        - If a floating-point array has a number that is not finite. A scalar may be
+          infinite. The sum of a buffer may not, although ``update`` recovers from that.
+        - If a second moment, a count or a scale is below 0 in a state of memoptax, or
+          in one of optax's common ones, or numbers in int8 have a scale of 0.
+        - If the entries of a buffer are not a permutation, its counters or ages
+          contradict each other, or its keys or norms are negative.
+        - If a buffer has a key, a norm or numbers in slots of entries that are not
+          held, or a running sum is not that of its slots.
 
     Examples:
       >>> import memoptax, jax.numpy as jnp
@@ -59,7 +62,9 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
         (buffer.keys.ndim - 2 for buffer in _buffer_tools.buffers_in(asked)), default=0
     )
     named = [(f"state{jax.tree_util.keystr(path)}", leaf) for path, leaf in found]
-    if sentence := layout.conflict(named):
+    # Parameters on several devices have states there too. Each buffer is checked below.
+    together = not layout.conflict([("params", x) for x in jax.tree.leaves(params)])
+    if together and (sentence := layout.conflict(named)):
         raise ValueError(sentence)
     for (name, leaf), (_, like) in zip(named, wanted):
         if isinstance(leaf, Tracer):
@@ -140,19 +145,27 @@ _OF_OPTAX = (
 
 def _at_least_0(state):
     """The paths and arrays of a state that cannot have numbers below 0."""
-    found = []
-
-    def descend(path, node):
-        kind = type(node)
-        if kind in _OF_OPTAX or kind.__module__.startswith(f"{__package__}."):
-            above = jax.tree_util.keystr(path)
+    for path, node in _nodes(state):
+        if type(node) in _OF_OPTAX or _is_ours(node):
             for field in sorted({*_AT_LEAST_0} & {*getattr(node, "_fields", ())}):
                 for rest, leaf in jax.tree.leaves_with_path(getattr(node, field)):
-                    found.append((f"{above}.{field}{jax.tree_util.keystr(rest)}", leaf))
-        return False
+                    yield f"{path}.{field}{jax.tree_util.keystr(rest)}", leaf
 
-    jax.tree.leaves_with_path(state, is_leaf=descend, is_leaf_takes_path=True)
+
+def _nodes(state):
+    """The path and node of everything in a state, parents first."""
+    found = []
+
+    def visit(path, node):
+        found.append((jax.tree_util.keystr(path), node))
+        return False  # so JAX goes on to the children
+
+    jax.tree.leaves_with_path(state, is_leaf=visit, is_leaf_takes_path=True)
     return found
+
+
+def _is_ours(node):
+    return type(node).__module__.startswith(f"{__package__}.")
 
 
 # What this package may store in int8, and the field with its scales.
@@ -166,18 +179,9 @@ _SCALES = {
 
 def _in_int8(state):
     """The paths, values and scales of what this package stores in int8."""
-    found = []
-
-    def descend(path, node):
-        if type(node).__module__.startswith(f"{__package__}."):
-            above = jax.tree_util.keystr(path)
-            for field in {*_SCALES} & {*getattr(node, "_fields", ())}:
-                values = jax.tree.leaves_with_path(getattr(node, field))
-                scales = jax.tree.leaves(getattr(node, _SCALES[field], None))
-                for (rest, leaf), scale in zip(values, scales):
-                    name = f"{above}.{field}{jax.tree_util.keystr(rest)}"
-                    found.append((name, leaf, scale))
-        return False
-
-    jax.tree.leaves_with_path(state, is_leaf=descend, is_leaf_takes_path=True)
-    return found
+    for path, node in filter(lambda pair: _is_ours(pair[1]), _nodes(state)):
+        for field in sorted({*_SCALES} & {*getattr(node, "_fields", ())}):
+            values = jax.tree.leaves_with_path(getattr(node, field))
+            scales = jax.tree.leaves(getattr(node, _SCALES[field], None))
+            for (rest, leaf), scale in zip(values, scales):
+                yield f"{path}.{field}{jax.tree_util.keystr(rest)}", leaf, scale

@@ -43,7 +43,7 @@ def sm3_schedule(
 
     Returns:
       A schedule: a function from the step to a scalar in float32, or in float64 if
-        ``peak`` is.
+        ``peak`` is an array of JAX in float64.
 
     Raises:
       ValueError: if an argument is out of its range, or if one other than ``peak`` is
@@ -70,8 +70,9 @@ def sm3_schedule(
     def schedule(count):
         t = jnp.asarray(count, jnp.float32)
         left = jnp.maximum(total_steps - t, 0)
+        # A warm-up or cool-down that is shorter than a step is a jump. In float32 its
+        # length could be 0.
         rise = (t / max(warmup_steps, 1e-6)) ** power if warmup_steps else 1.0
-        # A cool-down shorter than one step is a drop at the end.
         fall = left / max(cooldown_fraction * total_steps, 1e-6)
         return peak * jnp.minimum(jnp.minimum(rise, 1.0), fall)
 

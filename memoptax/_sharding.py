@@ -279,10 +279,6 @@ def _checked(path, leaf, spec, mesh) -> PartitionSpec:
             f"{len(leaf.shape)} axes."
         )
     spec = PartitionSpec() if spec is None else spec
-    if len(set(_names(spec))) < len(_names(spec)):
-        raise ValueError(
-            f"specs has {spec} for {_called(path)}, but must name each mesh axis once."
-        )
     for name in _names(spec):
         if not isinstance(name, str):
             raise ValueError(
@@ -293,6 +289,10 @@ def _checked(path, leaf, spec, mesh) -> PartitionSpec:
                 f"specs has {spec} for {_called(path)}, but the mesh has no axis "
                 f"{name!r}: it has {', '.join(map(repr, mesh.shape))}."
             )
+    if len(set(_names(spec))) < len(_names(spec)):
+        raise ValueError(
+            f"specs has {spec} for {_called(path)}, but must name each mesh axis once."
+        )
     return spec
 
 

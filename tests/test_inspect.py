@@ -176,6 +176,22 @@ def test_a_resized_buffer_keeps_the_most_critical_entries(topc, synced, dtype):
         np.testing.assert_allclose(total, exact, rtol=1e-6)
 
 
+def test_a_resized_buffer_has_finite_norms_too():
+    """Rounding to int8 lifts this norm above the largest number of float32."""
+    row = np.full(4096, 10.51, np.float32)
+    row[0] = 127
+    row *= np.float32(3.39e38) / np.linalg.norm(row.astype(np.float64))
+    params = jnp.zeros(4096)
+    two, three = (
+        memoptax.critical_gradients(topc=topc, holding="sum", buffer_dtype="int8")
+        for topc in (2, 3)
+    )
+    _, state = two.update(jnp.asarray(row), two.init(params), params)
+    memoptax.check_state(two, params, state)
+    resized = memoptax.resize_buffer(state, 3, holding="sum")
+    memoptax.check_state(three, params, resized)
+
+
 @each_holding
 @pytest.mark.few(9)
 def test_an_empty_buffer_is_resized_to_a_new_one(options):

@@ -47,9 +47,15 @@ def test_what_is_no_mesh_is_refused():
     for twice in (P("data", "data"), P(("data", "data"))):
         with pytest.raises(ValueError, match="must name each mesh axis once"):
             memoptax.state_partition_specs(tx, params, twice)
+    for wrong in (P(3, 3), P(P.UNCONSTRAINED, P.UNCONSTRAINED)):
+        with pytest.raises(ValueError, match="specs must name mesh axes"):
+            memoptax.state_partition_specs(tx, jnp.ones((4, 4)), wrong)
     for wrong in (P(P.UNCONSTRAINED), P(3), {"w": P("data", None, ("model", 3))}):
         with pytest.raises(ValueError, match="axes must be 'auto', names of mesh axes"):
             memoptax.sharded_norm(wrong)
+    for twice in (("data", "data"), P("data", "data"), {"w": P(("data", "data"))}):
+        with pytest.raises(ValueError, match="axes must name each mesh axis once"):
+            memoptax.sharded_norm(twice)
 
 
 def test_a_norm_over_an_axis_that_is_not_there_is_refused(mesh):
@@ -213,6 +219,11 @@ def test_a_state_restored_without_a_mesh_is_put_on_it(make):
             want, plain = jax.jit(tx.update)(values, plain, values)
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
         memoptax.check_state(tx, params, state)
+    # An eager step needs no jax.set_mesh.
+    state = jax.tree.map(np.asarray, state)
+    got, _ = tx.update(params, state, params)
+    want, _ = jax.jit(tx.update)(params, state, params)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("topc", [1, 2])
@@ -242,6 +253,41 @@ def test_a_state_bound_to_other_devices_is_refused(make, mesh):
             call(bound)
     placed = jax.device_put(bound, memoptax.state_shardings(tx, params))
     memoptax.check_state(tx, params, placed)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        memoptax.sm3(0.1),
+        optax.partition(
+            {name: memoptax.sgd_c(0.1) for name in "ab"}, {"a": "a", "b": "b"}
+        ),
+    ],
+    ids=["by leaf", "by group"],
+)
+def test_parameters_on_several_devices_have_states_there(tx):
+    one, other = jax.devices()[:2]
+    params = {
+        "a": jax.device_put(jnp.ones(3), one),
+        "b": jax.device_put(jnp.ones(3), other),
+    }
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    memoptax.check_state(tx, params, state)
+
+
+def test_a_buffer_on_several_devices_is_refused_by_leaf():
+    devices = jax.devices()
+    params = {
+        "a": jax.device_put(jnp.ones(3), devices[1]),
+        "b": jax.device_put(jnp.ones(3), devices[3]),
+    }
+    tx = memoptax.sgd_c(0.1)
+    with pytest.raises(
+        ValueError,
+        match=r"slots\['a'\] is bound to device 1, but slots\['b'\] to device 3: place",
+    ):
+        memoptax.check_state(tx, params, tx.init(params))
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])

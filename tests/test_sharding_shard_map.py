@@ -332,3 +332,33 @@ def test_a_state_from_init_is_the_carry_of_a_scan(make):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, want
     )
+
+
+@pytest.mark.parametrize("holding", ["read", "sum"])
+def test_an_emptied_or_resized_state_is_the_carry_of_a_scan(holding):
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,))
+    two, three = (memoptax.sgd_c(0.1, topc=c, holding=holding) for c in (2, 3))
+
+    def run(gradients):
+        found = []
+        for new, tx in (
+            (memoptax.reset_buffer, two),
+            (lambda state: memoptax.resize_buffer(state, 3, holding=holding), three),
+        ):
+
+            def step(state, gradients, tx=tx):
+                updates, state = tx.update(gradients, state)
+                return state, updates
+
+            state = new(two.init(gradients))
+            twice = jnp.stack([gradients, gradients])
+            _, updates = jax.lax.scan(step, state, twice)
+            found.append(updates)
+        return found
+
+    sharded = jax.shard_map(
+        run, mesh=mesh, in_specs=P("data"), out_specs=P(None, "data")
+    )
+    gradients = jnp.arange(4.0)
+    for found, want in zip(sharded(gradients), run(gradients)):
+        np.testing.assert_allclose(found, want, rtol=1e-6)

@@ -231,6 +231,25 @@ def test_gradients_through_a_run_are_those_of_differences(name, problem, x64):
 # Bytes
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        memoptax.adam_cm(0.1, topc=2, buffer_dtype="int8", mu_dtype="int8"),
+        memoptax.adam_c(0.1, topc=2, mu_dtype="int8"),
+    ],
+    ids=["adam_cm", "adam_c"],
+)
+def test_a_step_may_be_exported_for_any_number_of_rows(tx):
+    def step(gradient):
+        _, state = tx.update(gradient, tx.init(gradient), gradient)
+        return tx.update(gradient, state, gradient)[0]
+
+    rows = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 4), jnp.float32)
+    exported = jax.export.export(jax.jit(step))(rows)
+    gradient = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+    np.testing.assert_allclose(exported.call(gradient), step(gradient), rtol=1e-5)
+
+
 @each_used
 def test_an_exported_step_comes_back_and_takes_the_same_step(name, problem):
     tx, (params, x, y) = NAMED[name].build(), problem

@@ -154,9 +154,9 @@ def _check_devices(buffer):
     ``init`` has left to JAX.
     """
     arrays = [
-        (name, array)
+        (f"{name}{jax.tree_util.keystr(path)}", array)
         for name, field in zip(buffer._fields, buffer)
-        for array in jax.tree.leaves(field)
+        for path, array in jax.tree.leaves_with_path(field)
     ]
     if sentence := layout.conflict(arrays):
         raise ValueError(f"state has a buffer whose field {sentence}")

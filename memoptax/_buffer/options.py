@@ -57,7 +57,7 @@ class Options(NamedTuple):
         return holding_.way(self.holding, self.topc, holding_.itemsize(slots))
 
     def in_shards(self, state, params):
-        """The new ``state`` of a buffer, with the types that it has after an update.
+        """The new ``state`` of an optimizer, with the types it has after an update.
 
         Inside ``shard_map`` each device decides for its own shards, so all arrays vary
         between devices, the keys too. With ``sharded_norm`` all devices decide alike.

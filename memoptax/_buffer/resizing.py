@@ -55,7 +55,7 @@ def _summed(buffer, like, rebuilds):
     stacks, _ = holding.stacks_of(buffer)
     if like is None:
         # Slots may be wider or narrower than the parameters. Keys are as wide as the
-        # widest of these, and so is a sum if all slots have one dtype.
+        # widest parameter, and so is a sum if all slots have one dtype.
         known = dtype if len({x.dtype for x in leaves}) == 1 else jnp.float32
         wide = [
             dtype
@@ -70,6 +70,7 @@ def _summed(buffer, like, rebuilds):
     held = running_sum.in_slots(eviction.held(buffer), buffer.entries)
     totals = running_sum.from_slots(zeros, stacks, held)
     norms = _norms_of_entries(buffer) if leaves else jnp.zeros((1, topc), dtype)
+    norms = jnp.minimum(norms, jnp.finfo(dtype).max)  # as those that update takes
     units = running_sum.units(totals, dtype)
     return buffer._replace(
         total=treedef.unflatten(totals),
@@ -136,10 +137,12 @@ def has_wrong_sum(buffer):
     gaps = [jnp.where(a == b, 0, a - b) for a, b in zip(totals, found)]
     fresh = running_sum.fresh_error(buffer.norms, running_sum.units(totals, dtype))
     allowed = running_sum.largest_error(buffer.norms, totals)
-    some = 1.01  # norms are rounded too
-    wrong = ~(_norms.of(gaps, dtype) <= some * (buffer.error + fresh))
-    wrong |= ~(buffer.error <= some * jnp.maximum(allowed, fresh))
-    return jnp.any(wrong) | jnp.any(~(_norms_of_entries(buffer) <= some * buffer.norms))
+    slack = 1.01  # norms are rounded too
+    wrong = ~(_norms.of(gaps, dtype) <= slack * (buffer.error + fresh))
+    wrong |= ~(buffer.error <= slack * jnp.maximum(allowed, fresh))
+    return jnp.any(wrong) | jnp.any(
+        ~(_norms_of_entries(buffer) <= slack * buffer.norms)
+    )
 
 
 @jax.jit  # so that a loop outside of jit is compiled once

@@ -49,7 +49,8 @@ def sharded_norm(
 
     Raises:
       ValueError: in three places.
-        - At once, if ``rule`` is not a function, or ``axes`` is none of the above.
+        - At once, if ``rule`` is not a function, or ``axes`` is none of the above or
+          names an axis twice.
         - When the result is called, if the tree ``axes`` has the wrong number of
           leaves. Inside a ``shard_map``, also if a name is not an axis of its mesh, or
           if ``axes`` is ``'auto'`` under ``check_vma=False``, where JAX does not track
@@ -75,6 +76,8 @@ def sharded_norm(
                 "axes must be 'auto', names of mesh axes or a tree of names, but has "
                 f"{entry!r}."
             )
+        if len(set(_flat(entry))) < len(_flat(entry)):
+            raise ValueError(f"axes must name each mesh axis once, but has {entry!r}.")
     return ShardedNorm(axes, rule)
 
 

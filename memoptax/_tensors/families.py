@@ -46,7 +46,7 @@ def resolve(cover: Any, path: Any, leaf: Any) -> tuple[Box, ...]:
     if not all(isinstance(size, int) for size in shape):
         raise ValueError(
             f"{of} has the shape {shape}, but the accumulators of SM3 need sizes that "
-            "are known while tracing: give jax.export numbers."
+            "are known while tracing: export it with sizes that are numbers."
         )
     boxes: Any = cover(path, leaf) if callable(cover) else cover
     if not isinstance(boxes, (list, tuple)):

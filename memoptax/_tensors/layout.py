@@ -33,9 +33,11 @@ def on_mesh_of(x, other, leading: int):
         return x
     names = zip(_whole(want.spec, other.ndim), other.shape, x.shape[leading:])
     spec = [name if size == own else None for name, size, own in names]
-    return jax.sharding.reshard(
-        x, NamedSharding(want.mesh, PartitionSpec(*[None] * leading, *spec))
-    )
+    spec = PartitionSpec(*[None] * leading, *spec)
+    if isinstance(other, Tracer):
+        return jax.sharding.reshard(x, NamedSharding(want.mesh, spec))
+    # The mesh of a type does not know its devices, but that of an array does.
+    return jax.device_put(x, NamedSharding(other.sharding.mesh, spec))
 
 
 def agreeing(arrays, other):
@@ -92,7 +94,8 @@ def conflict(named) -> str | None:
         if devices != others:
             return (
                 f"{first} is bound to {_called(others)}, but {name} to "
-                f"{_called(devices)}: place the state with memoptax.state_shardings."
+                f"{_called(devices)}: place the state where the parameters are, on a "
+                "mesh with memoptax.state_shardings."
             )
     return None
 
@@ -107,7 +110,9 @@ def _called(devices) -> str:
     ids = sorted(device.id for device in devices)
     if len(ids) == 1:
         return f"device {ids[0]}"
-    return f"{len(ids)} devices ({ids[0]} to {ids[-1]})"
+    if len(ids) > 2 and ids == list(range(ids[0], ids[0] + len(ids))):
+        return f"devices {ids[0]} to {ids[-1]}"
+    return f"devices {', '.join(map(str, ids))}"
 
 
 def varying(x) -> frozenset:
@@ -133,7 +138,8 @@ def vary_together(tree, others):
             return x
         if hasattr(jax.lax, "pcast"):
             return jax.lax.pcast(x, missing, to="varying")
-        return vars(jax.lax)["pvary"](x, missing)  # until jax 0.8
+        # Until jax 0.8. By its name, because later ones do not have it.
+        return vars(jax.lax)["pvary"](x, missing)
 
     return jax.tree.map(cast, tree) if axes else tree
 

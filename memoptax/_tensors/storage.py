@@ -92,13 +92,14 @@ def encode_computed(f, entries, operands, like: Stored, wanted: Any = True) -> S
     The result is stored as ``like``, and is ``like`` if not ``wanted``. The arguments
     are those of :func:`memoptax._tensors.tiles.maxima`.
     """
-    if like.scale is None or operands[0].size == 0:
+    shape = operands[0].shape
+    unknown = not all(isinstance(size, int) for size in shape)  # symbols of jax.export
+    if like.scale is None or unknown or operands[0].size == 0:
         return encode(f(*entries(*operands)), like, wanted, like)
 
     def magnitude(*numbers):
         return jnp.abs(f(*numbers))
 
-    shape = operands[0].shape
     row = (1,) * (len(shape) - 1) + shape[-1:]
     most = tiles.maxima(magnitude, entries, operands, row)
     return _chosen(_quantized(f(*entries(*operands)), most), like, wanted, like)
@@ -211,7 +212,11 @@ def _limit(dtype, stored) -> float | None:
 
 
 def norm_bounds(norms, leaves, stored: list[Stored], across=None):
-    """Upper bounds (L,) of the L2 norms (L,) after storage, none of them infinite."""
+    """Upper bounds (L,) of the L2 norms (L,) after storage.
+
+    They are clipped, because rounding may lift a norm above the largest float32, and a
+    state has finite numbers only.
+    """
     roundings = list(map(_rounding, leaves, stored, norms))
     squares = [rounding[1] for rounding in roundings]
     squares = squares if across is None else across(squares)
