@@ -276,7 +276,8 @@ def _map_buffers(function, state):
 def _boxed(buffer, function):
     """``function`` of a buffer whose arrays may be in Flax's boxes, in boxes again."""
     bare = flax_metadata.bare(buffer)
-    # Inside shard_map, what it makes anew varies between devices as the rest does.
+    # JAX thinks that new counters are equal on all devices of a shard_map. If the keys
+    # differ there, the counters must have the same type.
     new = layout.vary_together(for_each(function, bare), bare.keys)
     if not flax_metadata.has_boxes(buffer):
         return new

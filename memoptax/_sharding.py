@@ -247,8 +247,9 @@ def _shaped(path, leaf):
     try:
         return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
     except TypeError as error:
-        name = jax.tree_util.keystr(path) or "params"
-        raise ValueError(f"{name} must be an array, but is {leaf!r}.") from error
+        raise ValueError(
+            f"The {_called(path)} must be an array, but is {leaf!r}."
+        ) from error
 
 
 def _is_spec(node):

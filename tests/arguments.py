@@ -5,6 +5,8 @@ To add an argument, add a line to ``ARGUMENTS``.
 
 import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,9 @@ FACTORIES = [
     memoptax.scale_by_sm3_cm,
     memoptax.sm3_cm,
 ]
-BUFFERED = [f for f in FACTORIES if "topc" in inspect.signature(f).parameters]
+BUFFERED: list[Callable[..., Any]] = [
+    f for f in FACTORIES if "topc" in inspect.signature(f).parameters
+]
 
 
 def alike(*values):

@@ -16,6 +16,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 import memoptax
 
+from arguments import BUFFERED
+
 PARAMS = {"w": np.ones((4, 2), np.float32), "b": np.ones(2, np.float32)}
 SHAPES = {"w": jax.ShapeDtypeStruct((4, 2), jnp.float32)}
 SCHEDULE = optax.cosine_decay_schedule(0.1, 10)
@@ -105,22 +107,7 @@ def test_an_unknown_argument_is_refused_under_the_name_of_the_optimizer():
         memoptax.sm3_cm(topc=5)  # pyright: ignore[reportCallIssue]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        memoptax.sgd_c,
-        memoptax.rmsprop_c,
-        memoptax.adam_c,
-        memoptax.adamw_c,
-        memoptax.critical_momenta,
-        memoptax.scale_by_adam_cm,
-        memoptax.sgd_cm,
-        memoptax.adam_cm,
-        memoptax.adamw_cm,
-        memoptax.scale_by_sm3_cm,
-        memoptax.sm3_cm,
-    ],
-)
+@pytest.mark.parametrize("make", BUFFERED)
 def test_the_signature_has_the_arguments_of_the_buffer(make: Callable[..., Any]):
     """With the types and defaults of the function that explains them."""
     explained = inspect.signature(memoptax.critical_gradients).parameters
