@@ -24,6 +24,7 @@ from jax.sharding import (
 
 from memoptax import _check
 from memoptax._buffer import algorithm, matching
+from memoptax._tensors import layout
 
 
 def state_partition_specs(
@@ -98,7 +99,7 @@ def state_partition_specs(
         for leaf, spec in zip(leaves, _per_parameter(specs, params))
     ]
     # Every mesh axis has size one, so that it divides every axis of an array.
-    names = tuple(dict.fromkeys(name for spec in every for name in _names(spec)))
+    names = tuple(dict.fromkeys(layout.mesh_axes(tuple(every))))
     tracing = AbstractMesh((1,) * len(names), names, (AxisType.Explicit,) * len(names))
 
     def carrying(leaf, spec):
@@ -280,7 +281,7 @@ def _checked(path, leaf, spec, mesh) -> PartitionSpec:
             f"{len(leaf.shape)} axes."
         )
     spec = PartitionSpec() if spec is None else spec
-    for name in _names(spec):
+    for name in layout.mesh_axes(spec):
         if not isinstance(name, str):
             raise ValueError(
                 f"specs must name mesh axes, but has {spec} for {_called(path)}."
@@ -290,7 +291,7 @@ def _checked(path, leaf, spec, mesh) -> PartitionSpec:
                 f"specs has {spec} for {_called(path)}, but the mesh has no axis "
                 f"{name!r}: it has {', '.join(map(repr, mesh.shape))}."
             )
-    if len(set(_names(spec))) < len(_names(spec)):
+    if len(set(layout.mesh_axes(spec))) < len(layout.mesh_axes(spec)):
         raise ValueError(
             f"specs has {spec} for {_called(path)}, but must name each mesh axis once."
         )
@@ -321,7 +322,7 @@ def _checked_over(over, mesh) -> tuple[str, ...]:
 
 def _divided_further(path, leaf, spec, over, mesh) -> PartitionSpec:
     """The spec with ``over`` at the first free axis that it divides, if any."""
-    taken = [name for name in over if name in _names(spec)]
+    taken = [name for name in over if name in layout.mesh_axes(spec)]
     if taken:
         raise ValueError(
             f"over is {over!r}, but {_called(path)} is divided over {taken[0]!r} "
@@ -338,12 +339,6 @@ def _divided_further(path, leaf, spec, over, mesh) -> PartitionSpec:
 
 def _called(path):
     return f"parameter {jax.tree_util.keystr(path) or '(the only one)'}"
-
-
-def _names(spec) -> list[Any]:
-    """The names of mesh axes that a spec uses."""
-    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
-    return [name for entry in entries for name in entry if name is not None]
 
 
 def _spec_of(mesh, array):
@@ -365,7 +360,8 @@ def _trimmed(entries):
 
 def _divided(shape, spec, mesh):
     """The entries of the spec, with None for those that the mesh cannot divide."""
-    parts = [math.prod(mesh.shape[n] for n in _names((entry,))) for entry in spec]
+    names = map(layout.mesh_axes, spec)
+    parts = [math.prod(mesh.shape[name] for name in entry) for entry in names]
     return [
         None if size % part else entry for size, part, entry in zip(shape, parts, spec)
     ]

@@ -76,7 +76,7 @@ def sharded_norm(
                 "axes must be 'auto', names of mesh axes or a tree of names, but has "
                 f"{entry!r}."
             )
-        if len(set(_flat(entry))) < len(_flat(entry)):
+        if len(set(layout.mesh_axes(entry))) < len(layout.mesh_axes(entry)):
             raise ValueError(f"axes must name each mesh axis once, but has {entry!r}.")
     return ShardedNorm(axes, rule)
 
@@ -117,7 +117,7 @@ class ShardedNorm:
                     "name the axes."
                 )
             return [tuple(sorted(names)) for names in varying]
-        every = [_flat(entry) for entry in self._entries(len(squares))]
+        every = [layout.mesh_axes(entry) for entry in self._entries(len(squares))]
         mesh = jax.sharding.get_abstract_mesh()
         unknown = {n for names in every for n in names}.difference(mesh.axis_names)
         if mesh.manual_axes and unknown:
@@ -139,7 +139,7 @@ class ShardedNorm:
             return
         for leaf, entry in zip(leaves, self._entries(len(leaves))):
             if isinstance(entry, PartitionSpec) and 0 < leaf.ndim == len(entry):
-                parts = math.prod(map(_devices, _flat(entry[-1])))
+                parts = math.prod(map(_devices, layout.mesh_axes(entry[-1])))
                 if parts > 1:
                     raise ValueError(
                         f"sharded_norm was given {entry} for a leaf in int8, which "
@@ -188,15 +188,6 @@ def _is_entry(node) -> bool:
 def _is_names(part) -> bool:
     several = isinstance(part, tuple) and all(isinstance(name, str) for name in part)
     return several or isinstance(part, str)
-
-
-def _flat(entry) -> Names:
-    """The names in an entry, including those in the tuples inside a spec."""
-    if entry is None:
-        return ()
-    if isinstance(entry, str):
-        return (entry,)
-    return tuple(name for part in entry for name in _flat(part))
 
 
 def _is_tracked() -> bool:

@@ -53,8 +53,8 @@ def agreeing(arrays, other):
     for x in arrays:
         spec = list(_whole(jax.typeof(x).sharding.spec, x.ndim))
         for axis, names in enumerate(spec):
-            taken = {n for part in settled for n in _names(part)}
-            if settled[axis] is None and taken.isdisjoint(_names(names)):
+            taken = {n for part in settled for n in mesh_axes(part)}
+            if settled[axis] is None and taken.isdisjoint(mesh_axes(names)):
                 settled[axis] = names
             spec[axis] = names if settled[axis] == names else None
         placed.append(_with_spec(x, sharding.mesh, tuple(spec)))
@@ -71,11 +71,20 @@ def in_runs(x, axis: int, size: int):
     spec = list(_whole(sharding.spec, x.ndim))
     if sharding.mesh.empty or spec[axis] is None:
         return x
-    parts = math.prod(sharding.mesh.shape[name] for name in _names(spec[axis]))
+    parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes(spec[axis]))
     if x.shape[axis] % (parts * size) == 0:
         return x
     spec[axis] = None
     return _with_spec(x, sharding.mesh, tuple(spec))
+
+
+def mesh_axes(entry) -> tuple:
+    """The names of the mesh axes in a spec, or in one entry of it."""
+    if entry is None:
+        return ()
+    if isinstance(entry, tuple | PartitionSpec):
+        return tuple(name for part in entry for name in mesh_axes(part))
+    return (entry,)
 
 
 def divided(x, axes) -> tuple:
@@ -83,7 +92,7 @@ def divided(x, axes) -> tuple:
     if not isinstance(x, jax.Array):
         return ()
     spec = _whole(jax.typeof(x).sharding.spec, x.ndim)
-    return tuple(name for axis in axes for name in _names(spec[axis]))
+    return tuple(name for axis in axes for name in mesh_axes(spec[axis]))
 
 
 def conflict(named) -> str | None:
@@ -149,13 +158,6 @@ def _with_spec(x, mesh, spec):
     if _whole(jax.typeof(x).sharding.spec, x.ndim) == spec:
         return x
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
-
-
-def _names(part) -> tuple:
-    """The mesh axes in one entry of a spec."""
-    if part is None:
-        return ()
-    return part if isinstance(part, tuple) else (part,)
 
 
 def _whole(spec, rank):
