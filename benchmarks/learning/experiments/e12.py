@@ -8,16 +8,19 @@ from benchmarks.learning.protocol import Size
 WIDTH = 64
 
 
-def plan():
-    rows = [
+def rows():
+    return [
         *o.bases("adam", "adam, averaged", "ademamix", "sm3"),
         *o.adam_c(),
         *o.adam_cm(((1, 0.9), *o.SHORT)),
     ]
+
+
+def plan():
     model = characters.of_width(WIDTH)
     return [
-        (characters.task("characters, batch 8", 1000, 8, model), rows),
-        (characters.task("characters, batch 1", 8000, 1, model), rows),
+        (characters.task("characters, batch 8", 1000, 8, model), rows()),
+        (characters.task("characters, batch 1", 8000, 1, model), rows()),
     ]
 
 

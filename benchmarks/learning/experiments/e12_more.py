@@ -1,22 +1,13 @@
 """E12, more: a large batch."""
 
-from benchmarks.learning import optimizers as o
 from benchmarks.learning.experiment import Experiment
-from benchmarks.learning.experiments import characters
-from benchmarks.learning.experiments.e12 import WIDTH
+from benchmarks.learning.experiments import characters, e12
 from benchmarks.learning.protocol import Size
-
-BOTH = ((5, 0.7), (5, "FIFO"))
 
 
 def plan():
-    rows = [
-        *o.bases("adam", "ademamix", "sm3"),
-        *o.adam_c(BOTH),
-        *o.adam_cm(((1, 0.9), *BOTH)),
-    ]
-    model = characters.of_width(WIDTH)
-    return [(characters.task("characters, batch 64", 125, 64, model), rows)]
+    model = characters.of_width(e12.WIDTH)
+    return [(characters.task("characters, batch 64", 125, 64, model), e12.rows())]
 
 
 EXPERIMENT = Experiment(
