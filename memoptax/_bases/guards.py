@@ -16,7 +16,9 @@ def expecting(inner: optax.GradientTransformation, kind: type, **arguments):
     """
 
     def check(state):
-        empty = not (jax.tree.leaves(state) or hasattr(state, "_fields"))
+        nodes = jax.tree.structure(state)
+        bare = nodes.num_nodes == 1 and nodes.num_leaves == 0
+        empty = bare and not hasattr(state, "_fields")
         if not (isinstance(state, kind) or kind is optax.EmptyState and empty):
             asked = " and ".join(f"{k} is {v!r}" for k, v in arguments.items())
             raise ValueError(
