@@ -13,6 +13,7 @@ def plan():
     rows = [
         *o.bases("adam", "sgd", "ademamix", "adam, averaged", "sgd, averaged"),
         *o.bases("adagrad", "sm3", "sm3_cm"),
+        *o.sm3_cm(),
         *o.adam_c(),
         *o.adam_cm(((1, 0.9), *o.SHORT)),
         *o.sgd_c(),

@@ -9,7 +9,11 @@ EXAMPLES = e9.BATCH * e9.STEPS
 
 
 def plan():
-    rows = [*o.bases("adam", "adam, averaged", "sm3"), *o.adam_c(), *o.adam_cm()]
+    rows = [
+        *o.bases("adam", "adam, averaged", "ademamix", "sm3"),
+        *o.adam_c(),
+        *o.adam_cm(),
+    ]
     shares = {"no flips": 0.0, "flips of one in ten": 0.1, "flips of two in five": 0.4}
     large = e9.flips("flips of one in five, batch 64", 64, e9.FLIPS, EXAMPLES // 64)
     return [
