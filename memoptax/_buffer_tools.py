@@ -207,7 +207,10 @@ def _sums(buffer, leaf):
         return jax.tree.map(jnp.add, sums, one(entry)), None
 
     # It starts with a value, which knows its mesh. In explicit mode zeros do not.
-    return jax.lax.scan(add, one(0), jnp.arange(1, buffer.keys.shape[1]))[0]
+    first, others = one(0), jnp.arange(1, buffer.keys.shape[1])
+    if not others.size:  # jax.disable_jit cannot scan over nothing
+        return first
+    return jax.lax.scan(add, first, others)[0]
 
 
 def _norm(leaves, dtype):

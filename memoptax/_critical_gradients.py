@@ -104,6 +104,7 @@ def critical_gradients(
       holding: how the C values are held. ``'select'`` is for C = 1: one slot with the
         shape of its parameter. ``'read'`` has C + 1 slots and reads C of them on every
         step. ``'sum'`` has C + 1 slots and their sum, and moves two slots for any C.
+        So at C = 1 ``'read'`` takes one copy more than ``'select'``, and ``'sum'`` two.
         The error of that sum is at most 1e-5 of the summed norms of the leaf's values
         (2e-14 in float64). On a CPU, the mean that a function ``aggr`` gets has an
         error of up to 2.4e-7 of the new value's norm as well. None means

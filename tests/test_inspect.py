@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -433,3 +434,21 @@ def test_updates_of_another_shape_are_refused():
         memoptax.buffer_stats(members, TREE)
     batched = jax.tree.map(lambda x: jnp.stack([x, x]), TREE)
     assert memoptax.buffer_stats(members, batched)["share"].shape == (2,)
+
+
+@pytest.mark.parametrize("topc", [1, 2])
+def test_stats_are_the_same_without_jit(topc):
+    tx = memoptax.sgd_c(0.1, topc=topc)
+    params = jnp.array([3.0, 4.0])
+    _, state = tx.update(params, tx.init(params), params)
+    expected = memoptax.buffer_stats(state)
+    with jax.disable_jit():
+        found = memoptax.buffer_stats(state)
+    chex.assert_trees_all_close(found, expected)
+
+
+@pytest.mark.parametrize("holding, copies", [(None, 1), ("read", 2), ("sum", 3)])
+def test_one_value_takes_the_copies_that_the_docstring_says(holding, copies):
+    params = jax.ShapeDtypeStruct((100, 100), jnp.float32)
+    tx = memoptax.critical_gradients(topc=1, holding=holding)
+    assert memoptax.state_bytes(tx, params) == pytest.approx(4e4 * copies, rel=0.01)
