@@ -112,10 +112,8 @@ def test_the_state_of_another_optimizer_is_refused(opt):
     tx, own = born(opt)
     for other in OPTIMIZERS:
         state = born(other)[1]
-        if jax.tree.structure(state) == jax.tree.structure(own) and (
-            jax.tree.leaves(state) == jax.tree.leaves(own)
-        ):
-            continue  # the same state
+        if jax.tree.flatten(state) == jax.tree.flatten(own):
+            continue
         with pytest.raises(ValueError, match="state"):
             updated(tx, state)
     for state in (optax.adam(0.1), optax.sgd(0.1, 0.9)):
