@@ -184,7 +184,10 @@ def _recalling(options, sound=True) -> optax.GradientTransformationExtraArgs:
     ``sound``.
     """
     if options.keeps_nothing:
-        return guards.without_buffer(optax.identity(), CriticalGradientsState)
+        nothing = guards.expecting(
+            optax.identity(), optax.EmptyState, topc=options.topc, kappa=options.kappa
+        )
+        return guards.without_buffer(nothing, CriticalGradientsState)
 
     def init_fn(params):
         state = CriticalGradientsState(algorithm.empty(options, params))

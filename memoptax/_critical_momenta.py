@@ -63,7 +63,8 @@ def critical_momenta(
     The update is M. The key of a momentum is that of its *gradient*: it starts as
     :math:`\lVert g_t \rVert` and is multiplied by ``decay`` at every step. M is not
     written back into m, and there is no bias correction. If a gradient is not finite,
-    the whole update is NaN and the whole state does not change.
+    the whole update is NaN and the state does not change, except for the spare slot,
+    which holds no value.
 
     Memory: C + 2 copies of float32 parameters (2 for C = 1), for the slots and m; less
     with ``buffer_dtype`` and ``mu_dtype``. What :func:`critical_gradients` says of its
@@ -180,8 +181,8 @@ def scale_by_adam_cm(
       u_t &= \frac{M_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
     with m and B of :func:`critical_momenta`. A κ or C of 0 gives Adam, whose v is that
-    of the gradients. If a gradient is not finite, the whole update is NaN and the whole
-    state does not change.
+    of the gradients. If a gradient is not finite, the whole update is NaN and the state
+    does not change, except for the spare slot, which holds no value.
 
     Memory: C + 3 copies of float32 parameters, 3 for C = 1, for the slots, m and v; one
     more each with AMSGrad and with a running sum (``holding='sum'``). With C = 1 and

@@ -58,7 +58,8 @@ def scale_by_sm3_cm(
     A κ or C of 0 keeps no buffer, and M is m: momentum over the root of its own second
     moment. That is not Adam, whose second moment is that of the gradients. The first
     steps are about :math:`1 / (1 - \beta_1)` times as long as Adam's. If a gradient is
-    not finite, the whole update is NaN and the whole state does not change.
+    not finite, the whole update is NaN and the state does not change, except for the
+    spare slot, which holds no value.
 
     Memory: C + 2 copies of float32 parameters (2 for C = 1), for the slots and m, and
     one more with a running sum (``holding='sum'``); less with ``buffer_dtype`` and

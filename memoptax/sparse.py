@@ -131,9 +131,14 @@ def on_values(
 
     A row-sparse leaf has values and indices, and optax's own transformations would
     change both. This wrapper first sums rows that occur more than once. Then it gives
-    `inner` the values of the rows, and the rows of the parameters. So a norm is that of
-    the dense gradient. Use it for `optax.clip`, `clip_by_global_norm`, `scale`,
+    `inner` the values of the rows, and the rows of the parameters. So an L2 norm is
+    that of the dense gradient. Use it for `optax.clip`, `clip_by_global_norm`, `scale`,
     `zero_nans` and the like, before or after :func:`memoptax.sm3`.
+
+    Do not use it for a mean over entries (`clip_by_block_rms`), which then depends on
+    the number of padding ids. Do not use it for the norm of a parameter either
+    (`adaptive_grad_clip`, `scale_by_trust_ratio`), because it is then that of the rows.
+    Weight decay and noise reach only the rows of the batch.
 
     `optax.apply_if_finite` can wrap :func:`memoptax.sm3` without this wrapper.
 

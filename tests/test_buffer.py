@@ -252,7 +252,7 @@ def test_zeros_are_an_empty_buffer(way, topc):
 
 
 @each_way
-@pytest.mark.parametrize("factor", [0.0, 0.3, 0.5, 2.0])
+@pytest.mark.parametrize("factor", [0.0, 0.3, 0.5, 2.0, -1.0])
 @pytest.mark.few(5)
 def test_a_buffer_that_was_scaled_goes_on(way, topc, factor):
     """Such tools cast every number back to its dtype."""

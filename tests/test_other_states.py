@@ -121,6 +121,14 @@ def test_the_state_of_another_optimizer_is_refused(opt):
             updated(tx, jax.eval_shape(state.init, PARAMS))
 
 
+@pytest.mark.parametrize("options", [{"topc": 0}, {"kappa": 0.0}])
+@pytest.mark.parametrize("other", [memoptax.critical_momenta(), optax.rmsprop(0.1)])
+def test_critical_gradients_without_a_buffer_refuse_a_state(options, other):
+    tx = memoptax.critical_gradients(**options)
+    with pytest.raises(ValueError, match="kappa is .* but the state has"):
+        updated(tx, jax.eval_shape(other.init, PARAMS))
+
+
 # Another tree
 
 

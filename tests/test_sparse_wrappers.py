@@ -35,7 +35,6 @@ def densely(gradient):
 ELEMENTWISE = {
     "clip": optax.clip(2.5),
     "clip_by_global_norm": optax.clip_by_global_norm(1.0),
-    "clip_by_block_rms": optax.clip_by_block_rms(10.0),
     "scale": optax.scale(3.0),
     "scale_by_schedule": optax.scale_by_schedule(lambda count: 0.5),
     "zero_nans": optax.zero_nans(),

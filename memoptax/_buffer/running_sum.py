@@ -108,13 +108,13 @@ def _is_changed(buffer):
     its slots.
 
     Integers were truncated then: entries are not a permutation, or a value is no longer
-    held but still has a norm.
+    held but still has a norm. A negative factor makes that norm negative.
     """
     held, entries = eviction.held(buffer), buffer.entries
     in_order = jnp.arange(entries.shape[1], dtype=entries.dtype)[None]
     moved = jnp.any(jnp.sort(entries, axis=1) != in_order, axis=1)
     misplaced = jnp.any(held, axis=1) & moved
-    return jnp.any(misplaced) | jnp.any((buffer.norms > 0) & ~held)
+    return jnp.any(misplaced) | jnp.any((buffer.norms != 0) & ~held)
 
 
 def largest_error(norms, totals):
