@@ -72,8 +72,9 @@ def row_value_and_grad(
 def apply_updates(params: optax.Params, updates: Any) -> optax.Params:
     """Add updates to parameters as ``optax.apply_updates`` does, row-sparse ones too.
 
-    A row-sparse update is added by a scatter. Under `jax.jit` with donated parameters
-    it changes the table in place, and the cost is that of the rows touched.
+    A row-sparse update is added by a scatter, in the dtype of its table. Under
+    `jax.jit` with donated parameters it changes the table in place, and the cost is
+    that of the rows touched.
 
     Args:
       params: a tree of parameters.

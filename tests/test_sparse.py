@@ -47,6 +47,18 @@ def test_oracle_with_duplicates(beta, shape):
             np.testing.assert_allclose(table, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_duplicates_of_half_precision_add_up_in_float32(dtype):
+    """In bfloat16 the sum of a thousand ones stops at 256, and the sign is wrong."""
+    data = jnp.where(jnp.arange(2000) < 1000, 1, -0.75).astype(dtype)[:, None]
+    ids = jnp.zeros((2000, 1), jnp.int32)
+    tx = memoptax.sm3(0.1, cover=memoptax.covers.rows)
+    gradient = BCOO((data, ids), shape=(3, 1))
+    updates, state = tx.update(gradient, tx.init(jnp.zeros((3, 1), dtype)))
+    np.testing.assert_allclose(state[0].accumulators[0][0][0, 0], 250.0**2)
+    np.testing.assert_allclose(updates.todense()[0, 0], -0.1, rtol=1e-2)
+
+
 @pytest.mark.parametrize("variant", ["I", "II"])
 def test_equals_the_dense_step_with_rows(variant):
     """Rows with a zero gradient do not move and keep their numbers, dense or not."""

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from memoptax._tensors import dtypes
+
 
 def is_row_sparse(leaf: Any) -> bool:
     """Whether a leaf of an update tree is a BCOO array.
@@ -59,8 +61,9 @@ def places(ids, rows: int) -> jax.Array:
 def merged(gradient, name: str) -> Any:
     """The gradient with every row once, under a number that is not negative.
 
-    Unused rows are 0 and point outside of the table. The flags of the indices stay as
-    they are, because they are part of the type, which `lax.cond` compares.
+    Rows are added in float32 or better, because many may be the same. Unused rows are 0
+    and point outside of the table. The flags of the indices stay as they are, because
+    they are part of the type, which `lax.cond` compares.
     """
     check(gradient, name)
     from jax.experimental.sparse import BCOO
@@ -68,14 +71,14 @@ def merged(gradient, name: str) -> Any:
     rows = gradient.shape[0]
     indices, data = places(gradient.indices, rows), gradient.data
     inside = (indices < rows).reshape(-1, *[1] * (data.ndim - 1))
-    data = jnp.where(inside, data, 0)
+    data = dtypes.wide(jnp.where(inside, data, 0))
     if rows and gradient.nse:
         # Indices that are marked as unique may still have -1 and the last row.
         once = BCOO((data, indices), shape=gradient.shape)
         once = once.sum_duplicates(nse=gradient.nse, remove_zeros=False)
         data, indices = once.data, once.indices
     return BCOO(
-        (data, indices),
+        (data.astype(gradient.dtype), indices),
         shape=gradient.shape,
         indices_sorted=gradient.indices_sorted,
         unique_indices=gradient.unique_indices,
