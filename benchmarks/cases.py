@@ -43,6 +43,7 @@ OPTIMIZERS = {
         RATE, topc=20, **INT8_AND_M
     ),
     "adamw_cm, C = 5": lambda: mo.adamw_cm(RATE, topc=5),
+    "sm3_cm, C = 0, int8 m": lambda: mo.sm3_cm(RATE, topc=0, mu_dtype="int8"),
     "sm3_cm, C = 1, int8 slots and m": lambda: mo.sm3_cm(RATE, topc=1, **INT8_AND_M),
     "sm3_cm, C = 5, int8 slots and m": lambda: mo.sm3_cm(RATE, topc=5, **INT8_AND_M),
     "sm3_cm, C = 5": lambda: mo.sm3_cm(RATE, topc=5),
