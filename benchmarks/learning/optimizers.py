@@ -190,7 +190,17 @@ BASES |= {
         "sm3_cm", _alone(memoptax.sm3_cm), SM3 / 16, "adam", "sm3_cm C=5 FIFO"
     ),
     "sm3_cm, C=1, int8": Row(
-        "sm3_cm, C=1, int8", _alone(memoptax.sm3_cm, **_SM3_CM), SM3 / 16, "adam"
+        "sm3_cm, C=1, int8",
+        _alone(memoptax.sm3_cm, **_SM3_CM),
+        SM3 / 16,
+        "adam",
+        "sm3_cm, C=1, int8, FIFO",
+    ),
+    "sm3_cm, C=1, int8, FIFO": Row(
+        "sm3_cm, C=1, int8, FIFO",
+        _alone(memoptax.sm3_cm, fifo_probability=1.0, **_SM3_CM),
+        SM3 / 16,
+        "adam",
     ),
     "sm3_cm, C=0": Row(
         "sm3_cm, C=0", _alone(memoptax.sm3_cm, topc=0), SM3 / 16, "adam"
@@ -223,8 +233,9 @@ BASES |= {
     for name in ("sm3_cm", "sm3 momentum", "ademamix", "adafactor")
 }
 
+ONE = ((1, 0.9), (1, "FIFO"))
 FULL = (
-    (1, 0.9),
+    *ONE,
     (5, 0.7),
     (5, 0.9),
     (5, 0.99),
@@ -258,9 +269,9 @@ def adam_cm(settings=SHORT) -> list[Row]:
 
 
 def sm3_cm(settings=SHORT[1:]) -> list[Row]:
-    """Controls of ``sm3_cm``, which is itself among the bases. One has no buffer."""
+    """Controls of ``sm3_cm``, which is itself among the bases. Two have no buffer."""
     rows = buffered_rows("sm3_cm", "adam", SM3 / 16, memoptax.sm3_cm, settings)
-    return rows + bases("sm3_cm, C=0")
+    return rows + bases("sm3_cm, C=0", "sm3_cm, C=0, int8")
 
 
 def _relative(rate, **options):
@@ -346,7 +357,7 @@ def variants() -> list[Row]:
     return rows
 
 
-def int8_adam_cm(settings=((1, 0.9),)) -> list[Row]:
+def int8_adam_cm(settings=ONE) -> list[Row]:
     """CM with slots and momentum in int8."""
     return buffered_rows(
         "int8 adam_cm",

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -18,7 +19,6 @@ KINDS = {
     "κ = 1e-6": ("#999999", "v"),
     "no buffer": ("#009E73", "D"),
 }
-
 
 # Columns that have their own panel of differences, each with its label.
 PANELS = {
@@ -85,11 +85,10 @@ def _difference(line, column):
 def _forest(axis, task, lines, column, title):
     shown = _shown(lines, column)
     found = [_difference(line, column) for line in shown]
-    tried = [x for line, x in zip(shown, found) if line.tried]
-    low, high = _limits(tried or found, found)
+    low, high = _limits(found)
     for place, (line, (mean, half)) in enumerate(zip(shown, found)):
         colour, mark = KINDS[kind(line.name)]
-        if low < mean < high:
+        if low < mean - half and mean + half < high:
             axis.errorbar(
                 mean, place, xerr=half, fmt=mark, color=colour, ms=5, lw=1.2, capsize=2
             )
@@ -113,12 +112,12 @@ def _forest(axis, task, lines, column, title):
 
 def _outside(axis, mean, place, limits, colour):
     """A difference beyond the edge of the picture, as a number with an arrow."""
-    left = mean <= limits[0]
+    left = mean < 0  # 0 is always inside
     text = f"{mean:+.3g}".replace("-", "−")
     axis.text(
         limits[0] if left else limits[1],
         place,
-        f"← {text}" if left else f"{text} →",
+        f" ← {text}" if left else f"{text} → ",
         ha="left" if left else "right",
         va="center",
         fontsize=7,
@@ -126,14 +125,10 @@ def _outside(axis, mean, place, limits, colour):
     )
 
 
-def _limits(tried, found):
-    """Limits with room for all optimizers, and for controls that are not far away.
-
-    A base at a far too large rate is a number at the edge.
-    """
-    low, high = _range(tried)
-    room = (high - low) / 3
-    low, high = _range([x for x in found if low - room < x.mean < high + room])
+def _limits(found):
+    """Limits with room for most rows. What is far outside is a number at the edge."""
+    far = 4 * np.quantile([abs(x.mean) for x in found], 0.75)
+    low, high = _range([x for x in found if abs(x.mean) <= far])
     margin = 0.1 * (high - low) or 1.0
     return low - margin, high + margin
 

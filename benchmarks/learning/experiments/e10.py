@@ -88,10 +88,10 @@ def plan():
     rows = [
         *o.bases("adam", "sgd", "ademamix", "adam, averaged"),
         *o.bases("adagrad", "adagrad from 0"),
-        *o.bases("sm3", "sm3_cm"),
+        *o.bases("adafactor", "sm3", "sm3_cm"),
         *o.sm3_cm(),
         *o.adam_c(),
-        *o.adam_cm(((1, 0.9), *o.SHORT)),
+        *o.adam_cm((*o.ONE, *o.SHORT)),
     ]
     return [(task(), rows)]
 

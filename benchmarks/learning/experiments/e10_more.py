@@ -95,6 +95,7 @@ def plan():
     ]
     rows = [
         *o.bases("adam", "sgd", "ademamix", "adam, averaged", "adagrad", "sm3"),
+        *o.bases("adafactor", "sm3_cm, C=0", "sm3_cm, C=0, int8"),
         *o.adam_c(),
         *o.adam_cm(),
         *reset,

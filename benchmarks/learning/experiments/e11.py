@@ -74,10 +74,11 @@ def scored(model: Model):
 
 
 def rows():
-    settings = ((1, 0.9), *o.SHORT, (20, 0.99), (20, "FIFO"))
+    settings = (*o.ONE, *o.SHORT, (20, 0.99), (20, "FIFO"))
     return [
         *o.bases("adam", "sgd", "adam, SAM", "sgd, SAM"),
         *o.bases("ademamix", "adam, averaged", "adagrad", "sm3", "sm3_cm"),
+        *o.bases("adafactor"),
         *o.sm3_cm(),
         *o.adam_cm(settings),
         *o.adam_c(),

@@ -12,7 +12,7 @@ def rows():
     return [
         *o.bases("adam", "adam, averaged", "ademamix", "sm3"),
         *o.adam_c(),
-        *o.adam_cm(((1, 0.9), *o.SHORT)),
+        *o.adam_cm((*o.ONE, *o.SHORT)),
     ]
 
 

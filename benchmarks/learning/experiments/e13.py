@@ -18,16 +18,18 @@ NAMES = (
 def plan():
     small = o.bases("adam", "sm3", "sm3_cm", "ademamix", "adafactor", "adagrad", "muon")
     small += o.bases("adam, averaged")
-    small += o.sm3_cm() + o.bases("sm3_cm, C=0, int8")
+    small += o.sm3_cm()
     small += o.bases("sm3 momentum", "sm3 momentum, int8", "sm3_cm, C=1, int8")
+    small += o.bases("sm3_cm, C=1, int8, FIFO")
     small += o.bases("adam, own schedule", "sm3, own schedule", "sm3_cm, own schedule")
     small += o.bases("ademamix, own schedule", "adafactor, own schedule")
     small += o.bases("adagrad, own schedule", "sm3 momentum, own schedule")
     large = o.bases("adam", "sm3", "sm3, own schedule", "adafactor")
     large += o.bases("adafactor, own schedule", "sm3 momentum, int8")
-    large += o.bases("sm3_cm, C=1, int8", "sm3_cm, C=0, int8")
+    large += o.bases("sm3_cm, C=1, int8", "sm3_cm, C=1, int8, FIFO")
+    large += o.bases("sm3_cm, C=0, int8", "ademamix", "adam, averaged")
     third = [o.BASES["adam"]._replace(base="adam")]
-    third += o.bases("adam, own schedule")
+    third += o.bases("ademamix", "adam, averaged", "adam, own schedule")
     models = map(characters.of_width, (SMALL, LARGE, THIRD))
     return [
         (characters.task(name, STEPS, BATCH, model), rows)

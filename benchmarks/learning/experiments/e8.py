@@ -12,13 +12,15 @@ def plan():
     rows = [
         *o.bases("adam", "sgd", "ademamix", "adam, averaged", "sgd, averaged"),
         *o.bases("nadamw", "sm3", "sm3 momentum", "sm3_cm", "sm3_cm, C=1, int8"),
+        *o.bases("sm3_cm, C=1, int8, FIFO"),
         *o.bases("sm3, own schedule", "sm3_cm, own schedule", "adam, own schedule"),
         *o.bases("sgd, own schedule", "adagrad", "adagrad, own schedule"),
+        *o.bases("adafactor"),
         *o.adam_c(o.FULL),
         *o.adam_cm(o.FULL),
         *o.sm3_cm(),
         *o.sgd_c(),
-        *o.int8_adam_cm(((1, 0.9), (5, 0.7), (5, "FIFO"))),
+        *o.int8_adam_cm((*o.ONE, (5, 0.7), (5, "FIFO"))),
         *o.int8_adam_c(((5, 0.7), (5, "FIFO"))),
         *o.variants(),
     ]

@@ -12,10 +12,10 @@ from benchmarks.learning.protocol import Size
 def plan():
     rows = [
         *o.bases("adam", "sgd", "ademamix", "adam, averaged", "sgd, averaged"),
-        *o.bases("adagrad", "sm3", "sm3_cm"),
+        *o.bases("adagrad", "adafactor", "sm3", "sm3_cm"),
         *o.sm3_cm(),
         *o.adam_c(),
-        *o.adam_cm(((1, 0.9), *o.SHORT)),
+        *o.adam_cm((*o.ONE, *o.SHORT)),
         *o.sgd_c(),
     ]
     flat = mnist.task("MNIST-1D, constant rate", STEPS, schedule=tasks.constant)

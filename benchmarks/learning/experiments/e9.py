@@ -126,8 +126,9 @@ def flips(name, size, share, steps=STEPS):
 def plan():
     rows = [
         *o.bases("adam", "sgd", "ademamix", "adam, averaged", "adagrad", "sm3"),
+        *o.bases("adafactor", "sm3_cm, C=0", "sm3_cm, C=0, int8"),
         *o.adam_c(),
-        *o.adam_cm(((1, 0.9), *o.SHORT)),
+        *o.adam_cm((*o.ONE, *o.SHORT)),
         *o.sgd_c(),
     ]
     return [

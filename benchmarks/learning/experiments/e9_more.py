@@ -11,6 +11,7 @@ EXAMPLES = e9.BATCH * e9.STEPS
 def plan():
     rows = [
         *o.bases("adam", "adam, averaged", "ademamix", "sm3"),
+        *o.bases("sm3_cm, C=0", "sm3_cm, C=0, int8"),
         *o.adam_c(),
         *o.adam_cm(),
     ]
