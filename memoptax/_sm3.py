@@ -69,9 +69,10 @@ def scale_by_sm3(
 
     If the square of an entry in the gradient of a leaf is not finite, the accumulators
     and the momentum of the leaf do not change. Where every entry has its own
-    accumulator (vectors and scalars, by default), this applies entry by entry. An int8
-    momentum then stays row by row, and the update repeats it. The update is not finite
-    where the gradient is not, so that later transformations see it.
+    accumulator (vectors and scalars, by default), this applies entry by entry. But an
+    int8 momentum stays in the whole row, and the update there is the old momentum. The
+    update is not finite where the gradient is not, so that later transformations see
+    it.
 
     A gradient leaf may be row-sparse (``jax.experimental.sparse.BCOO`` with one sparse
     dimension, see :func:`memoptax.sparse.row_value_and_grad`). Its parameter needs the

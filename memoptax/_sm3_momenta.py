@@ -232,14 +232,15 @@ def sm3_cm(
     aggr: Aggregate = "sum",
     **buffer: Unpack[BufferArguments],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Critical momenta over SM3's covers, in as little as two bytes per parameter.
+    r"""Critical momenta over SM3's covers, in as little as one byte per parameter.
 
     :math:`\theta_{t+1} = \theta_t - \eta\,(u_t + \lambda\,\theta_t)` with the u of
     :func:`scale_by_sm3_cm`, which has the equations and the references.
 
     With ``topc=0`` and ``mu_dtype='int8'`` it is an Adam without a buffer, in about one
-    byte per parameter. In fifteen tables of ``docs/evidence.md`` it was better than
-    Adam in six, level in six, and worse in three.
+    byte per parameter. In fifteen tables of ``docs/evidence.md`` and
+    ``docs/evidence_more.md`` it was better than Adam in six, level in six, and worse in
+    three.
 
     Memory: that of :func:`scale_by_sm3_cm`. ``topc=1`` with int8 for ``mu_dtype`` and
     ``buffer_dtype`` takes 2.02 bytes per parameter of a matrix of 1024², and

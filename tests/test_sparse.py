@@ -52,7 +52,7 @@ def test_duplicates_of_half_precision_add_up_in_float32(dtype):
     """In bfloat16 the sum of a thousand ones stops at 256, and the sign is wrong."""
     data = jnp.where(jnp.arange(2000) < 1000, 1, -0.75).astype(dtype)[:, None]
     ids = jnp.zeros((2000, 1), jnp.int32)
-    tx = memoptax.sm3(0.1, cover=memoptax.covers.rows)
+    tx = untyped(memoptax.sm3(0.1, cover=memoptax.covers.rows))
     gradient = BCOO((data, ids), shape=(3, 1))
     updates, state = tx.update(gradient, tx.init(jnp.zeros((3, 1), dtype)))
     np.testing.assert_allclose(state[0].accumulators[0][0][0, 0], 250.0**2)
