@@ -237,8 +237,8 @@ def sm3_cm(
     :math:`\theta_{t+1} = \theta_t - \eta\,(u_t + \lambda\,\theta_t)` with the u of
     :func:`scale_by_sm3_cm`, which has the equations and the references.
 
-    With ``topc=0`` and ``mu_dtype='int8'`` it is an Adam without a buffer, in about one
-    byte per parameter. In fifteen tables of ``docs/evidence.md`` and
+    With ``topc=0`` and ``mu_dtype='int8'`` it keeps no buffer, and can replace Adam in
+    about one byte per parameter. In fifteen tables of ``docs/evidence.md`` and
     ``docs/evidence_more.md`` it was better than Adam in six, level in six, and worse in
     three.
 

@@ -61,7 +61,7 @@ def plan():
     }
     scheduled = o.bases("adam, own schedule", "sm3, own schedule")
     rows = o.bases("adam", "sm3", "ademamix", "adafactor", "adagrad") + scheduled
-    scheduled = scheduled + o.bases("ademamix, own schedule")
+    scheduled += o.bases("ademamix, own schedule")
     buffers = ((5, 0.7), (5, "FIFO"), (5, "random"), (5, "κ=1e-6"))
     spikes = o.bases("adam", "ademamix", "sm3", "adagrad")
     spikes += [*o.adam_cm(buffers), *o.adam_c(buffers)]
