@@ -22,7 +22,8 @@ class ScaleBySM3State(NamedTuple):
 
     Accumulators and scales differ from the parameters in shape and sharding. So they
     are not trees like the parameters, but tuples with one item per leaf, in the order
-    of ``jax.tree.leaves``. For a tree without leaves both are a scalar zero.
+    of ``jax.tree.leaves``. For a tree without leaves both are a scalar zero. So without
+    momentum a state has no names, and fits other parameters of the same shapes.
     """
 
     count: Any  # shape=(), dtype=int32

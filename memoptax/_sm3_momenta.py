@@ -75,7 +75,8 @@ def scale_by_sm3_cm(
       cover: the boxes, as in :func:`scale_by_sm3`.
       skip_first: whether to reproduce the authors' first step, as in
         :func:`scale_by_adam_cm`.
-      mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
+      mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`. Without a
+        buffer too, the update uses the rounded m, and needs no temporary copy.
       aggr: as in :func:`critical_gradients`.
       **buffer: the other arguments of :func:`critical_gradients`.
 
@@ -258,7 +259,8 @@ def sm3_cm(
       cover: the boxes, as in :func:`scale_by_sm3`.
       skip_first: as in :func:`scale_by_sm3_cm`. The first step then
         only applies weight decay.
-      mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`.
+      mu_dtype: dtype in which m is stored, as in :func:`critical_momenta`. Without a
+        buffer too, the update uses the rounded m, and needs no temporary copy.
       aggr: as in :func:`critical_gradients`.
       **buffer: the other arguments of :func:`critical_gradients`.
 

@@ -120,7 +120,8 @@ def blocks(*size: int | None) -> Callable[[Any, Any], list[Box]]:
       >>> axes = memoptax.covers.axes
       >>> cover = lambda path, leaf: axes(path, leaf) + blocks(path, leaf)
     """
-    size = tuple(None if s is None else _check.integer("size", s, 1) for s in size)
+    name = "size of covers.blocks"
+    size = tuple(None if s is None else _check.integer(name, s, 1) for s in size)
 
     def cover(path: Any, leaf: Any) -> list[Box]:
         shape = leaf.shape

@@ -142,7 +142,7 @@ def test_blocks_take_positive_integers():
     for size in untyped((0, -1, True, 2.0, "x", [2])):
         with pytest.raises(ValueError) as error:
             memoptax.covers.blocks(None, size)
-        assert str(error.value).startswith("size must be an integer of at least 1")
+        assert str(error.value).startswith("size of covers.blocks must be an integer")
         assert repr(size) in str(error.value)
     leaf = jax.ShapeDtypeStruct((4, 6), "float32")
     sizes = untyped((np.int64(2), np.uint8(3)))

@@ -174,3 +174,42 @@ def test_a_momentum_beyond_float16_is_refused_after_a_small_gradient():
         _, state = tx.update(jnp.array([size, 0.0]), state)
         assert int(state.buffer.accepted[0]) == accepted
     assert np.isfinite(np.float32(state.buffer.slots)).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: memoptax.critical_momenta(),
+        lambda: memoptax.critical_momenta(topc=1),
+        lambda: memoptax.critical_momenta(topc=2, holding="sum"),
+        lambda: memoptax.critical_momenta(mu_dtype="float16"),
+        lambda: memoptax.scale_by_adam_cm(topc=2, skip_first=True),
+        lambda: memoptax.scale_by_adam_cm(topc=1, skip_first=True),
+        lambda: memoptax.scale_by_sm3_cm(topc=2),
+    ],
+    ids=["read", "select", "sum", "mu", "skip_first", "skip_first, C = 1", "sm3_cm"],
+)
+def test_float16_momenta_of_a_large_norm_enter(make):
+    """A mean of float16 gradients is in their range, and its norm need not be."""
+    tx = make()
+    ends = {}
+    for dtype in ("float16", "float32"):
+        gradient = jnp.full((512, 512), 1000, dtype)
+        state, step = tx.init(gradient), jax.jit(tx.update)
+        for _ in range(8):
+            ends[dtype], state = step(gradient, state)
+        assert state.buffer.offered == state.buffer.accepted == 8
+        memoptax.check_state(tx, gradient, state)
+    np.testing.assert_allclose(*ends.values(), rtol=2e-3)
+
+
+@pytest.mark.parametrize("topc", [1, 2])
+def test_a_momentum_beyond_float16_is_clipped_in_its_slot(topc):
+    """The gradients were in float32, and then are in the parameters' float16."""
+    tx, params = memoptax.scale_by_adam_cm(topc=topc, skip_first=True), jnp.ones(4)
+    params = params.astype("float16")
+    state = tx.init(params)
+    for gradient in [jnp.full(4, 1e6)] * 3 + [params] * 3:
+        _, state = tx.update(gradient, state)
+    memoptax.check_state(tx, params, state)
+    assert untyped(state).buffer.accepted == 3

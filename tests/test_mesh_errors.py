@@ -196,7 +196,11 @@ def test_accumulators_divided_along_any_axis_are_used_and_stay_there(tx, spec):
         assert jax.typeof(got) == jax.typeof(params)
 
 
-@pytest.mark.parametrize(
+def spec_of(x):
+    return jax.typeof(x).sharding.spec
+
+
+IN_EACH_WAY = pytest.mark.parametrize(
     "make",
     [
         lambda: memoptax.sgd_c(0.1, topc=2),
@@ -206,6 +210,9 @@ def test_accumulators_divided_along_any_axis_are_used_and_stay_there(tx, spec):
     ],
     ids=["read", "int8", "sum", "select"],
 )
+
+
+@IN_EACH_WAY
 def test_a_state_restored_without_a_mesh_is_put_on_it(make):
     """As a state of optax is, in explicit mode."""
     values = np.float32(np.random.default_rng(0).normal(size=(8, 4)))
@@ -224,6 +231,21 @@ def test_a_state_restored_without_a_mesh_is_put_on_it(make):
     got, _ = tx.update(params, state, params)
     want, _ = jax.jit(tx.update)(params, state, params)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+@IN_EACH_WAY
+def test_gradients_on_no_mesh_are_taken(make):
+    """As optax takes them, in explicit mode."""
+    values = np.float32(np.random.default_rng(0).normal(size=(8, 4)))
+    (_, params), tx = on_two(values), make()
+    states = dict.fromkeys((np.asarray, jnp.asarray), tx.init(params))
+    plain = tx.init(values)
+    for step in (tx.update, jax.jit(tx.update), tx.update):
+        want, plain = jax.jit(tx.update)(values, plain, values)
+        for kind, state in states.items():
+            got, states[kind] = step(kind(values), state, params)
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+            assert jax.tree.map(spec_of, states[kind]) == jax.tree.map(spec_of, state)
 
 
 @pytest.mark.parametrize("topc", [1, 2])

@@ -136,7 +136,7 @@ def test_a_leaf_that_is_refused_rebuilds_nothing():
 
 
 @pytest.mark.parametrize(
-    ("topc", "roundings"), [(3, 3), (30, 17), (31, 7), (100, 16), (1400, 49)]
+    ("topc", "roundings"), [(3, 4), (30, 31), (31, 7), (100, 16), (1400, 49)]
 )
 def test_a_rebuilt_sum_is_off_by_its_roundings_at_most(topc, roundings):
     """A value passes through ``roundings`` additions, each off by 2^-24 of its sum."""
@@ -153,3 +153,12 @@ def test_a_rebuilt_sum_is_off_by_its_roundings_at_most(topc, roundings):
     (total,) = running_sum.from_slots([jnp.zeros(3)], stacks, held)
     exact = values[:topc].sum(0, dtype=float)
     assert np.all(np.abs(total - exact) <= roundings * exact * UNIT)
+
+
+def test_a_row_may_have_more_entries_than_an_int32_counts():
+    """As a tree that ``optax.flatten`` has made one vector. Nothing runs."""
+    params = jax.ShapeDtypeStruct((2**31,), jnp.float32)
+    tx = memoptax.adam_c(0.1, topc=3, holding="sum", buffer_dtype="int8")
+    state = jax.eval_shape(tx.init, params)
+    updates, _ = jax.eval_shape(tx.update, params, state, params)
+    assert updates.shape == params.shape

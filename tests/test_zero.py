@@ -308,6 +308,28 @@ def test_types_stay_in_explicit_mode(name, sizes, entered):
         jax.eval_shape(update, params, state, params)
 
 
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("entered", [True, False])
+@pytest.mark.few(6)
+def test_gradients_on_no_mesh_are_taken_beside_the_state(name, entered):
+    """As when they were summed on the host. Nothing runs."""
+    tx, mesh = OTHERS[name](), mesh_of(TWO_BY_FOUR, AxisType.Explicit)
+
+    def spec(x):
+        return _sharding._trimmed(jax.typeof(x).sharding.spec)
+
+    def update(gradients, state, params):
+        new = tx.update(gradients, state, params)
+        assert jax.tree.map(spec, new[1]) == jax.tree.map(spec, state)
+        return new
+
+    with jax.set_mesh(mesh) if entered else contextlib.nullcontext():
+        homes = {k: NamedSharding(mesh, s) for k, s in SPECS.items()}
+        params = {k: x.update(sharding=homes[k]) for k, x in abstract().items()}
+        state = jax.eval_shape(tx.init, params)
+        jax.eval_shape(update, abstract(), state, params)
+
+
 @pytest.mark.parametrize(
     "tx",
     [

@@ -265,13 +265,13 @@ def scale_by_amsgrad(b1, b2, eps, eps_root):
 
 def normalize(mu, nu, count, b1, b2, eps, eps_root):
     """(m / (1 − b1ᵗ)) / (√(v / (1 − b2ᵗ) + eps_root) + eps)."""
+    # The scalars are inverted first. Otherwise every consumer that recomputes this
+    # would repeat a division per element.
+    m_scale, v_scale = (1 / bias_correction(decay, count) for decay in (b1, b2))
 
     def leaf(m, v):
-        # The scalars are inverted first. Otherwise every consumer that recomputes this
-        # would repeat a division per element.
-        m_scale = (1 / bias_correction(b1, count)).astype(m.dtype)
-        v_scale = (1 / bias_correction(b2, count)).astype(v.dtype)
-        return m * m_scale / (_root(v * v_scale + eps_root) + eps)
+        v = v * v_scale.astype(v.dtype)
+        return m * m_scale.astype(m.dtype) / (_root(v + eps_root) + eps)
 
     return jax.tree.map(leaf, mu, nu)
 

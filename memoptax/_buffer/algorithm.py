@@ -109,8 +109,8 @@ def recall_and_offer(
         values = gradients = holding.beside(buffer, gradients)
     leaves, treedef = jax.tree.flatten(values)
     stored = [None] * len(leaves) if stored is None else stored
-    norms, priority, finite = _measured(options, buffer, values, gradients, norms)
-    sound = sound & finite & options.is_sound()
+    norms, priority, fit = _measured(options, buffer, values, gradients, norms)
+    sound = sound & fit & options.is_sound()
     totals, fill, after = _read_and_offer(
         options, buffer, leaves, stored, norms, priority, sound
     )
@@ -126,10 +126,10 @@ def recall_and_offer(
 
 
 def _measured(options: Options, buffer: Buffer, values, gradients, norms):
-    """The norms (L,) of the values, the priority (R,), and which gradients are finite.
+    """The norms (L,) of the values, the priority (R,), and which values can be stored.
 
-    A momentum is a mean of finite gradients, so it is finite itself. Its own norms are
-    taken only where its storage needs them.
+    A momentum is a mean of gradients. So it is finite if they are, and in the range of
+    slots of their dtype. Its own norms are taken only where its storage needs them.
     """
     offers, treedef = jax.tree.flatten(values)
     leaves = treedef.flatten_up_to(gradients)
@@ -137,9 +137,10 @@ def _measured(options: Options, buffer: Buffer, values, gradients, norms):
     if norms is None:
         norms = norms_of(options, leaves, dtype)
     norms = own = norms.astype(dtype)
-    if values is not gradients and _needs_own_norms(options, buffer, offers):
+    if values is not gradients and _needs_own_norms(options, buffer, leaves):
         own = norms_of(options, offers, dtype)
-    return own, _priority(options, gradients, leaves, norms), jnp.isfinite(norms)
+    fit = jnp.isfinite(norms) & storage.fits(own, leaves, holding.stacks_of(buffer)[0])
+    return own, _priority(options, gradients, leaves, norms), fit
 
 
 def _read_and_offer(options: Options, buffer, values, stored, norms, priority, sound):
@@ -218,10 +219,9 @@ def _one_step(
     across,
 ):
     stacks, _ = holding.stacks_of(buffer)
-    fit = sound & storage.fits(norms, values, stacks)
     synced = buffer.keys.shape[0] == 1
-    fit = jnp.all(fit, keepdims=True) if synced else fit
-    finite = fit & jnp.isfinite(priority) & (priority >= 0)
+    sound = jnp.all(sound, keepdims=True) if synced else sound
+    finite = sound & jnp.isfinite(priority) & (priority >= 0)
     fifo, draws = eviction.draw(buffer.draws, fifo_probability, finite)
     decision = eviction.decide(buffer, priority, finite, fifo)
     # The barrier completes the decision before any leaf is touched. Otherwise a GPU
@@ -265,10 +265,10 @@ def _priority(options: Options, gradients, leaves, norms) -> jax.Array:
     )
 
 
-def _needs_own_norms(options: Options, buffer: Buffer, offers) -> bool:
+def _needs_own_norms(options: Options, buffer: Buffer, gradients) -> bool:
     """Whether storage needs the norms of the momenta, not only of their gradients."""
     stacks, _ = holding.stacks_of(buffer)
-    narrower = any(map(storage.is_narrower, offers, stacks))
+    narrower = any(map(storage.is_narrower, gradients, stacks))
     return narrower or options.way(buffer.slots) == "sum"
 
 

@@ -107,6 +107,7 @@ def select(value, slot: storage.Stored, stored, row: Row, dtype):
     """The value held before, and the slot after."""
     total = storage.decode(slot, dtype)
     if stored is None:
+        value = storage.saturate(value, slot)
         return total, storage.encode(value, slot, row.accepted, slot)
     # Without the barrier, a TPU writes the slot together with the momentum before the
     # slot is read, and copies it: adam_cm in int8 would move 33 bytes per parameter and
@@ -180,7 +181,7 @@ def write(value, stack: storage.Stored, stored, row: Row):
 def to_write(value, stack: storage.Stored, stored, row: Row) -> storage.Stored:
     """The new content of the spare slot: the value, or zeros if it was not offered."""
     if stored is None:
-        return storage.encode(value, stack, row.offered)
+        return storage.encode(storage.saturate(value, stack), stack, row.offered)
     return storage.choose(row.offered, stored)
 
 

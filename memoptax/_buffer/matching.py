@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from memoptax import _check
 from memoptax._buffer import holding
 from memoptax._buffer.options import Options
-from memoptax._tensors import dtypes, layout, storage
+from memoptax._tensors import dtypes, families, layout, storage
 
 _KEEP = "Pass the arguments that the state was made with, or make a new one with init."
 
@@ -97,15 +97,11 @@ def way_of(buffer) -> str:
 
 def _check_leaves(buffer, updates):
     slots, expected = jax.tree.flatten(buffer.slots)
-    leaves, treedef = jax.tree.flatten(updates)
+    leaves, treedef = jax.tree.flatten_with_path(updates)
     _check.same_tree(treedef, expected)
-    for leaf, stack in zip(leaves, slots):
+    for (path, leaf), stack in zip(leaves, slots):
         shape = holding.shape_of(buffer, stack)
-        if leaf.shape != shape:
-            raise ValueError(
-                f"updates have a leaf of shape {leaf.shape}, but the state was made "
-                f"for a parameter of shape {shape}."
-            )
+        _check.same_shape(families.name(path), leaf.shape, shape)
 
 
 def check_shapes(buffer) -> None:

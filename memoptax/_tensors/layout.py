@@ -13,12 +13,15 @@ def like(x, other, leading: int = 0):
     """``x``, sharded like ``other`` without its first ``leading`` axes.
 
     In JAX's explicit mode the sharding is part of a type, and two arrays of different
-    shardings cannot be combined. In other modes ``x`` is returned as it is.
+    shardings cannot be combined. An array of NumPy is on no mesh. In other modes ``x``
+    is returned as it is.
     """
     have, want = jax.typeof(x).sharding, jax.typeof(other).sharding
-    spec = _whole(want.spec[leading:], x.ndim)
-    if have.mesh.empty or want.mesh.empty:
+    if want.mesh.empty:
         return x
+    spec = _whole(want.spec[leading:], x.ndim)
+    if have.mesh.empty:
+        return _onto_mesh(x, other, spec)
     return _with_spec(x, want.mesh, spec)
 
 
@@ -33,11 +36,17 @@ def on_mesh_of(x, other, leading: int):
         return x
     names = zip(_whole(want.spec, other.ndim), other.shape, x.shape[leading:])
     spec = [name if size == own else None for name, size, own in names]
-    spec = PartitionSpec(*[None] * leading, *spec)
+    return _onto_mesh(x, other, (*[None] * leading, *spec))
+
+
+def _onto_mesh(x, other, spec):
+    """``x``, which is on no mesh, with this spec on the mesh of ``other``."""
     if isinstance(other, Tracer):
-        return jax.sharding.reshard(x, NamedSharding(want.mesh, spec))
+        mesh = jax.typeof(other).sharding.mesh
+        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
     # The mesh of a type does not know its devices, but that of an array does.
-    return jax.device_put(x, NamedSharding(other.sharding.mesh, spec))
+    mesh = other.sharding.mesh
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def agreeing(arrays, other):

@@ -184,12 +184,14 @@ def saturate(x, like: Stored):
     return jnp.clip(x, -largest, largest)
 
 
-def fits(norms, leaves, stacks: list[Stored]):
+def fits(norms, leaves, stacks: list[Stored]) -> Any:
     """Which leaves (L,), with these L2 norms (L,), are in the range of their slots.
 
-    int8 has the range of its scales.
+    True if all are, whatever their norms. int8 has the range of its scales.
     """
-    limits = [_limit(x.dtype, _precision(s)) for x, s in zip(leaves, stacks)] or [None]
+    limits = [_limit(x.dtype, _precision(s)) for x, s in zip(leaves, stacks)]
+    if not any(limits):
+        return True
     # An infinite limit would raise under jax.debug_infs.
     unlimited = jnp.asarray([limit is None for limit in limits])
     limits = jnp.asarray([limit or 0 for limit in limits], norms.dtype)
@@ -237,7 +239,7 @@ def _rounding(x, stored, norm):
         # a norm is known to be 0, XLA multiplies 0 by 1 / unit², which is infinite.
         unit = jnp.where(norm > 0, jnp.clip(norm, 2.0**-100, 2.0**120), 1)
         squares = jnp.square(stored.scale.astype(norm.dtype) / unit)
-        return 1, jnp.sum(squares) * math.prod(x.shape[-1:]) / 4, unit
+        return 1, jnp.sum(squares) * (math.prod(x.shape[-1:]) / 4), unit
     info = jnp.finfo(stored.values.dtype)
     if dtypes.holds(stored.values.dtype, x.dtype):
         return 1, 0, 1
