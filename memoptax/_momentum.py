@@ -27,6 +27,7 @@ def check(options, updates, state, mu_dtype, params=None):
             _check.same_shape(families.name(path), update.shape, m.shape)
     else:
         matching.check(options, state.buffer, updates, params)
+    storage.check_scales("mu_scales", state.mu, state.mu_scales)
     _options.check_scales(options, updates, state.mu_scales)
     found = {leaf.dtype for leaf in jax.tree.leaves(state.mu)}
     allowed = [mu_dtype] if mu_dtype else _check.WIDE

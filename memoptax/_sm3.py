@@ -191,17 +191,15 @@ def scale_by_sm3(
 def _check_options(momentum, momentum_dtype, accumulator_dtype, state):
     """Refuse a state that was made with other arguments.
 
-    A traced momentum may be 0, so it is not compared with the state. A tree of None has
-    no accumulators, and a momentum of None.
+    A tree of None has no accumulators, and a momentum of None.
     """
     some = isinstance(state.accumulators, (tuple, list))
-    if some and (momentum is None or _check.static(momentum)):
-        if (momentum is None) != (state.momentum is None):
-            found = "none" if state.momentum is None else "one"
-            raise ValueError(
-                f"momentum is {momentum!r}, but the state has {found}: pass the "
-                "momentum that it was made with, or make a new state with init."
-            )
+    if some and (momentum is None) != (state.momentum is None):
+        found = "none" if state.momentum is None else "one"
+        raise ValueError(
+            f"momentum is {momentum!r}, but the state has {found}: pass the momentum "
+            "that it was made with, or make a new state with init."
+        )
     _check.wide("accumulators", state.accumulators)
     wide = {leaf.dtype for leaf in jax.tree.leaves(state.accumulators)}
     if accumulator_dtype is not None and some:
@@ -211,6 +209,7 @@ def _check_options(momentum, momentum_dtype, accumulator_dtype, state):
     # With a momentum_dtype of None it is as wide as the accumulators.
     allowed = wide if momentum_dtype is None else [momentum_dtype]
     _check.same_dtype("momentum_dtype", momentum_dtype, found, allowed)
+    storage.check_scales("scales", state.momentum, state.scales)
 
 
 def _check_tree(leaves, treedef, state, params):

@@ -220,8 +220,9 @@ def accumulator_dtype(leaf, dtype):
 
 def check_leaves(leaves, accumulators):
     """Refuse updates with more or fewer leaves than the accumulators were made for."""
-    if leaves and len(leaves) != len(accumulators):
+    # It is one scalar for a tree without leaves.
+    made_for = len(accumulators) if isinstance(accumulators, (tuple, list)) else 0
+    if leaves and len(leaves) != made_for:
         raise ValueError(
-            f"updates have {len(leaves)} leaves, but the state was made for "
-            f"{len(accumulators)}."
+            f"updates have {len(leaves)} leaves, but the state was made for {made_for}."
         )

@@ -481,3 +481,23 @@ def test_a_resized_sum_has_the_derivative_of_what_was_kept(topc, x64):
     np.testing.assert_array_equal(
         jax.grad(total)(stream), jnp.where(kept, jnp.array([1.0, 2.0]), 0)
     )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@each_way
+def test_a_refused_value_of_a_narrower_dtype_changes_nothing(way, topc, dtype, x64):
+    """A gradient may have another dtype than those before."""
+    tx = critical_gradients(topc, 1.0, holding=way)
+    state = tx.init(jnp.zeros(2))
+    for value in [jnp.array([1e6, 1 / 3])] * topc + [jnp.ones(2, dtype)]:
+        _, after = tx.update(value, state)
+        before, state = state, untyped(after)
+    assert state.buffer.offered == topc + 1 and state.buffer.accepted == topc
+    held = [
+        holding.value(buffer, 0, i, jnp.float64)
+        for buffer in (before.buffer, state.buffer)
+        for i in range(topc)
+    ]
+    chex.assert_trees_all_equal(held, [jnp.array([1e6, 1 / 3])] * (2 * topc))
+    update, _ = tx.update(jnp.zeros(2), state)
+    np.testing.assert_allclose(update, [1e6, 1 / 3], rtol=1e-12)  # their mean

@@ -213,3 +213,21 @@ def test_a_momentum_beyond_float16_is_clipped_in_its_slot(topc):
         _, state = tx.update(gradient, state)
     memoptax.check_state(tx, params, state)
     assert untyped(state).buffer.accepted == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "topc"),
+    [(memoptax.adam_c, 0), (memoptax.adam_cm, 0), (memoptax.adam_cm, 2)],
+)
+def test_a_wide_momentum_of_narrower_gradients_keeps_its_digits(make, topc, x64):
+    tx, params = make(0.1, topc=topc, mu_dtype="float64"), jnp.ones(1)
+    state, want = tx.init(params), 0.0
+    for gradient in (np.float64(1e40), np.float32(1 / 3), np.float32(1 / 3)):
+        _, state = tx.update(jnp.asarray(gradient)[None], state, params)
+        want = 0.9 * want + 0.1 * float(gradient)
+    (m,) = [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(state)
+        if {"mu", "moment"} & {getattr(key, "name", None) for key in path}
+    ]
+    np.testing.assert_allclose(m, [want], rtol=1e-12)

@@ -234,3 +234,63 @@ def test_a_state_with_other_rows_is_refused_with_their_number():
         each.update(params, one.init(params), params)
     with pytest.raises(ValueError, match=r"\(1, C\) .* but the state has \(2, C\)"):
         one.update(params, each.init(params), params)
+
+
+def with_field(state, name, value):
+    """The state with another value of the only field of this name."""
+
+    def visit(node):
+        if not hasattr(node, "_fields"):
+            return node
+        fields = {name: value(node)} if name in node._fields else {}
+        return node._replace(**fields)
+
+    def has_it(node):
+        return name in getattr(node, "_fields", ())
+
+    return jax.tree.map(visit, state, is_leaf=has_it)
+
+
+IN_INT8 = {
+    "sm3": (memoptax.sm3(0.1, 0.9, momentum_dtype="int8"), "scales"),
+    "adam_c": (memoptax.adam_c(0.1, topc=0, mu_dtype="int8"), "scales"),
+    "adam_cm": (memoptax.adam_cm(0.1, mu_dtype="int8"), "mu_scales"),
+    "sgd_cm": (memoptax.sgd_cm(0.1, topc=1, mu_dtype="int8"), "mu_scales"),
+    "sm3_cm": (memoptax.sm3_cm(0.1, topc=0, mu_dtype="int8"), "mu_scales"),
+}
+
+
+@pytest.mark.parametrize("name", IN_INT8)
+def test_int8_moments_without_their_scales_are_refused(name):
+    tx, field = IN_INT8[name]
+    params = {"a": jnp.ones((4, 3)), "b": jnp.ones(5)}
+    state = tx.init(params)
+    changes = {
+        "none": lambda node: None,
+        "swapped": lambda node: getattr(node, field)[::-1],
+        "one": lambda node: getattr(node, field)[:1],
+    }
+    for change in changes.values():
+        wrong = with_field(state, field, change)
+        with pytest.raises(ValueError, match=f"state has {field} of shapes"):
+            tx.update(params, wrong, params)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [memoptax.sgd_cm(0.1, topc=1), memoptax.adam_cm(0.1), memoptax.sm3_cm(0.1, topc=0)],
+    ids=["sgd_cm", "adam_cm", "sm3_cm"],
+)
+def test_scales_where_there_are_none_are_refused(tx):
+    params = jnp.ones((4, 3))
+    wrong = with_field(tx.init(params), "mu_scales", lambda _: (jnp.ones((4, 1)),))
+    with pytest.raises(ValueError, match="float32 and need None"):
+        tx.update(params, wrong, params)
+
+
+@pytest.mark.parametrize("make", [memoptax.sm3, memoptax.sm3_cm])
+def test_a_state_without_accumulators_is_refused(make):
+    tx, params = make(0.1), jnp.ones((4, 3))
+    wrong = with_field(tx.init(params), "accumulators", lambda _: None)
+    with pytest.raises(ValueError, match="the state was made for 0"):
+        tx.update(params, wrong, params)

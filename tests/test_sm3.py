@@ -185,3 +185,10 @@ def test_another_momentum_is_refused_with_what_the_state_has():
         without.update(params, with_.init(params), params)
     with pytest.raises(ValueError, match="momentum is 0.9, but the state has none"):
         with_.update(params, without.init(params), params)
+
+    def step(momentum):
+        return sm3(0.1, momentum).update(params, without.init(params), params)
+
+    for one in (step, jax.jit(step)):
+        with pytest.raises(ValueError, match="momentum is .* but the state has none"):
+            one(jnp.float32(0.9))

@@ -69,7 +69,10 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
         _check_stored(state, field, dtype)
         leaves, treedef = jax.tree.flatten(updates)
         stored = storage.unpack(treedef, state.moment, state.scales)
-        wide = [storage.decode(s, u.dtype) for s, u in zip(stored, leaves)]
+        wide = [
+            storage.decode(s, dtypes.widest(s.values.dtype, u.dtype))
+            for s, u in zip(stored, leaves)
+        ]
         old = state.inner._replace(**{field: treedef.unflatten(wide)})
         new: Any
         updates, new = inner.update(updates, old, params)
@@ -100,6 +103,7 @@ def _check_stored(state, field, dtype):
         )
     found = {leaf.dtype for leaf in jax.tree.leaves(state.moment)}
     _check.same_dtype("mu_dtype", dtype, found, [dtype])
+    storage.check_scales("scales", state.moment, state.scales)
 
 
 def _check_unstored(state):

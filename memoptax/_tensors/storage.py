@@ -70,6 +70,23 @@ def unpack(treedef, values, scales) -> list[Stored]:
     return [Stored(*pair) for pair in zip(values, scales)]
 
 
+def check_scales(name: str, values, scales) -> None:
+    """Refuse scales of a state, its field ``name``, that do not fit its values.
+
+    Numbers in int8 have one array of scales per leaf, and others have None.
+    """
+    leaves = jax.tree.leaves(values)
+    needed = any(leaf.dtype == jnp.int8 for leaf in leaves)
+    found = [jnp.shape(scale) for scale in jax.tree.leaves(scales)]
+    wanted = [(*x.shape[:-1], *(1,) * min(x.ndim, 1)) for x in leaves if needed]
+    if leaves and (found != wanted or needed == (scales is None)):
+        raise ValueError(
+            f"state has {name} of shapes {found}, but its values are in "
+            f"{leaves[0].dtype.name} and need {wanted if needed else None}: it was "
+            "restored without its scales, or belongs to another optimizer."
+        )
+
+
 def pack(treedef, stored: list[Stored], scales):
     """The two fields of a state. The old ``scales`` say whether there are any."""
     if stored and scales is not None:
@@ -114,6 +131,7 @@ def _chosen(rounded: Stored, like: Stored, wanted, other) -> Stored:
 
     def leaf(new, like, other=0):
         if wanted is not True:
+            new = new.astype(dtypes.widest(new.dtype, like.dtype))
             new = jnp.where(wanted, new, jnp.asarray(other, new.dtype))
         return new.astype(like.dtype)
 
