@@ -81,7 +81,8 @@ def scale_by_sm3(
     rows are summed first, and momentum is neither applied nor changed.
 
     Args:
-      momentum: :math:`\mu` in [0, 1), or None or 0 for none.
+      momentum: :math:`\mu` in [0, 1), or None or 0 for none. With a JAX number, even 0,
+        the state has one.
       beta: :math:`\beta` in (0, 1) for a moving average, or None for the sum.
       eps: ε ≥ 0, inside the root. With 0, 0/0 is 0.
       variant: ``'I'`` or ``'II'``. The ν of II is never larger than that of I, so its

@@ -138,7 +138,8 @@ class Critical:
         before = held.accepted()
         joined = transform.step(grads, fifo=self.fifo)
         held.insert(before, offered)
-        if self.config.half:
+        # The buffer of a whole optimizer hands its base float32.
+        if self.config.half and (self.cm or self.rate is None):
             joined, bounds = self._in_half(joined, bounds)
         saved = None if finite else copy.deepcopy((self.bases, self.trace, self.params))
         found = {

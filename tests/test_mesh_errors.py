@@ -248,6 +248,17 @@ def test_gradients_on_no_mesh_are_taken(make):
             assert jax.tree.map(spec_of, states[kind]) == jax.tree.map(spec_of, state)
 
 
+@pytest.mark.parametrize(
+    "tx", [memoptax.sgd_c(0.1, topc=1), memoptax.sm3(0.1, 0.9)], ids=["sgd_c", "sm3"]
+)
+def test_gradients_on_no_mesh_may_be_batched(tx):
+    _, params = on_two(jnp.ones((8, 4)))
+    state = tx.init(params)
+    updates = jax.vmap(lambda g: tx.update(g, state, params)[0])(np.ones((3, 8, 4)))
+    one, _ = tx.update(jnp.ones((8, 4)), state, params)
+    np.testing.assert_allclose(updates, np.stack([one] * 3), rtol=1e-6)
+
+
 @pytest.mark.parametrize("topc", [1, 2])
 def test_a_state_is_checked_outside_of_its_mesh(topc):
     _, params = on_two({"w": jnp.ones((8, 8)), "b": jnp.ones(8)})

@@ -162,3 +162,13 @@ def test_a_row_may_have_more_entries_than_an_int32_counts():
     state = jax.eval_shape(tx.init, params)
     updates, _ = jax.eval_shape(tx.update, params, state, params)
     assert updates.shape == params.shape
+
+
+def test_a_sum_whose_products_vanish_is_taken_for_its_slots():
+    """Some threads of a CPU have subnormal numbers, and others have zeros for them."""
+    tx, params = memoptax.sgd_c(0.1, topc=1, holding="sum"), jnp.zeros(3)
+    _, state = jax.jit(tx.update)(jnp.full(3, 5e-32), tx.init(params), params)
+    buffer = untyped(state)[0].buffer
+    lost = jnp.asarray([3 * jnp.finfo(jnp.float32).tiny])
+    kept = (untyped(state)[0]._replace(buffer=buffer._replace(error=lost)), *state[1:])
+    memoptax.check_state(tx, params, kept)

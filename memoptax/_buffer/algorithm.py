@@ -129,7 +129,8 @@ def _measured(options: Options, buffer: Buffer, values, gradients, norms):
     """The norms (L,) of the values, the priority (R,), and which values can be stored.
 
     A momentum is a mean of gradients. So it is finite if they are, and in the range of
-    slots of their dtype. Its own norms are taken only where its storage needs them.
+    slots of their dtype. It is clipped to it if earlier gradients had a wider dtype.
+    Its own norms are taken only where its storage needs them.
     """
     offers, treedef = jax.tree.flatten(values)
     leaves = treedef.flatten_up_to(gradients)

@@ -13,15 +13,17 @@ def like(x, other, leading: int = 0):
     """``x``, sharded like ``other`` without its first ``leading`` axes.
 
     In JAX's explicit mode the sharding is part of a type, and two arrays of different
-    shardings cannot be combined. An array of NumPy is on no mesh. In other modes ``x``
-    is returned as it is.
+    shardings cannot be combined. An array on no mesh, such as one of NumPy, is put on
+    that of ``other``. In other modes ``x`` is returned as it is.
     """
     have, want = jax.typeof(x).sharding, jax.typeof(other).sharding
     if want.mesh.empty:
         return x
     spec = _whole(want.spec[leading:], x.ndim)
     if have.mesh.empty:
-        return _onto_mesh(x, other, spec)
+        # A traced ``x`` may be batched, and the spec of an array would not fit it.
+        traced = isinstance(x, Tracer) and not isinstance(other, Tracer)
+        return x if traced else _onto_mesh(x, other, spec)
     return _with_spec(x, want.mesh, spec)
 
 
