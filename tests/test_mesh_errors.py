@@ -249,7 +249,7 @@ def test_gradients_on_no_mesh_are_taken(make):
 
 
 @pytest.mark.parametrize(
-    "tx", [memoptax.sgd_c(0.1, topc=1), memoptax.sm3(0.1, 0.9)], ids=["sgd_c", "sm3"]
+    "tx", [memoptax.sgd_c(0.1, topc=1), memoptax.sm3(0.1)], ids=["sgd_c", "sm3"]
 )
 def test_gradients_on_no_mesh_may_be_batched(tx):
     _, params = on_two(jnp.ones((8, 4)))
