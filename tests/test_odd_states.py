@@ -239,16 +239,13 @@ def test_a_state_with_other_rows_is_refused_with_their_number():
 def with_field(state, name, value):
     """The state with another value of the only field of this name."""
 
-    def visit(node):
-        if not hasattr(node, "_fields"):
-            return node
-        fields = {name: value(node)} if name in node._fields else {}
-        return node._replace(**fields)
-
     def has_it(node):
         return name in getattr(node, "_fields", ())
 
-    return jax.tree.map(visit, state, is_leaf=has_it)
+    def changed(node):
+        return node._replace(**{name: value(node)}) if has_it(node) else node
+
+    return jax.tree.map(changed, state, is_leaf=has_it)
 
 
 IN_INT8 = {

@@ -205,7 +205,8 @@ def saturate(x, like: Stored):
 def fits(norms, leaves, stacks: list[Stored]) -> Any:
     """Which leaves (L,), with these L2 norms (L,), are in the range of their slots.
 
-    True if all are, whatever their norms. int8 has the range of its scales.
+    The result is True if the slots have the range of their leaves, so that every norm
+    fits. The range of int8 is that of its scales.
     """
     limits = [_limit(x.dtype, _precision(s)) for x, s in zip(leaves, stacks)]
     if not any(limits):
