@@ -307,21 +307,31 @@ def without_buffer(has_one: bool) -> None:
         )
 
 
-def same_tree(updates, made_for) -> None:
-    """Refuse updates of a structure for which the state was not made."""
-    if updates != made_for:
+def leaf_name(path: Any) -> str:
+    """The name of the leaf at a key path."""
+    return jax.tree_util.keystr(path) or "the parameter"
+
+
+def same_leaves(leaves, treedef, made_for, shapes) -> None:
+    """Refuse updates of a structure or of shapes for which the state was not made.
+
+    ``leaves`` are those of the updates, with their paths.
+    """
+    if treedef != made_for:
         raise ValueError(
-            f"updates have the structure {updates}, but the state was made for "
+            f"updates have the structure {treedef}, but the state was made for "
             f"parameters of the structure {made_for}."
         )
+    for (path, leaf), shape in zip(leaves, shapes):
+        same_shape(path, leaf.shape, shape)
 
 
-def same_shape(name: str, found, made_for) -> None:
+def same_shape(path: Any, found, made_for) -> None:
     """Refuse an update of another shape, which could be broadcast."""
     if found != made_for:
         raise ValueError(
-            f"updates have a leaf of shape {found} at {name}, but the state was made "
-            f"for a parameter of shape {made_for}."
+            f"updates have a leaf of shape {found} at {leaf_name(path)}, but the state "
+            f"was made for a parameter of shape {made_for}."
         )
 
 
@@ -340,11 +350,9 @@ def same_dtype(name: str, asked, found, allowed) -> None:
 
 
 def wide(name: str, tree) -> None:
-    """Refuse floating-point arrays of a state that are narrower than float32."""
+    """Refuse arrays of a state that must be float32 or float64 and are not."""
     for leaf in jax.tree.leaves(tree):
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            continue
+        dtype = jnp.result_type(leaf)
         if dtype not in WIDE:
             raise ValueError(
                 f"state has {name} in {dtype.name}, but needs float32 or float64: "

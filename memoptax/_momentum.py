@@ -7,7 +7,7 @@ import optax
 from memoptax import _check
 from memoptax._buffer import algorithm, matching
 from memoptax._buffer import options as _options
-from memoptax._tensors import dtypes, families, layout, storage
+from memoptax._tensors import dtypes, layout, storage
 
 
 def zeros(params, dtype):
@@ -21,14 +21,13 @@ def zeros(params, dtype):
 def check(options, updates, state, mu_dtype, params=None):
     """Refuse a momentum or a buffer that was made with other arguments."""
     if options.keeps_nothing:
-        leaves, treedef = jax.tree.flatten_with_path(updates)
-        _check.same_tree(treedef, jax.tree.structure(state.mu))
-        for (path, update), m in zip(leaves, jax.tree.leaves(state.mu)):
-            _check.same_shape(families.name(path), update.shape, m.shape)
+        found = jax.tree.flatten_with_path(updates)
+        kept, made_for = jax.tree.flatten(state.mu)
+        _check.same_leaves(*found, made_for, [m.shape for m in kept])
     else:
         matching.check(options, state.buffer, updates, params)
     storage.check_scales("mu_scales", state.mu, state.mu_scales)
-    _options.check_scales(options, updates, state.mu_scales)
+    _options.check_rows(options, updates, state.mu_scales)
     found = {leaf.dtype for leaf in jax.tree.leaves(state.mu)}
     allowed = [mu_dtype] if mu_dtype else _check.WIDE
     _check.same_dtype("mu_dtype", mu_dtype, found, allowed)

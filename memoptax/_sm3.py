@@ -224,14 +224,15 @@ def _check_tree(leaves, treedef, state, params):
     for path, _ in leaves if known else ():
         if path not in shapes:
             raise ValueError(
-                f"updates have a leaf at {families.name(path)}, but params have none."
+                f"updates have a leaf at {_check.leaf_name(path)}, but params have "
+                "none."
             )
     if state.momentum is not None:
-        _check.same_tree(treedef, jax.tree.structure(state.momentum))
-        kept = jax.tree.leaves(state.momentum)
-        shapes |= {path: x.shape for (path, _), x in zip(leaves, kept)}
-    for path, update in leaves if shapes else ():
-        _check.same_shape(families.name(path), update.shape, shapes[path])
+        kept, made_for = jax.tree.flatten(state.momentum)
+        _check.same_leaves(leaves, treedef, made_for, [m.shape for m in kept])
+        return
+    for path, update in leaves if known else ():
+        _check.same_shape(path, update.shape, shapes[path])
 
 
 def _load(state, treedef):

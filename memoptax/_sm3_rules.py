@@ -92,8 +92,8 @@ def _average(direction, momentum, families, g, floors, memory, finite):
 
 def row_sparse_step(rule, path, boxes, gradient, accumulators, memory):
     """One row-sparse leaf: a step on the rows touched, as if they were the table."""
-    _check_rows(gradient, boxes, _families.name(path))
-    gradient = row_sparse.merged(gradient, _families.name(path))
+    _check_rows(gradient, boxes, _check.leaf_name(path))
+    gradient = row_sparse.merged(gradient, _check.leaf_name(path))
     (table,) = accumulators
     rows, data = row_sparse.gather(table, gradient), gradient.data
     boxes = covers.rows(path, data)

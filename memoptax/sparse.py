@@ -10,7 +10,7 @@ import optax
 from jax.experimental.sparse import BCOO
 
 from memoptax import _check, _parameters
-from memoptax._tensors import families, row_sparse
+from memoptax._tensors import row_sparse
 
 __all__ = ["apply_updates", "on_values", "row_value_and_grad"]
 
@@ -107,11 +107,11 @@ def apply_updates(params: optax.Params, updates: Any) -> optax.Params:
             return param
         if not row_sparse.is_row_sparse(update):
             return optax.apply_updates(param, update)
-        row_sparse.check(update, families.name(path))
+        row_sparse.check(update, _check.leaf_name(path))
         param = jnp.asarray(param)
         if update.shape != param.shape:
             raise ValueError(
-                f"The row-sparse update of {families.name(path)} has the shape "
+                f"The row-sparse update of {_check.leaf_name(path)} has the shape "
                 f"{update.shape}, but the parameter has {param.shape}."
             )
         if param.size == 0:
@@ -169,7 +169,7 @@ def on_values(
         def merged(path, update):
             if not row_sparse.is_row_sparse(update):
                 return update
-            return row_sparse.merged(update, families.name(path))
+            return row_sparse.merged(update, _check.leaf_name(path))
 
         params = _parameters.trained(updates, params)
         _check_state(inner, updates, updates if params is None else params)
@@ -216,7 +216,7 @@ def _check_state(inner, updates, params):
         if shapes(longer=path) != as_they_are:
             raise ValueError(
                 f"inner must keep nothing for each row of a row-sparse leaf, but "
-                f"{families.name(path)} has a row-sparse gradient and inner is "
+                f"{_check.leaf_name(path)} has a row-sparse gradient and inner is "
                 f"{inner!r}: its numbers cannot follow the rows. memoptax.sm3 belongs "
                 "beside this wrapper in the chain, not inside it. In place of "
                 "optax.MultiSteps look up the ids of all micro-batches at once."

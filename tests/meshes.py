@@ -109,3 +109,11 @@ def assert_lies_as(shardings, state):
     ):
         same = x.sharding.is_equivalent_to(wanted, x.ndim)
         assert same, (jax.tree_util.keystr(path), x.sharding, wanted)
+
+
+def trimmed(spec):
+    """The spec without what changes nothing: empty entries, and None at the end."""
+    entries = [None if e == () else e for e in spec]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return P(*entries)

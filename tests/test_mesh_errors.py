@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import memoptax
 
+from meshes import trimmed
+
 SMALLER = AbstractMesh((4,), ("data",))
 MAKERS = [memoptax.sgd_c, memoptax.adam_cm, memoptax.sm3, memoptax.sm3_cm]
 each_maker = pytest.mark.parametrize("make", MAKERS, ids=lambda f: f.__name__)
@@ -337,10 +339,3 @@ def test_a_state_in_the_memory_of_the_host_is_checked(dtype):
     wrong = state[0]._replace(buffer=state[0].buffer._replace(total=total))
     with pytest.raises(ValueError, match="is not that of its slots"):
         memoptax.check_state(tx, params, (wrong, *state[1:]))
-
-
-def trimmed(spec):
-    entries = [None if e == () else e for e in spec]
-    while entries and entries[-1] is None:
-        entries.pop()
-    return tuple(entries)

@@ -19,9 +19,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memoptax
-from memoptax import _sharding
 
 from compiled import step_of, train, whole_buffer_operations
+from meshes import trimmed
 from untyped import untyped
 
 pytestmark = [
@@ -291,7 +291,7 @@ def test_types_stay_in_explicit_mode(name, sizes, entered):
         return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
 
     def sharding(x):
-        return NamedSharding(mesh, _sharding._trimmed(jax.typeof(x).sharding.spec))
+        return NamedSharding(mesh, trimmed(jax.typeof(x).sharding.spec))
 
     def update(gradients, state, params):
         new = tx.update(gradients, state, params)
@@ -316,7 +316,7 @@ def test_gradients_on_no_mesh_are_taken_beside_the_state(name, entered):
     tx, mesh = OTHERS[name](), mesh_of(TWO_BY_FOUR, AxisType.Explicit)
 
     def spec(x):
-        return _sharding._trimmed(jax.typeof(x).sharding.spec)
+        return trimmed(jax.typeof(x).sharding.spec)
 
     def update(gradients, state, params):
         new = tx.update(gradients, state, params)
@@ -385,7 +385,7 @@ def test_a_state_on_every_device_is_taken_beside_divided_gradients(name):
         gradients = typed(SPECS)
         updates, _ = jax.eval_shape(tx.update, gradients, state, gradients)
     for k, update in updates.items():
-        assert _sharding._trimmed(update.sharding.spec) == SPECS[k]
+        assert trimmed(update.sharding.spec) == SPECS[k]
 
 
 # --- Flax, Orbax ----------------------------------------------------------------------

@@ -47,7 +47,12 @@ def wide(inner: optax.GradientTransformation, name: str):
     """``inner``, which refuses moments in less than float32. A sum in few bits stops
     growing.
     """
-    return checking(inner, lambda state: _check.wide(name, state))
+
+    def check(state):
+        moments = [x for field, x in state._asdict().items() if field != "count"]
+        _check.wide(name, moments)
+
+    return checking(inner, check)
 
 
 def checking(inner: optax.GradientTransformation, check):

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoptax._buffer import aggregation, eviction, holding, matching
-from memoptax._buffer.options import Options, check_scales
+from memoptax._buffer.options import Options, check_rows
 from memoptax._tensors import dtypes, flax_metadata, layout, storage
 from memoptax._tensors import norms as _norms
 
@@ -103,7 +103,7 @@ def recall_and_offer(
     if it has taken them.
     """
     matching.check(options, buffer, gradients, params)
-    check_scales(options, gradients, buffer.scales)
+    check_rows(options, gradients, buffer.scales)
     buffer = holding.on_mesh_of(buffer, values)
     if values is gradients:  # momenta already have the layout of the slots
         values = gradients = holding.beside(buffer, gradients)

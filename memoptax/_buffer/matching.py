@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from memoptax import _check
 from memoptax._buffer import holding
 from memoptax._buffer.options import Options
-from memoptax._tensors import dtypes, families, layout, storage
+from memoptax._tensors import dtypes, layout, storage
 
 _KEEP = "Pass the arguments that the state was made with, or make a new one with init."
 
@@ -96,12 +96,10 @@ def way_of(buffer) -> str:
 
 
 def _check_leaves(buffer, updates):
-    slots, expected = jax.tree.flatten(buffer.slots)
-    leaves, treedef = jax.tree.flatten_with_path(updates)
-    _check.same_tree(treedef, expected)
-    for (path, leaf), stack in zip(leaves, slots):
-        shape = holding.shape_of(buffer, stack)
-        _check.same_shape(families.name(path), leaf.shape, shape)
+    stacks, made_for = jax.tree.flatten(buffer.slots)
+    shapes = [holding.shape_of(buffer, stack) for stack in stacks]
+    found = jax.tree.flatten_with_path(updates)
+    _check.same_leaves(*found, made_for, shapes)
 
 
 def check_shapes(buffer) -> None:
@@ -119,7 +117,7 @@ def check_shapes(buffer) -> None:
             f"state has a buffer whose keys have shape {shape}, not (R, C)."
         )
     for name, kind in {
-        **dict.fromkeys(("keys", "norms", "error", "total"), jnp.floating),
+        **dict.fromkeys(("keys", "norms", "error", "total", "scales"), jnp.floating),
         **dict.fromkeys(("ages", "entries", "offered", "accepted"), jnp.integer),
         "draws": jnp.uint32,
     }.items():
@@ -128,7 +126,8 @@ def check_shapes(buffer) -> None:
                 raise ValueError(
                     f"state has a buffer whose field {name} has dtype {array.dtype}."
                 )
-            _check.wide(f"a buffer's {name}", array)
+            if kind is jnp.floating:
+                _check.wide(f"a buffer's {name}", array)
     for array in jax.tree.leaves(buffer.slots):
         if array.dtype.name not in storage.DTYPES:
             raise ValueError(f"state has a buffer whose slots are {array.dtype.name}.")

@@ -139,14 +139,14 @@ def options(
     )
 
 
-def check_scales(options: Options, gradients, scales) -> None:
-    """Refuse ``scales`` of rows that are divided between devices.
+def check_rows(options: Options, gradients, scales) -> None:
+    """Refuse rows of int8 that are divided between devices, if there are ``scales``.
 
     Only the specs that sharded_norm was given show this.
     """
     norm = options.priority_fn
     if isinstance(norm, sharded_norm.ShardedNorm) and scales is not None:
-        norm.check_scales(jax.tree.leaves(gradients))
+        norm.check_rows(jax.tree.leaves(gradients))
 
 
 def flat(function: Function) -> Function:

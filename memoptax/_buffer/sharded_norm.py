@@ -129,7 +129,7 @@ class ShardedNorm:
             return every
         return [tuple(n for n in a if n in b) for a, b in zip(every, varying)]
 
-    def check_scales(self, leaves):
+    def check_rows(self, leaves):
         """Refuse specs that divide a row of int8, which has one scale.
 
         Each device would compute the scale of its own shard, and the scales would

@@ -17,11 +17,6 @@ from memoptax._tensors import tiles
 from memoptax._tensors.tiles import Box
 
 
-def name(path: Any) -> str:
-    """The name of the parameter at a key path, for error messages."""
-    return jax.tree_util.keystr(path) or "the parameter"
-
-
 def check_cover(cover: Any) -> None:
     """Refuse what cannot be a cover of any parameters."""
     if cover is None or callable(cover):
@@ -42,7 +37,7 @@ def _may_be_a_box(box: Any) -> bool:
 
 def resolve(cover: Any, path: Any, leaf: Any) -> tuple[Box, ...]:
     """The box shapes a cover gives a parameter, checked and cut to its shape."""
-    of, shape = name(path), tuple(leaf.shape)
+    of, shape = _check.leaf_name(path), tuple(leaf.shape)
     if not all(isinstance(size, int) for size in shape):
         raise ValueError(
             f"{of} has the shape {shape}, but the accumulators of SM3 need sizes that "
@@ -81,8 +76,9 @@ def check_shapes(boxes: Sequence[Box], path: Any, leaf: Any, numbers) -> None:
     have = [tuple(x.shape) for x in numbers]
     if want != have:
         raise ValueError(
-            f"The cover of {name(path)} asks for accumulators of the shapes {want}, "
-            f"but the state has {have}: a cover must be the same in init and update."
+            f"The cover of {_check.leaf_name(path)} asks for accumulators of the "
+            f"shapes {want}, but the state has {have}: a cover must be the same in "
+            "init and update."
         )
 
 

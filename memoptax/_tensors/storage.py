@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memoptax import _check
 from memoptax._tensors import dtypes, flax_metadata, tiles
 
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
@@ -85,6 +86,7 @@ def check_scales(name: str, values, scales) -> None:
             f"{leaves[0].dtype.name} and need {wanted if needed else None}: it was "
             "restored without its scales, or belongs to another optimizer."
         )
+    _check.wide(name, scales)
 
 
 def pack(treedef, stored: list[Stored], scales):
