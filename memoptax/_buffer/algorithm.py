@@ -221,8 +221,8 @@ def _one_step(
 ):
     stacks, _ = holding.stacks_of(buffer)
     synced = buffer.keys.shape[0] == 1
-    sound = jnp.all(sound, keepdims=True) if synced else sound
     finite = sound & jnp.isfinite(priority) & (priority >= 0)
+    finite = jnp.all(finite, keepdims=True) if synced else finite
     fifo, draws = eviction.draw(buffer.draws, fifo_probability, finite)
     decision = eviction.decide(buffer, priority, finite, fifo)
     # The barrier completes the decision before any leaf is touched. Otherwise a GPU

@@ -94,9 +94,9 @@ def decide(buffer, priority, finite, fifo) -> Decision:
 
 def _by_rule(buffer, name, priority):
     rule, must_be_greater = RULES[name]
-    entry = rule(buffer)
-    key = jnp.take_along_axis(ranks(buffer), entry[:, None], axis=1)[:, 0]
-    return entry, (priority > key) | (not must_be_greater)
+    entry, own = rule(buffer), ranks(buffer)
+    greater = priority[:, None] > own if must_be_greater else jnp.full(own.shape, True)
+    return entry, jnp.any(at(entry, own.shape) & greater, axis=1)
 
 
 def insert(buffer, decision: Decision, priority, decay):
@@ -122,8 +122,18 @@ def insert(buffer, decision: Decision, priority, decay):
 
 def here(decision: Decision, shape) -> jax.Array:
     """A mask (R, C) of the place of the new entry, if it is accepted."""
-    column = jnp.arange(shape[1], dtype=decision.entry.dtype)[None]
-    return (column == decision.entry[:, None]) & decision.accepted[:, None]
+    return at(decision.entry, shape) & decision.accepted[:, None]
+
+
+def at(entry, shape) -> jax.Array:
+    """A mask, in this shape, of one entry per row, (R,).
+
+    A choice by a mask and a reduction takes the place of an index. XLA's CPU backend
+    would repeat the arithmetic of an index in the code of every leaf (sgd_c with C = 20
+    and 100 leaves: 251 instructions per leaf instead of 169, and a fifth more time to
+    compile).
+    """
+    return jnp.arange(shape[1], dtype=entry.dtype)[None] == entry[:, None]
 
 
 def draw(draws: Any, probability, finite):

@@ -79,11 +79,17 @@ def rows(way, entries, decision: eviction.Decision) -> list[Row]:
     slots = evicted = jnp.zeros((decision.entry.shape[0], 1), jnp.int32)
     if entries is not None:
         slots = slots_of(entries)
-        evicted = jnp.take_along_axis(slots, decision.entry[:, None], axis=1)
+        evicted = _evicted(slots, decision)
     if way == "sum":  # at C = 1000, a thousand scalars per row that no step needs
         slots = slots[:, -1:]
     columns = (decision.offered, decision.accepted, slots, evicted)
     return [Row(*row[:2], list(row[2]), row[3][0]) for row in zip(*columns)]
+
+
+def _evicted(slots, decision: eviction.Decision) -> jax.Array:
+    """The slot of the entry that leaves, (R, 1)."""
+    here = eviction.at(decision.entry, slots.shape)
+    return jnp.max(jnp.where(here, slots, 0), axis=1, keepdims=True)
 
 
 def moved(entries, decision: eviction.Decision):
@@ -94,7 +100,7 @@ def moved(entries, decision: eviction.Decision):
     slots = slots_of(entries)
     slot = jnp.arange(topc + 1, dtype=slots.dtype)[None]
     spare = slot == slots[:, -1:]
-    evicted = slot == jnp.take_along_axis(slots, decision.entry[:, None], axis=1)
+    evicted = slot == _evicted(slots, decision)
     new = decision.entry[:, None].astype(entries.dtype)
     taken = decision.accepted[:, None]
     # The same order, as a permutation even where a tool has changed the numbers.
