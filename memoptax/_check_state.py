@@ -33,8 +33,9 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
         - If the state differs from ``tx.init(params)`` in structure, shape or dtype.
         - If a leaf is not an array or was deleted, or if leaves are bound to different
           devices and the parameters are not.
-        - If a floating-point array has a number that is not finite. A scalar may be
-          infinite. The sum of a buffer may not, although ``update`` recovers from that.
+        - If a floating-point array has a number that is not finite. A scalar of another
+          package may be infinite. The sum of a buffer may not, although ``update``
+          recovers from that.
         - If a second moment, a count or a scale is below 0 in a state of memoptax, or
           in one of optax's common ones, or numbers in int8 have a scale of 0.
         - If the entries of a buffer are not a permutation, its counters or ages
@@ -57,16 +58,13 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
             f"has {jax.tree.structure(asked)}: it belongs to another optimizer, other "
             "options or other parameters."
         )
-    # In an ensemble a scalar has the axes of the members.
-    batch = max(
-        (buffer.keys.ndim - 2 for buffer in _buffer_tools.buffers_in(asked)), default=0
-    )
+    batch, own = _members(asked), _own(bare)
     named = [(f"state{jax.tree_util.keystr(path)}", leaf) for path, leaf in found]
     # Parameters on several devices have states there too. Each buffer is checked below.
     together = not layout.conflict([("params", x) for x in jax.tree.leaves(params)])
     if together and (sentence := layout.conflict(named)):
         raise ValueError(sentence)
-    for (name, leaf), (_, like) in zip(named, wanted):
+    for (path, leaf), (name, _), (_, like) in zip(found, named, wanted):
         if isinstance(leaf, Tracer):
             raise ValueError(
                 f"{name} is traced, but check_state looks at numbers: call it outside "
@@ -92,7 +90,8 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
             )
         if jnp.issubdtype(like.dtype, jnp.floating):
             # A scalar of optax may start at infinity, such as the best value so far.
-            scalar = leaf.ndim <= batch
+            # In an ensemble it has the axes of the members.
+            scalar = leaf.ndim <= batch and jax.tree_util.keystr(path) not in own
             good = ~jnp.isnan(leaf) if scalar else jnp.isfinite(leaf)
             if not jnp.all(good):
                 raise ValueError(f"{name} has numbers that are not finite.")
@@ -143,10 +142,29 @@ _OF_OPTAX = (
 )
 
 
+def _members(state):
+    """How many axes the members of an ensemble have: as many as their counts."""
+    buffers = _buffer_tools.buffers_in(state)
+    axes = [buffer.keys.ndim - 2 for buffer in buffers]
+    known = [node for _, node in _nodes(state) if _is_known(node)]
+    axes += [node.count.ndim for node in known if "count" in node._fields]
+    return max(axes, default=0)
+
+
+def _own(state):
+    """The paths of all arrays in states of this package."""
+    return {
+        path + jax.tree_util.keystr(rest)
+        for path, node in _nodes(state)
+        if _is_ours(node)
+        for rest, _ in jax.tree.leaves_with_path(node)
+    }
+
+
 def _at_least_0(state):
     """The paths and arrays of a state that cannot have numbers below 0."""
     for path, node in _nodes(state):
-        if type(node) in _OF_OPTAX or _is_ours(node):
+        if _is_known(node):
             for field in sorted({*_AT_LEAST_0} & {*getattr(node, "_fields", ())}):
                 for rest, leaf in jax.tree.leaves_with_path(getattr(node, field)):
                     yield f"{path}.{field}{jax.tree_util.keystr(rest)}", leaf
@@ -162,6 +180,10 @@ def _nodes(state):
 
     jax.tree.leaves_with_path(state, is_leaf=visit, is_leaf_takes_path=True)
     return found
+
+
+def _is_known(node):
+    return type(node) in _OF_OPTAX or _is_ours(node)
 
 
 def _is_ours(node):

@@ -94,7 +94,7 @@ def average(gradients, state, b1, taken):
         for old, g in zip(before, leaves)
     ]
     done = [
-        _blended(g.astype(dtype), old, b1, 1 - b1, taken)
+        _blended(g.astype(dtype), old, dtypes.weights(b1), taken)
         for g, old, dtype in zip(leaves, before, wide)
     ]
     m, after = [d[0] for d in done], [d[1] for d in done]
@@ -102,11 +102,11 @@ def average(gradients, state, b1, taken):
 
 
 @jax.jit
-def _blended(gradient, old, b1, rest, taken):
+def _blended(gradient, old, weights, taken):
     def blend(gradient, values, scale):
         m = storage.decode(storage.Stored(values, scale), gradient.dtype)
-        m = jnp.asarray(b1, m.dtype) * m + jnp.asarray(rest, m.dtype) * gradient
-        return storage.saturate(m, old)
+        of_old, of_new = (jnp.asarray(w, m.dtype) for w in weights)
+        return storage.saturate(of_old * m + of_new * gradient, old)
 
     operands = (gradient, *old)
     new = storage.encode_computed(blend, lambda *numbers: numbers, operands, old)

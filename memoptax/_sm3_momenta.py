@@ -1,5 +1,6 @@
 """Critical momenta over the covers of SM3: a second moment in almost no memory."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Unpack
 
@@ -182,22 +183,23 @@ def _second_moment(boxes, joined, parts, state, b2, taken):
     if not leaves:
         return joined, state.accumulators
     each = zip(boxes, leaves, parts, state.accumulators)
-    # A b2 that is known stays a Python number. Then 1 - b2 is exact in float32.
-    leaf = _LEAF[isinstance(b2, float)]
-    done = [leaf(*one, b2, taken) for one in each]
+    weights = dtypes.weights(b2)
+    done = [_leaf(*one, weights, taken) for one in each]
     nu, accumulators = zip(*done)
     return treedef.unflatten(nu), accumulators
 
 
-def _leaf(boxes, x, parts, accumulators, b2, taken):
+# Compiled once for all steps, so that an eager step dispatches one program per leaf.
+@functools.partial(jax.jit, static_argnames="boxes")
+def _leaf(boxes, x, parts, accumulators, weights, taken):
     if x.size == 0:
         return x, accumulators
     dtype = accumulators[0].dtype
-    x, b2 = x.astype(dtype), _sm3_rules.hyperparameter(b2, dtype)
+    x, weights = x.astype(dtype), [jnp.asarray(w, dtype) for w in weights]
     found = families.Families(boxes, x.shape)
     parts = None if parts is None else algorithm.joining(parts, dtype)
     agreeing = layout.agreeing(accumulators, x)
-    nu, floors, raised = _sm3_rules.sm3_ii(x, agreeing, found, b2, parts)
+    nu, floors, raised = _sm3_rules.sm3_ii(x, agreeing, found, weights, parts)
     raised = tuple(map(layout.like, raised, accumulators))
     # A number that overflows stays as it was. An infinite one would never come down.
     raised = tuple(
@@ -209,13 +211,6 @@ def _leaf(boxes, x, parts, accumulators, b2, taken):
         # that XLA can overwrite the old one.
         return raised[0], raised
     return nu(x, *found.spread(floors)), raised
-
-
-# Compiled once for all steps, so that an eager step dispatches one program per leaf.
-_LEAF = {
-    True: jax.jit(_leaf, static_argnames=("boxes", "b2")),
-    False: jax.jit(_leaf, static_argnames="boxes"),
-}
 
 
 @_options.flat

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from memoptax import _check, covers
+from memoptax._tensors import dtypes, flax_metadata, layout, row_sparse, storage, tiles
 from memoptax._tensors import families as _families
-from memoptax._tensors import flax_metadata, layout, row_sparse, storage, tiles
 
 
 class Rule(NamedTuple):
@@ -36,8 +36,8 @@ def step(rule, path, boxes, gradient, accumulators, memory):
     if gradient.size == 0:
         return gradient, accumulators, memory
     accumulators, dtype = tuple(accumulators), accumulators[0].dtype
-    eps: Any
-    momentum, beta, eps = (hyperparameter(x, dtype) for x in rule[:3])
+    momentum, beta = (_weights(x, dtype) for x in rule[:2])
+    eps: Any = _hyperparameter(rule.eps, dtype)
     sound = rule.is_sound()
     if sound is not True:
         eps = jnp.where(sound, eps, jnp.nan)  # so that no direction is finite
@@ -70,14 +70,14 @@ def _beside(gradient, accumulators, memory):
     return layout.like(gradient, home) if home.shape == gradient.shape else gradient
 
 
-def _average(direction, momentum, families, g, floors, memory, finite):
+def _average(direction, weights, families, g, floors, memory, finite):
     """The momentum, in the dtype of g and in storage."""
     # The scale of an int8 row says whether the row is finite.
     by_row = memory.scale is not None and finite.ndim > 0
 
     def blend(g, values, scale, *floors):
         old = storage.decode(storage.Stored(values, scale), g.dtype)
-        new = _accumulate(old, direction(g, *floors), momentum)
+        new = _accumulate(old, direction(g, *floors), weights)
         return jnp.where(_is_finite(g), new, jnp.inf) if by_row else new
 
     def entries(g, values, scale, *floors):
@@ -119,42 +119,42 @@ def _check_rows(gradient, boxes, name: str) -> None:
 # Families.floors), so that each consumer can recompute it.
 
 
-def sm3_ii(g, accumulators, families, beta, parts=None):
+def sm3_ii(g, accumulators, families, weights, parts=None):
     """SM3-II: nu = min A + g^2, then A = max nu. g may be computed from ``parts``.
 
     The floors are of the old A.
     """
 
     def nu(g, *floors):
-        return _accumulate(_least(floors), g * g, beta)
+        return _accumulate(_least(floors), g * g, weights)
 
     floors = families.floors(accumulators)
     return nu, floors, families.maxima(nu, g, floors, parts)
 
 
-def sm3_i(g, accumulators, families, beta):
+def sm3_i(g, accumulators, families, weights):
     """SM3-I: A = A + max g^2, then nu = min A. The floors are of the new A."""
 
     def nu(g, *floors):
         return _least(floors)
 
     tops = families.maxima(jnp.square, g)
-    raised = tuple(_accumulate(a, top, beta) for a, top in zip(accumulators, tops))
+    raised = tuple(_accumulate(a, top, weights) for a, top in zip(accumulators, tops))
     return nu, families.floors(raised), raised
 
 
-def _adagrad(beta, g, total):
+def _adagrad(weights, g, total):
     """nu from the total, which contains g^2 if that is finite."""
-    return jnp.where(_is_finite(g), total, _accumulate(total, g * g, beta))
+    return jnp.where(_is_finite(g), total, _accumulate(total, g * g, weights))
 
 
 def _least(floors):
     return functools.reduce(tiles.smaller, floors)
 
 
-def _accumulate(old, new, decay):
-    """The sum of old and new, or with a decay their average."""
-    return old + new if decay is None else decay * old + (1 - decay) * new
+def _accumulate(old, new, weights):
+    """The sum of old and new, or with two weights their average."""
+    return old + new if weights is None else weights[0] * old + weights[1] * new
 
 
 def _direction(nu, eps, g, *floors):
@@ -192,9 +192,16 @@ def _select(condition, yes, no):
     return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
 
 
-def hyperparameter(x, dtype) -> Any:
+def _weights(decay, dtype):
+    """The weights of a moving average with this decay, or None for a sum."""
+    if decay is None:
+        return None
+    return tuple(_hyperparameter(w, dtype) for w in dtypes.weights(decay))
+
+
+def _hyperparameter(x, dtype) -> Any:
     """``x`` in ``dtype``. It may come in bfloat16 from inject_hyperparams."""
-    return x if x is None or type(x) in (int, float) else jnp.asarray(x, dtype)
+    return x if type(x) in (int, float) else jnp.asarray(x, dtype)
 
 
 def zero_accumulators(params, cover, dtype=None):

@@ -210,8 +210,38 @@ def test_int8_without_its_scales_is_refused(tx, field):
         memoptax.check_state(tx, params, lost)
 
 
-def test_a_scalar_of_an_ensemble_may_be_infinite():
-    plain = optax.chain(memoptax.adam_c(0.1, topc=2), optax.contrib.reduce_on_plateau())
+@pytest.mark.parametrize(
+    "inner",
+    [memoptax.adam_c(0.1, topc=2), memoptax.sm3(0.1), optax.adam(0.1)],
+    ids=["adam_c", "sm3", "optax"],
+)
+def test_a_scalar_of_an_ensemble_may_be_infinite(inner):
+    plain = optax.chain(inner, optax.contrib.reduce_on_plateau())
     tx = optax.GradientTransformation(jax.vmap(plain.init), jax.vmap(plain.update))
     params = jnp.ones((3, 2))
     memoptax.check_state(tx, params, tx.init(params))
+
+
+@pytest.mark.parametrize(
+    ("tx", "field"),
+    [
+        (memoptax.adam_cm(0.1, topc=1), "nu"),
+        (memoptax.adam_cm(0.1, topc=1), "mu"),
+        (memoptax.adam_cm(0.1, mu_dtype="int8"), "mu_scales"),
+        (memoptax.sm3(0.1), "accumulators"),
+        (memoptax.sgd_c(0.1, topc=1), "slots"),
+        (memoptax.sgd_c(0.1, topc=1, buffer_dtype="int8"), "scales"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_an_infinity_of_a_scalar_parameter_is_refused(tx, field):
+    params = jnp.ones(())
+    _, state = tx.update(params, tx.init(params), params)
+
+    def infinite(path, x):
+        here = any(getattr(key, "name", "") == field for key in path)
+        return jnp.full_like(x, jnp.inf) if here else x
+
+    wrong = jax.tree_util.tree_map_with_path(infinite, state)
+    with pytest.raises(ValueError, match=f"{field}.* has numbers that are not finite"):
+        memoptax.check_state(tx, params, wrong)

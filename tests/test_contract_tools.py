@@ -80,6 +80,30 @@ def test_an_eager_step_compiles_nothing_after_the_second(opt):
     assert len(COMPILED) == before
 
 
+NUMBERS = [
+    (memoptax.adam_cm, "b1"),
+    (memoptax.adam_cm, "b2"),
+    (memoptax.sm3_cm, "b1"),
+    (memoptax.sm3_cm, "b2"),
+    (memoptax.adam_c, "decay"),
+    (memoptax.sgd_c, "kappa"),
+    (memoptax.rmsprop_c, "alpha"),
+    (memoptax.sm3, "momentum"),
+    (memoptax.sm3, "beta"),
+]
+
+
+@pytest.mark.parametrize(("make", "name"), NUMBERS)
+def test_an_optimizer_built_again_with_another_number_compiles_nothing(make, name):
+    params = params_like(SHAPES)
+    state, counts = make(0.1, **{name: 0.5}).init(params), []
+    for k in range(5):
+        tx = make(0.1, **{name: 0.5 + k / 16})
+        _, state = tx.update(params, state, params)
+        counts.append(len(COMPILED))
+    assert counts[1] == counts[-1]
+
+
 @each_block
 def test_an_eager_step_makes_no_infinity(opt):
     tx, params = opt.build(), params_like(SHAPES)

@@ -291,15 +291,19 @@ def _root_jvp(primals, tangents):
 
 
 def bias_correction(decay, count):
-    """1 − decayᵗ, as −expm1(t·log decay). The plain form is off by 2e-5 in float32."""
+    """1 − decayᵗ, for large decays as −expm1(t·log decay).
+
+    For them the plain form is off by 2e-5 in float32. For small ones the other form has
+    a wrong derivative, and for 0 none.
+    """
     if _check.static(decay):
-        log, is_zero = math.log(decay) if decay > 0 else 0.0, decay == 0
+        small, log = decay < 0.5, math.log(max(decay, 0.5))
     else:
         decay = jnp.asarray(decay, dtypes.widest(decay.dtype, jnp.float32))
-        is_zero = decay == 0
-        log = jnp.log(jnp.where(is_zero, 1, decay))  # the log of 0 is not finite
-    correction = -jnp.expm1(count.astype(jnp.result_type(log, float)) * log)
-    return jnp.where(is_zero, 1, correction)
+        small = decay < 0.5
+        log = jnp.log(jnp.where(small, 1, decay))
+    t = count.astype(jnp.result_type(log, float))
+    return jnp.where(small, 1 - decay**t, -jnp.expm1(t * log))
 
 
 def _in_range(updates, new, old):

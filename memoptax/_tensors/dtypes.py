@@ -36,3 +36,12 @@ def holds(dtype, other) -> bool:
 def wide(x):
     """An array in float32 or better."""
     return x.astype(widest(x.dtype, jnp.float32))
+
+
+def weights(decay):
+    """The weights of the old and the new numbers in a moving average, 1 together.
+
+    They are exact if the decay is a Python number, and else in float32 or better.
+    """
+    decay = wide(decay) if isinstance(decay, jax.Array) else decay
+    return decay, 1 - decay
