@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from memoptax import _check
+from memoptax._tensors import flax_metadata
 
 
 def state_bytes(tx: _check.Optimizer, params: Any) -> int:
@@ -166,10 +167,13 @@ def memory_report(
         laid_out = jax.tree.leaves(tree)
         for (path, _), one in zip(leaves, laid_out):
             _check.sharding("shardings" + jax.tree_util.keystr(path), one)
-    inside = {path for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    roots = _paths_of(type(params), state)
+    # Flax's boxes are not fields of the state.
+    bare_params, bare_state = map(flax_metadata.bare, (params, state))
+    inside = {path for path, _ in jax.tree.leaves_with_path(bare_params)}
+    roots = _paths_of(type(bare_params), bare_state)
+    bare_leaves = jax.tree.leaves_with_path(bare_state)
     fields, per_device, whole = (collections.Counter() for _ in range(3))
-    for (path, leaf), sharding in zip(leaves, laid_out):
+    for (path, leaf), sharding in zip(bare_leaves, laid_out):
         name = _field(path, roots, inside)
         part = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         size = math.prod(leaf.shape) * leaf.dtype.itemsize

@@ -73,7 +73,8 @@ def number(
 ) -> Any:
     """``value``, refused unless it is a number in [low, high].
 
-    ``above`` excludes the lower end, and ``below`` the upper one.
+    ``above`` excludes the lower end, and ``below`` the upper one. A JAX number is
+    returned in float32 or better, because 1 − b would be rounded in bfloat16.
     """
     if optional and value is None:
         return None
@@ -86,7 +87,7 @@ def number(
         either = "None or " if optional else ""
         raise ValueError(f"{name} must be {either}a number, but is {value!r}.")
     if isinstance(value, Tracer):
-        return value
+        return _widened(value)
     found = _as_float(value)
     inside = low <= found <= high and (math.isfinite(found) or not finite)
     at_an_end = (above and found == low) or (below and found == high)
@@ -156,7 +157,9 @@ def rate(name: str, value) -> Any:
             raise ValueError(
                 f"{name} must be a number or a schedule, but is {value!r}."
             )
-        return _with_sign(number(name, value, 0))
+        found = number(name, value, 0)
+        # As it came: sm3 multiplies by it in the dtype of the gradients.
+        return _with_sign(value if isinstance(value, jax.Array) else found)
     if not _takes(value, 1):
         raise ValueError(
             f"{name} must be a function of the step alone if it is a schedule, but is "
@@ -296,6 +299,8 @@ def state(found, kind: Any) -> None:
             f"state must be a {kind.__name__}, but is of type {type(found).__name__}: "
             f"it belongs to another optimizer{rest}."
         )
+    if "count" in kind._fields:
+        counts("count", found.count)
 
 
 def without_buffer(has_one: bool) -> None:
@@ -352,12 +357,26 @@ def same_dtype(name: str, asked, found, allowed) -> None:
 def wide(name: str, tree) -> None:
     """Refuse arrays of a state that must be float32 or float64 and are not."""
     for leaf in jax.tree.leaves(tree):
-        dtype = jnp.result_type(leaf)
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:  # no array, or of a dtype that JAX does not have
+            dtype = None
         if dtype not in WIDE:
+            found = type(leaf).__name__ if dtype is None else dtype.name
             raise ValueError(
-                f"state has {name} in {dtype.name}, but needs float32 or float64: "
-                "restore it in the dtype that init gives."
+                f"state has {name} in {found}, but needs float32 or float64: restore "
+                "it in the dtype that init gives."
             )
+
+
+def counts(name: str, array) -> None:
+    """Refuse an array of a state that counts in fewer than 32 bits."""
+    dtype = jnp.result_type(array)
+    if not jnp.issubdtype(dtype, jnp.integer) or dtype.itemsize < 4:
+        raise ValueError(
+            f"state has {name} in {dtype.name}, but needs int32: restore it in the "
+            "dtype that init gives."
+        )
 
 
 def same(name: str, value: bool, found: bool) -> None:
@@ -388,10 +407,14 @@ def _as_float(value) -> float:
         return math.inf if value > 0 else -math.inf
 
 
+def _widened(value):
+    return value if value.dtype in WIDE else value.astype(jnp.float32)
+
+
 def _plain(value):
-    """A static number as Python's own, and a JAX scalar as it is."""
+    """A static number as Python's own, and a JAX scalar in float32 or better."""
     if isinstance(value, jax.Array):
-        return value
+        return _widened(value)
     # Subclasses too, such as the numbers of some configuration files.
     whole = _is_scalar_of(value, (jnp.integer,))
     value = int(value) if whole else float(value)

@@ -33,9 +33,9 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
         - If the state differs from ``tx.init(params)`` in structure, shape or dtype.
         - If a leaf is not an array or was deleted, or if leaves are bound to different
           devices and the parameters are not.
-        - If a floating-point array has a number that is not finite. A scalar of another
-          package may be infinite. The sum of a buffer may not, although ``update``
-          recovers from that.
+        - If a floating-point array has a number that is not finite. A scalar may be
+          infinite in states of other packages, except for common ones of optax. The sum
+          of a buffer may not, although ``update`` recovers from that.
         - If a second moment, a count or a scale is below 0 in a state of memoptax, or
           in one of optax's common ones, or numbers in int8 have a scale of 0.
         - If the entries of a buffer are not a permutation, its counters or ages
@@ -58,7 +58,7 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
             f"has {jax.tree.structure(asked)}: it belongs to another optimizer, other "
             "options or other parameters."
         )
-    batch, own = _members(asked), _own(bare)
+    batch, moments = _members(asked), _moments(bare)
     named = [(f"state{jax.tree_util.keystr(path)}", leaf) for path, leaf in found]
     # Parameters on several devices have states there too. Each buffer is checked below.
     together = not layout.conflict([("params", x) for x in jax.tree.leaves(params)])
@@ -91,7 +91,7 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
         if jnp.issubdtype(like.dtype, jnp.floating):
             # A scalar of optax may start at infinity, such as the best value so far.
             # In an ensemble it has the axes of the members.
-            scalar = leaf.ndim <= batch and jax.tree_util.keystr(path) not in own
+            scalar = leaf.ndim <= batch and jax.tree_util.keystr(path) not in moments
             good = ~jnp.isnan(leaf) if scalar else jnp.isfinite(leaf)
             if not jnp.all(good):
                 raise ValueError(f"{name} has numbers that are not finite.")
@@ -137,26 +137,31 @@ _AT_LEAST_0 = ("nu", "nu_max", "accumulators", "scales", "mu_scales", "count")
 _OF_OPTAX = (
     *(optax.ScaleByAdamState, optax.ScaleByAmsgradState, optax.ScaleByBeliefState),
     *(optax.ScaleByNovogradState, optax.ScaleByRmsState, optax.ScaleByRStdDevState),
-    *(optax.EmaState, optax.ScaleByLionState, optax.ScaleByScheduleState),
+    *(optax.EmaState, optax.ScaleByLionState, optax.TraceState),
+    *(optax.ScaleByScheduleState,),
     optax.InjectStatefulHyperparamsState,
 )
 
 
 def _members(state):
     """How many axes the members of an ensemble have: as many as their counts."""
-    buffers = _buffer_tools.buffers_in(state)
-    axes = [buffer.keys.ndim - 2 for buffer in buffers]
-    known = [node for _, node in _nodes(state) if _is_known(node)]
-    axes += [node.count.ndim for node in known if "count" in node._fields]
+    axes = [buffer.keys.ndim - 2 for buffer in _buffer_tools.buffers_in(state)]
+    for _, node in _nodes(state):
+        count: Any = getattr(node, "count", None)  # of a tuple it is a method
+        if jnp.issubdtype(getattr(count, "dtype", jnp.float32), jnp.integer):
+            axes.append(count.ndim)
     return max(axes, default=0)
 
 
-def _own(state):
-    """The paths of all arrays in states of this package."""
+def _moments(state):
+    """The paths of all arrays in states of this package, and in common ones of optax.
+
+    Injected hyperparameters may be infinite.
+    """
     return {
         path + jax.tree_util.keystr(rest)
         for path, node in _nodes(state)
-        if _is_ours(node)
+        if _is_known(node) and type(node) is not optax.InjectStatefulHyperparamsState
         for rest, _ in jax.tree.leaves_with_path(node)
     }
 

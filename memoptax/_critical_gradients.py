@@ -71,7 +71,7 @@ def critical_gradients(
     Args:
       topc: the capacity C of the buffer, a static integer. None means 5. The papers'
         grid is 5, 10, 20. A concrete 0 keeps no buffer and gives the base optimizer,
-        bit for bit.
+        bit for bit in float32.
       decay: the factor in [0, 1] that multiplies the buffer's keys at every step. It is
         not the decay of a moment. With a larger ``decay``, values may stay longer. The
         papers' grid is 0.7, 0.9, 0.99. The keys are multiplied in float32 or better.
@@ -233,7 +233,7 @@ def sgd_c(
       learning_rate: η, a number or an optax schedule.
       momentum: μ in [0, 1], or None for none.
       nesterov: whether to emit u + μ·b instead of b.
-      accumulator_dtype: dtype of the momentum, and of its arithmetic if d = 0, as in
+      accumulator_dtype: dtype of the momentum b. If d = 0, μ·b has it too, as in
         optax. None means float32 or better.
       dampening: d in [0, 1]. The first step is undamped, as in PyTorch.
       weight_decay: λ ≥ 0, a number or a schedule, added after aggregation (L2). To

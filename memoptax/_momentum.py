@@ -94,7 +94,7 @@ def average(gradients, state, b1, taken):
         for old, g in zip(before, leaves)
     ]
     done = [
-        _blended(g.astype(dtype), old, dtypes.weights(b1), taken)
+        _blended(g.astype(dtype), old, dtypes.weights(b1, dtype), taken)
         for g, old, dtype in zip(leaves, before, wide)
     ]
     m, after = [d[0] for d in done], [d[1] for d in done]

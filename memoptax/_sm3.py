@@ -316,5 +316,5 @@ def sm3(
             momentum_dtype=momentum_dtype,
         ),
         by_rows.weight_decay(weight_decay, mask),
-        by_rows.on_values(pytorch.learning_rate(learning_rate)),
+        by_rows.on_values(pytorch.learning_rate(learning_rate, as_it_is=True)),
     )

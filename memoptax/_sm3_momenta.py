@@ -183,8 +183,7 @@ def _second_moment(boxes, joined, parts, state, b2, taken):
     if not leaves:
         return joined, state.accumulators
     each = zip(boxes, leaves, parts, state.accumulators)
-    weights = dtypes.weights(b2)
-    done = [_leaf(*one, weights, taken) for one in each]
+    done = [_leaf(*one, dtypes.weights(b2, one[-1][0].dtype), taken) for one in each]
     nu, accumulators = zip(*done)
     return treedef.unflatten(nu), accumulators
 
@@ -195,7 +194,7 @@ def _leaf(boxes, x, parts, accumulators, weights, taken):
     if x.size == 0:
         return x, accumulators
     dtype = accumulators[0].dtype
-    x, weights = x.astype(dtype), [jnp.asarray(w, dtype) for w in weights]
+    x = x.astype(dtype)
     found = families.Families(boxes, x.shape)
     parts = None if parts is None else algorithm.joining(parts, dtype)
     agreeing = layout.agreeing(accumulators, x)

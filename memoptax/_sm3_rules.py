@@ -194,9 +194,7 @@ def _select(condition, yes, no):
 
 def _weights(decay, dtype):
     """The weights of a moving average with this decay, or None for a sum."""
-    if decay is None:
-        return None
-    return tuple(_hyperparameter(w, dtype) for w in dtypes.weights(decay))
+    return None if decay is None else dtypes.weights(decay, dtype)
 
 
 def _hyperparameter(x, dtype) -> Any:

@@ -212,8 +212,13 @@ def test_int8_without_its_scales_is_refused(tx, field):
 
 @pytest.mark.parametrize(
     "inner",
-    [memoptax.adam_c(0.1, topc=2), memoptax.sm3(0.1), optax.adam(0.1)],
-    ids=["adam_c", "sm3", "optax"],
+    [
+        memoptax.adam_c(0.1, topc=2),
+        memoptax.sm3(0.1),
+        memoptax.sgd_c(0.1, topc=0),
+        optax.sgd(0.1),
+    ],
+    ids=["adam_c", "sm3", "sgd_c", "optax"],
 )
 def test_a_scalar_of_an_ensemble_may_be_infinite(inner):
     plain = optax.chain(inner, optax.contrib.reduce_on_plateau())
@@ -231,6 +236,9 @@ def test_a_scalar_of_an_ensemble_may_be_infinite(inner):
         (memoptax.sm3(0.1), "accumulators"),
         (memoptax.sgd_c(0.1, topc=1), "slots"),
         (memoptax.sgd_c(0.1, topc=1, buffer_dtype="int8"), "scales"),
+        (memoptax.adam_c(0.1), "nu"),
+        (memoptax.rmsprop_c(0.1), "nu"),
+        (memoptax.sgd_c(0.1, 0.9), "trace"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

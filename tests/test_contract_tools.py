@@ -4,6 +4,7 @@ They average it, scale it, cast it, restore it, and step without ``jax.jit``. Th
 of optimizers is in ``contract.py``.
 """
 
+import functools
 import warnings
 
 import jax
@@ -324,6 +325,57 @@ def test_strict_promotion_of_dtypes_is_no_error(opt):
         trace_all(opt, "float32", "float32")
         for dtypes in HALVES:
             trace_all(opt, *dtypes)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("make", "numbers"),
+    [
+        (memoptax.sgd_c, {"momentum": 0.875, "dampening": 0.1}),
+        (memoptax.rmsprop_c, {"alpha": 0.1}),
+        (memoptax.adam_c, {"b1": 0.9, "b2": 0.99}),
+        (functools.partial(memoptax.adam_c, amsgrad=True), {"b1": 0.1, "b2": 0.1}),
+        (memoptax.sgd_cm, {"b1": 0.1}),
+        (memoptax.adam_cm, {"b1": 0.1, "b2": 0.1}),
+        (memoptax.sm3_cm, {"b1": 0.1, "b2": 0.1}),
+        (memoptax.sm3, {"momentum": 0.1, "beta": 0.1}),
+    ],
+    ids=["sgd_c", "rmsprop_c", "adam_c", "amsgrad"]
+    + ["sgd_cm", "adam_cm", "sm3_cm", "sm3"],
+)
+@pytest.mark.few(8)
+def test_numbers_of_half_precision_are_computed_with_in_float32(make, numbers, dtype):
+    """``optax.inject_hyperparams`` has such numbers if the parameters have."""
+    gradient = jnp.asarray(np.random.default_rng(0).normal(size=5), jnp.float32)
+    half = {name: jnp.asarray(x, dtype) for name, x in numbers.items()}
+    exact = {name: float(x) for name, x in half.items()}
+    txs = [make(0.1, **chosen) for chosen in (half, exact)]
+    states = [tx.init(gradient) for tx in txs]
+    for scale in (1.0, -2.0, 0.5):
+        pair = [tx.update(scale * gradient, s) for tx, s in zip(txs, states)]
+        states = [state for _, state in pair]
+        np.testing.assert_allclose(pair[0][0], pair[1][0], rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(memoptax.sgd_c, memoptax.rmsprop_c, memoptax.sgd_cm, memoptax.sm3),
+        # .999 would be 1 in bfloat16.
+        functools.partial(memoptax.adam_cm, b2=0.99),
+        functools.partial(memoptax.sm3_cm, b2=0.99),
+        functools.partial(memoptax.adam_c, b2=0.99, amsgrad=True),
+    ],
+    ids=["sgd_c", "rmsprop_c", "sgd_cm", "sm3", "adam_cm", "sm3_cm", "amsgrad"],
+)
+def test_rates_of_half_precision_are_no_error_under_strict_promotion(make):
+    params = jnp.ones(3, jnp.bfloat16)
+    injected = optax.inject_hyperparams(make)
+    schedule = make(lambda count: jnp.asarray(0.1, jnp.bfloat16))
+    with jax.numpy_dtype_promotion("strict"):
+        for tx in (injected(0.1), schedule, make(jnp.asarray(0.1, jnp.bfloat16))):
+            updates, _ = tx.update(params, tx.init(params), params)
+            assert untyped(updates).dtype == jnp.bfloat16 and is_finite(updates)
 
 
 @pytest.mark.parametrize("kappa", [jnp.bfloat16(0.5), jnp.int32(1)], ids=repr)

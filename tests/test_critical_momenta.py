@@ -98,6 +98,8 @@ def test_decays_have_their_derivatives(make, name, decay, x64):
     slope = (4 * ahead[1] - 3 * ahead[0] - ahead[2]) / (2 * step)
     found = jax.grad(travelled)(decay)
     np.testing.assert_allclose(found, slope, rtol=1e-5, atol=1e-7)
+    curve = jax.jit(jax.grad(jax.grad(travelled)))
+    assert np.isfinite(curve(decay))
 
 
 def test_the_released_first_step_by_hand(x64):

@@ -348,3 +348,23 @@ def test_row_sparse_gradients_may_be_in_boxes(kind, options):
     np.testing.assert_array_equal(*jax.tree.leaves([found, expected]))
     moved = np.any(jax.tree.leaves(found)[0] != table, axis=1)
     np.testing.assert_array_equal(moved, [False, True, False, False, True, False])
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        memoptax.sm3(0.1),
+        memoptax.sgd_c(0.1, topc=2, buffer_dtype="int8"),
+        memoptax.adam_cm(0.1, mu_dtype="int8"),
+    ],
+    ids=["sm3", "sgd_c", "adam_cm"],
+)
+def test_a_report_has_the_names_of_fields_and_not_of_boxes(tx):
+    boxed = nnx.state(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Param)
+    partitioned = {"w": nn.Partitioned(jnp.ones((6, 4)), (None, "d")), "b": jnp.ones(3)}
+    for params, bare in (
+        (boxed, nnx.to_pure_dict(boxed)),
+        (partitioned, nn.unbox(partitioned)),
+    ):
+        found = memoptax.memory_report(tx, params).fields
+        assert found == memoptax.memory_report(tx, bare).fields

@@ -295,3 +295,23 @@ def test_a_state_without_accumulators_is_refused(make):
     wrong = with_field(tx.init(params), "accumulators", lambda _: None)
     with pytest.raises(ValueError, match="the state was made for 0"):
         tx.update(params, wrong, params)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16"])
+@pytest.mark.parametrize(
+    ("tx", "name"),
+    [
+        (memoptax.sgd_c(0.1), "ages"),
+        (memoptax.sgd_c(0.1), "entries"),
+        (memoptax.sgd_c(0.1, holding="sum"), "rebuilds"),
+        (memoptax.adam_cm(0.1), "count"),
+        (memoptax.sm3(0.1), "count"),
+        (memoptax.sm3_cm(0.1), "count"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_counts_in_few_bits_are_refused(tx, name, dtype):
+    """An age in int8 would stop at 127, and the oldest entry would not be known."""
+    state = narrow(tx.init(PARAMS), {name}, dtype)
+    with pytest.raises(ValueError, match=f"{name} in {dtype}, but needs int32"):
+        tx.update(PARAMS, state, PARAMS)

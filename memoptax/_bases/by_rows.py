@@ -51,7 +51,7 @@ def _of_shapes(mask):
 
 
 def _decay_of_dense(rate):
-    dense = pytorch.weight_decay(rate)
+    dense = pytorch.weight_decay(rate, as_it_is=True)
     if _check.is_zero(rate):
         return dense
 

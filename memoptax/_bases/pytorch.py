@@ -18,10 +18,14 @@ from memoptax._tensors import dtypes, layout, storage
 
 
 def weight_decay(
-    rate: optax.ScalarOrSchedule, mask: optax.MaskOrFn = None
+    rate: optax.ScalarOrSchedule, mask: optax.MaskOrFn = None, *, as_it_is: bool = False
 ) -> optax.GradientTransformation:
-    """``optax.add_decayed_weights``. A concrete rate of 0 needs no parameters."""
+    """``optax.add_decayed_weights``. A concrete rate of 0 needs no parameters.
+
+    The rate is in float32 or better, unless it is taken ``as_it_is``.
+    """
     rate = _check.rate("weight_decay", rate)
+    rate = rate if as_it_is else dtypes.wide_rate(rate)
     _check.mask("mask", mask)
     if _check.is_zero(rate):
         return guards.expecting(optax.identity(), optax.EmptyState, weight_decay=rate)
@@ -34,8 +38,14 @@ def weight_decay(
     return guards.expecting(decay, optax.MaskedState, weight_decay=rate, mask=mask)
 
 
-def learning_rate(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """``optax.scale_by_learning_rate`` of a rate that has been checked."""
+def learning_rate(
+    rate: optax.ScalarOrSchedule, *, as_it_is: bool = False
+) -> optax.GradientTransformation:
+    """``optax.scale_by_learning_rate`` of a rate that has been checked.
+
+    The rate is in float32 or better, unless it is taken ``as_it_is``.
+    """
+    rate = rate if as_it_is else dtypes.wide_rate(rate)
     kind = optax.ScaleByScheduleState if callable(rate) else optax.EmptyState
     scale = optax.scale_by_learning_rate(rate)
     return guards.expecting(scale, kind, learning_rate=rate)
@@ -293,8 +303,8 @@ def _root_jvp(primals, tangents):
 def bias_correction(decay, count):
     """1 − decayᵗ, for large decays as −expm1(t·log decay).
 
-    For them the plain form is off by 2e-5 in float32. For small ones the other form has
-    a wrong derivative, and for 0 none.
+    For them the plain form is off by 2e-5 in float32. For small ones the derivative of
+    expm1 cancels, and 0 has no log.
     """
     if _check.static(decay):
         small, log = decay < 0.5, math.log(max(decay, 0.5))
@@ -303,7 +313,9 @@ def bias_correction(decay, count):
         small = decay < 0.5
         log = jnp.log(jnp.where(small, 1, decay))
     t = count.astype(jnp.result_type(log, float))
-    return jnp.where(small, 1 - decay**t, -jnp.expm1(t * log))
+    # The second derivative that JAX gives x**1 is NaN at 0.
+    power = jnp.where(t == 1, decay, decay ** jnp.where(t == 1, 2, t))
+    return jnp.where(small, 1 - power, -jnp.expm1(t * log))
 
 
 def _in_range(updates, new, old):

@@ -88,8 +88,8 @@ def rows(way, entries, decision: eviction.Decision) -> list[Row]:
 
 def _evicted(slots, decision: eviction.Decision) -> jax.Array:
     """The slot of the entry that leaves, (R, 1)."""
-    here = eviction.at(decision.entry, slots.shape)
-    return jnp.max(jnp.where(here, slots, 0), axis=1, keepdims=True)
+    leaving = eviction.at(decision.entry, slots.shape)
+    return jnp.max(jnp.where(leaving, slots, 0), axis=1, keepdims=True)
 
 
 def moved(entries, decision: eviction.Decision):

@@ -119,6 +119,7 @@ def check_shapes(buffer) -> None:
     for name, kind in {
         **dict.fromkeys(("keys", "norms", "error", "total", "scales"), jnp.floating),
         **dict.fromkeys(("ages", "entries", "offered", "accepted"), jnp.integer),
+        "rebuilds": jnp.integer,
         "draws": jnp.uint32,
     }.items():
         for array in jax.tree.leaves(getattr(buffer, name)):
@@ -128,6 +129,8 @@ def check_shapes(buffer) -> None:
                 )
             if kind is jnp.floating:
                 _check.wide(f"a buffer's {name}", array)
+            else:
+                _check.counts(f"a buffer's {name}", array)
     for array in jax.tree.leaves(buffer.slots):
         if array.dtype.name not in storage.DTYPES:
             raise ValueError(f"state has a buffer whose slots are {array.dtype.name}.")

@@ -3,6 +3,8 @@
 ``jnp.promote_types`` refuses two dtypes under ``jax_numpy_dtype_promotion='strict'``.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -38,10 +40,17 @@ def wide(x):
     return x.astype(widest(x.dtype, jnp.float32))
 
 
-def weights(decay):
-    """The weights of the old and the new numbers in a moving average, 1 together.
+def wide_rate(rate) -> Any:
+    """A rate or a schedule, whose JAX numbers are in float32 or better."""
+    if callable(rate):
+        return lambda count: wide_rate(rate(count))
+    return wide(rate) if isinstance(rate, jax.Array) else rate
 
-    They are exact if the decay is a Python number, and else in float32 or better.
+
+def weights(decay, dtype):
+    """The weights of the old and the new numbers in a moving average of this dtype.
+
+    The difference from 1 is computed in that dtype, or for a Python number in float64.
     """
-    decay = wide(decay) if isinstance(decay, jax.Array) else decay
+    decay = decay.astype(dtype) if isinstance(decay, jax.Array) else decay
     return decay, 1 - decay
