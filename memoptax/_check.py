@@ -87,7 +87,7 @@ def number(
         either = "None or " if optional else ""
         raise ValueError(f"{name} must be {either}a number, but is {value!r}.")
     if isinstance(value, Tracer):
-        return _widened(value)
+        return widened(value)
     found = _as_float(value)
     inside = low <= found <= high and (math.isfinite(found) or not finite)
     at_an_end = (above and found == low) or (below and found == high)
@@ -103,6 +103,12 @@ def number(
             f"but is {value!r}."
         )
     return _plain(value)
+
+
+def widened(value):
+    """A JAX number in float32 or better, and any other as it is."""
+    narrow = isinstance(value, jax.Array) and value.dtype not in WIDE
+    return value.astype(jnp.float32) if narrow else value
 
 
 def is_inside(
@@ -407,14 +413,10 @@ def _as_float(value) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _widened(value):
-    return value if value.dtype in WIDE else value.astype(jnp.float32)
-
-
 def _plain(value):
     """A static number as Python's own, and a JAX scalar in float32 or better."""
     if isinstance(value, jax.Array):
-        return _widened(value)
+        return widened(value)
     # Subclasses too, such as the numbers of some configuration files.
     whole = _is_scalar_of(value, (jnp.integer,))
     value = int(value) if whole else float(value)

@@ -25,7 +25,7 @@ def weight_decay(
     The rate is in float32 or better, unless it is taken ``as_it_is``.
     """
     rate = _check.rate("weight_decay", rate)
-    rate = rate if as_it_is else dtypes.wide_rate(rate)
+    rate = rate if as_it_is else _in_float32(rate)
     _check.mask("mask", mask)
     if _check.is_zero(rate):
         return guards.expecting(optax.identity(), optax.EmptyState, weight_decay=rate)
@@ -45,10 +45,17 @@ def learning_rate(
 
     The rate is in float32 or better, unless it is taken ``as_it_is``.
     """
-    rate = rate if as_it_is else dtypes.wide_rate(rate)
+    rate = rate if as_it_is else _in_float32(rate)
     kind = optax.ScaleByScheduleState if callable(rate) else optax.EmptyState
     scale = optax.scale_by_learning_rate(rate)
     return guards.expecting(scale, kind, learning_rate=rate)
+
+
+def _in_float32(rate) -> Any:
+    """A rate or a schedule of rates, whose JAX numbers are in float32 or better."""
+    if callable(rate):
+        return lambda count: _in_float32(rate(count))
+    return _check.widened(rate)
 
 
 def scale_by_adam(

@@ -3,8 +3,6 @@
 ``jnp.promote_types`` refuses two dtypes under ``jax_numpy_dtype_promotion='strict'``.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -38,13 +36,6 @@ def holds(dtype, other) -> bool:
 def wide(x):
     """An array in float32 or better."""
     return x.astype(widest(x.dtype, jnp.float32))
-
-
-def wide_rate(rate) -> Any:
-    """A rate or a schedule, whose JAX numbers are in float32 or better."""
-    if callable(rate):
-        return lambda count: wide_rate(rate(count))
-    return wide(rate) if isinstance(rate, jax.Array) else rate
 
 
 def weights(decay, dtype):
