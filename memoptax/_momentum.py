@@ -59,7 +59,7 @@ def is_sound(options, gradients, dtype, in_range, squares=None):
     if squares:
         largest = [min(jnp.finfo(x.dtype).max, limit) for x in squares]
         limit = jnp.sqrt(jnp.asarray(largest, norms.dtype))
-        kappa = jnp.asarray(options.kappa, norms.dtype)  # |κ| of an int8 may overflow
+        kappa = jnp.asarray(options.kappa, norms.dtype)
         limit = limit / (2 * (1 + jnp.abs(kappa)))
     return jnp.all(norms <= limit) & options.is_sound() & in_range, norms
 

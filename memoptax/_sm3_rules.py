@@ -198,7 +198,7 @@ def _weights(decay, dtype):
 
 
 def _hyperparameter(x, dtype) -> Any:
-    """``x`` in ``dtype``. It may come in bfloat16 from inject_hyperparams."""
+    """``x`` in ``dtype``. A JAX number may have another one."""
     return x if type(x) in (int, float) else jnp.asarray(x, dtype)
 
 

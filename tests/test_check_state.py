@@ -187,6 +187,16 @@ def test_two_states_whose_floats_alone_were_averaged_are_refused_and_mended(batc
     memoptax.check_state(tx, params, mended)
 
 
+def with_field(state, field, number):
+    """The state with this number in all arrays of a field."""
+
+    def changed(path, x):
+        here = any(getattr(key, "name", "") == field for key in path)
+        return jnp.full_like(x, number) if here else x
+
+    return jax.tree_util.tree_map_with_path(changed, state)
+
+
 @pytest.mark.parametrize(
     ("tx", "field"),
     [
@@ -201,11 +211,7 @@ def test_int8_without_its_scales_is_refused(tx, field):
     state = tx.update(params, tx.init(params), params)[1]
     memoptax.check_state(tx, params, state)
 
-    def without(path, x):
-        here = any(getattr(key, "name", "") == field for key in path)
-        return jnp.zeros_like(x) if here else x
-
-    lost = jax.tree_util.tree_map_with_path(without, state)
+    lost = with_field(state, field, 0)
     with pytest.raises(ValueError, match=r"\['w'\] has numbers in int8 whose scales"):
         memoptax.check_state(tx, params, lost)
 
@@ -246,10 +252,6 @@ def test_an_infinity_of_a_scalar_parameter_is_refused(tx, field):
     params = jnp.ones(())
     _, state = tx.update(params, tx.init(params), params)
 
-    def infinite(path, x):
-        here = any(getattr(key, "name", "") == field for key in path)
-        return jnp.full_like(x, jnp.inf) if here else x
-
-    wrong = jax.tree_util.tree_map_with_path(infinite, state)
+    wrong = with_field(state, field, jnp.inf)
     with pytest.raises(ValueError, match=f"{field}.* has numbers that are not finite"):
         memoptax.check_state(tx, params, wrong)

@@ -95,7 +95,7 @@ def decide(buffer, priority, finite, fifo) -> Decision:
 def _by_rule(buffer, name, priority):
     rule, must_be_greater = RULES[name]
     entry, own = rule(buffer), ranks(buffer)
-    greater = priority[:, None] > own if must_be_greater else jnp.full(own.shape, True)
+    greater = (priority[:, None] > own) | (not must_be_greater)
     return entry, jnp.any(at(entry, own.shape) & greater, axis=1)
 
 
