@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import memoptax
 
+from meshes import trimmed
 from untyped import untyped
 
 pytestmark = [pytest.mark.slow, pytest.mark.few(1)]
@@ -32,14 +33,6 @@ OPTIMIZERS = {
 one_of_each_kind = pytest.mark.parametrize("name", ["adam_cm", "sm3"])
 X = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
 Y = np.tanh(X @ np.ones((8, 4), np.float32))
-
-
-def short(array):
-    """The spec of an array, without unsharded axes at its end."""
-    spec = list(array.sharding.spec)
-    while spec and spec[-1] is None:
-        spec.pop()
-    return P(*spec)
 
 
 # --- Linen ----------------------------------------------------------------------------
@@ -214,11 +207,11 @@ def test_nnx_optimizers_take_the_names_of_the_variables(name, kind, jitted):
     make = nnx.jit(nnx_made, static_argnums=(0, 1)) if jitted else nnx_made
     with jax.set_mesh(mesh):
         model, optimizer = make(name, True)
-        made = [short(x) for x in of_kernel(name, optimizer.opt_state)]
+        made = [trimmed(x.sharding.spec) for x in of_kernel(name, optimizer.opt_state)]
         losses = nnx_losses((model, optimizer))
     np.testing.assert_allclose(losses, nnx_losses_alone(name), rtol=2e-4)
-    after = [short(x) for x in of_kernel(name, optimizer.opt_state)]
-    assert short(model.hidden.kernel) == P("data", "model")
+    after = [trimmed(x.sharding.spec) for x in of_kernel(name, optimizer.opt_state)]
+    assert trimmed(model.hidden.kernel.sharding.spec) == P("data", "model")
     if name == "sm3":
         expected = [P("data", "model"), P("data"), P(None, "model"), P("data")]
     else:

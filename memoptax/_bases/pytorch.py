@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from memoptax import _check
 from memoptax._bases import guards, precision
-from memoptax._tensors import dtypes, layout, storage
+from memoptax._tensors import layout, storage
 
 
 def weight_decay(
@@ -316,7 +316,6 @@ def bias_correction(decay, count):
     if _check.static(decay):
         small, log = decay < 0.5, math.log(max(decay, 0.5))
     else:
-        decay = jnp.asarray(decay, dtypes.widest(decay.dtype, jnp.float32))
         small = decay < 0.5
         log = jnp.log(jnp.where(small, 1, decay))
     t = count.astype(jnp.result_type(log, float))
