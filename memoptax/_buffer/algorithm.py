@@ -220,10 +220,9 @@ def _one_step(
     across,
 ):
     stacks, _ = holding.stacks_of(buffer)
-    synced = buffer.keys.shape[0] == 1
     finite = sound & jnp.isfinite(priority) & (priority >= 0)
-    finite = jnp.all(finite, keepdims=True) if synced else finite
-    fifo, draws = eviction.draw(buffer.draws, fifo_probability, finite)
+    offered = eviction.together(finite, priority.shape[0])
+    fifo, draws = eviction.draw(buffer.draws, fifo_probability, offered)
     decision = eviction.decide(buffer, priority, finite, fifo)
     # The barrier completes the decision before any leaf is touched. Otherwise a GPU
     # fuses the update with the norm, and the slot takes a pass of its own (adam_c,

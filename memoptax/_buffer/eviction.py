@@ -79,7 +79,7 @@ RULES = {"priority": (least, True), "fifo": (oldest, False)}
 
 
 def decide(buffer, priority, finite, fifo) -> Decision:
-    """Decide on an offer of this ``priority`` (R,), if it is ``finite`` (R,).
+    """Decide on an offer of this ``priority`` (R,), if all of it is ``finite`` (L,).
 
     ``fifo`` says whether this step evicts the oldest entry. None means never. Empty
     entries are filled first, in order. A priority equal to the least key is refused.
@@ -89,13 +89,24 @@ def decide(buffer, priority, finite, fifo) -> Decision:
         drawn = fifo & jnp.all(held(buffer), axis=1)
         by_age, free = _by_rule(buffer, "fifo", priority)
         entry, gate = jnp.where(drawn, by_age, entry), jnp.where(drawn, free, gate)
-    return Decision(finite, finite & gate, entry, held(buffer))
+    # The gate is inside of the reduction because XLA's CPU backend would repeat its
+    # arithmetic in the code of every leaf (adam_c with C = 1: 138 instructions per leaf
+    # instead of 120).
+    accepted = together(finite & gate, priority.shape[0])
+    return Decision(together(finite, priority.shape[0]), accepted, entry, held(buffer))
+
+
+def together(each, rows):
+    """``each`` (L,), or whether it is all true, if there is one row."""
+    return jnp.all(each, keepdims=True) if rows == 1 else each
 
 
 def _by_rule(buffer, name, priority):
     rule, must_be_greater = RULES[name]
     entry, own = rule(buffer), ranks(buffer)
-    greater = (priority[:, None] > own) | (not must_be_greater)
+    if not must_be_greater:
+        return entry, True
+    greater = priority[:, None] > own
     return entry, jnp.any(at(entry, own.shape) & greater, axis=1)
 
 

@@ -31,6 +31,8 @@ WAYS = ("select", "read", "sum")
 # reads int8 slots (20 bytes of values), and 52 with float32 slots and their sum.
 _READ_BYTES = 20
 
+_TURN = 5  # the number of slots that a CPU adds up at once
+
 
 def way(holding: str | None, topc: int, itemsize: int) -> str:
     """The way that ``holding`` names. None chooses by C and the itemsize."""
@@ -124,9 +126,9 @@ def select(value, slot: storage.Stored, stored, row: Row, dtype):
 
 def read(value, stack: storage.Stored, stored, row: Row, dtype):
     """The sum of the values held before, and the slots after."""
-    stack, _ = write(value, stack, stored, row)
-    found = terms(stack, row.slots, jnp.zeros((), dtype))
-    return functools.reduce(jnp.add, found), stack
+    new = to_write(value, stack, stored, row.offered)
+    stack = storage.write(stack, new, row.slots[-1])
+    return total(stack, row.slots, jnp.zeros((), dtype)), stack
 
 
 def _by_index(stack, slots, zero):
@@ -178,17 +180,59 @@ def _terms_jvp(primals, tangents):
     return jax.jvp(_by_index, primals, tangents)
 
 
-def write(value, stack: storage.Stored, stored, row: Row):
-    """The slots with the value in the spare one, and what was written there."""
-    new = to_write(value, stack, stored, row)
-    return storage.write(stack, new, row.slots[-1]), new
+@jax.custom_jvp
+def total(stack, slots, zero):
+    """The sum of :func:`terms`, in their order.
+
+    XLA's CPU backend would compile and read all slots again for each consumer of the
+    sum. So a CPU adds up many slots in a loop, and stores their sum in a temporary like
+    the leaf. With C = 20 and int8, a step of adam_cm takes 4.5 times as long as Adam's
+    instead of 8.6, and one of adam_c 4.6 instead of 6.7. But one of sgd_c, where the
+    sum has a single consumer, takes 3.6 instead of 3.1.
+    """
+    return _total(stack, slots, zero)
 
 
-def to_write(value, stack: storage.Stored, stored, row: Row) -> storage.Stored:
+@total.defjvp
+def _total_jvp(primals, tangents):
+    return jax.jvp(_at_once, primals, tangents)
+
+
+def _at_once(stack, slots, zero):
+    return functools.reduce(jnp.add, _by_index(stack, slots, zero))
+
+
+def _in_turns(stack, slots, zero):
+    *slots, spare = slots
+    first = (len(slots) - 1) % _TURN + 1
+    total = _at_once(stack, [*slots[:first], spare], zero)
+    if first == len(slots):
+        return total
+
+    def turn(total, slots):
+        terms = _by_index(stack, [*slots, spare], zero)
+        return functools.reduce(jnp.add, terms, total), None
+
+    rest = jnp.stack(slots[first:]).reshape(-1, _TURN)
+    return jax.lax.scan(turn, total, rest)[0]
+
+
+@jax.custom_batching.custom_vmap
+def _total(*operands):
+    return jax.lax.platform_dependent(*operands, cpu=_in_turns, default=_at_once)
+
+
+@_total.def_vmap
+def _total_of_each(*batched):
+    found, axes = _batched(*batched)
+    return functools.reduce(jnp.add, found), all(axes)
+
+
+def to_write(value, stack: storage.Stored, stored, offered: Any = True):
     """The new content of the spare slot: the value, or zeros if it was not offered."""
     if stored is None:
-        return storage.encode(storage.saturate(value, stack), stack, row.offered)
-    return storage.choose(row.offered, stored)
+        return storage.encode(storage.saturate(value, stack), stack, offered)
+    return storage.choose(offered, stored)
 
 
 # Traced once for all leaves of one shape: 200 leaves in half the time.
@@ -221,7 +265,7 @@ def exchange(way, buffer, values, stored, decision, norms, across):
             entries,
             norms,
             across,
-            write,
+            to_write,
         )
     else:
         one = _compiled_select if way == "select" else _compiled_read

@@ -15,19 +15,22 @@ _TOLERANCE = 1e-5 / float(jnp.finfo(jnp.float32).eps / 2)
 
 
 def exchange(
-    buffer, values, stacks, stored, rows, decision, entries, norms, across, write
+    buffer, values, stacks, stored, rows, decision, entries, norms, across, to_write
 ):
     """The sums before the offer, and the slots and the fields of the sums after it.
 
-    ``write`` puts a value into the spare slot of its leaf. ``rows`` has the decision on
-    each leaf. ``entries`` are those after it.
+    ``to_write`` is what goes into the spare slot of a leaf. ``rows`` has the decision
+    on each leaf. ``entries`` are those after it.
     """
     totals, treedef = jax.tree.flatten(buffer.total)
     after, changes, written = [], [], []
     for leaf, (value, row, total) in enumerate(zip(values, rows, totals)):
-        stacks[leaf], one = write(value, stacks[leaf], stored[leaf], row)
+        stack, kept = stacks[leaf], stored[leaf]
+        one = to_write(value, stack, kept, row.offered)
+        stacks[leaf] = storage.write(stack, one, row.slots[-1])
         written.append(one)
-        new = storage.decode(one, total.dtype)
+        # What is accepted was offered, so the change needs no second choice.
+        new = storage.decode(to_write(value, stack, kept), total.dtype)
         old = storage.decode(storage.read(stacks[leaf], row.evicted), total.dtype)
         change = jnp.where(row.accepted, new - old, 0)
         changes.append(change)
@@ -165,16 +168,17 @@ def from_slots(totals, stacks, held, wanted: Any = True):
     block = _block(slots)
     rows = [0] * len(stacks) if held.shape[0] == 1 else range(len(stacks))
 
+    # The last turn may reach beyond the last slot.
+    held = jnp.pad(held, [(0, 0), (0, -slots % block)])
+
     def add_block(turn, totals):
         places = [turn * block + k for k in range(block)]
-        # The last turn may reach beyond the last slot.
-        each = [jnp.minimum(k, slots - 1) for k in places]
-        taken = [(k < slots) & held[:, at] for k, at in zip(places, each)]
+        taken = [storage.at(held, k, axis=1) for k in places]
 
         def add(total, stack, row):
             terms = [
-                jnp.where(one[row], _decoded(stack, at, total.dtype), 0)
-                for one, at in zip(taken, each)
+                jnp.where(one[row], _decoded(stack, k, total.dtype), 0)
+                for one, k in zip(taken, places)
             ]
             return jnp.where(turn == 0, 0, total) + _pairwise(terms)
 

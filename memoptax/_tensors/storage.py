@@ -292,13 +292,14 @@ def choose(wanted, stored: Stored, other: Stored | None = None) -> Stored:
 def read(stack: Stored, slot) -> Stored:
     """The stored value in ``slot``, in device memory."""
 
-    def taken(x):
-        value = jax.lax.dynamic_index_in_dim(
-            x, slot, 0, keepdims=False, allow_negative_indices=False
-        )
-        return on_device(value)
+    return jax.tree.map(lambda x: on_device(at(x, slot)), stack)
 
-    return jax.tree.map(taken, stack)
+
+def at(x, index, axis=0):
+    """``x`` at one index of an axis, which XLA clips to the axis."""
+    return jax.lax.dynamic_index_in_dim(
+        x, index, axis, keepdims=False, allow_negative_indices=False
+    )
 
 
 def write(stack: Stored, stored: Stored, slot) -> Stored:
