@@ -37,7 +37,9 @@ def step(rule, path, boxes, gradient, accumulators, memory):
         return gradient, accumulators, memory
     accumulators, dtype = tuple(accumulators), accumulators[0].dtype
     momentum, beta = (_weights(x, dtype) for x in rule[:2])
-    eps: Any = _hyperparameter(rule.eps, dtype)
+    eps: Any = rule.eps
+    if isinstance(eps, jax.Array):
+        eps = eps.astype(dtype)
     sound = rule.is_sound()
     if sound is not True:
         eps = jnp.where(sound, eps, jnp.nan)  # so that no direction is finite
@@ -47,11 +49,15 @@ def step(rule, path, boxes, gradient, accumulators, memory):
     nu, floors, raised = rule.precondition(g, agreeing, families, beta)
     raised = tuple(map(layout.like, raised, accumulators))
     if len(raised) == 1 and raised[0].shape == g.shape:
-        # Adagrad rejects non-finite entries one at a time. Testing only the new sum
-        # lets XLA reuse the memory of the old sum.
-        finite = _is_finite(g) & sound
-        raised = _select(jnp.isfinite(raised[0]) & sound, raised, accumulators)
-        nu, floors = functools.partial(_adagrad, beta), raised
+        # Adagrad rejects entries one at a time. Reading only the new sum lets XLA reuse
+        # the memory of the old one. So a sum that overflows becomes the largest number,
+        # which shows later that it did.
+        most = jnp.finfo(dtype).max
+        raised = _select(
+            _is_finite(g) & sound, (jnp.minimum(raised[0], most),), accumulators
+        )
+        finite = _is_in(g, raised[0]) & sound
+        nu, floors = _adagrad, raised
     else:
         finite = _are_finite(raised, rule.precondition) & sound
         raised = _select(finite, raised, accumulators)
@@ -143,9 +149,16 @@ def sm3_i(g, accumulators, families, weights):
     return nu, families.floors(raised), raised
 
 
-def _adagrad(weights, g, total):
-    """nu from the total, which contains g^2 if that is finite."""
-    return jnp.where(_is_finite(g), total, _accumulate(total, g * g, weights))
+def _adagrad(g, total):
+    """nu from the total, or infinity if that does not contain g^2."""
+    return jnp.where(_is_in(g, total), total, jnp.inf)
+
+
+def _is_in(g, total):
+    """Whether the total contains g^2, which may have been too large for it."""
+    info, square = jnp.finfo(total.dtype), g * g
+    unseen = float(info.max) * float(info.eps) / 4  # what does not change the largest
+    return jnp.isfinite(square) & ((total < info.max) | (square < unseen))
 
 
 def _least(floors):
@@ -163,11 +176,13 @@ def _direction(nu, eps, g, *floors):
     NaN where nu overflows. The quotient would be 0, and the overflow would go
     unnoticed.
     """
-    square = nu(g, *floors) + eps
-    # A static eps > 0 needs no guard. A guard would be recomputed in every fusion.
-    if not (isinstance(eps, int | float) and eps >= jnp.finfo(square.dtype).tiny):
-        square = jnp.where(square == 0, 1, square)
-    return jnp.where(jnp.isfinite(square), g / jnp.sqrt(square), jnp.nan)
+    square = nu(g, *floors)
+    zero = square == 0
+    q = g / jnp.sqrt(jnp.where(zero, 1, square + eps))
+    # The second derivative of 1 / sqrt(eps) would overflow, and 0 times that is NaN.
+    least = jnp.where(eps < jnp.finfo(square.dtype).tiny, 1, eps)
+    q = jnp.where(zero, q / jnp.sqrt(least), q)
+    return jnp.where(jnp.isfinite(square), q, jnp.nan)
 
 
 def _is_finite(g):
@@ -195,11 +210,6 @@ def _select(condition, yes, no):
 def _weights(decay, dtype):
     """The weights of a moving average with this decay, or None for a sum."""
     return None if decay is None else dtypes.weights(decay, dtype)
-
-
-def _hyperparameter(x, dtype) -> Any:
-    """``x`` in ``dtype``. A JAX number may have another one."""
-    return x if type(x) in (int, float) else jnp.asarray(x, dtype)
 
 
 def zero_accumulators(params, cover, dtype=None):

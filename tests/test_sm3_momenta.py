@@ -380,21 +380,37 @@ ZERO_MOMENTS = {
     "adam_c": memoptax.adam_c(0.1, eps_root=1e-16),
     "adamw_c": memoptax.adamw_c(0.1, weight_decay=0.0, eps_root=1e-16),
     "rmsprop_c": memoptax.rmsprop_c(0.1, initial_scale=1e-8),
+    "adam_c, amsgrad": memoptax.adam_c(0.1, amsgrad=True),
     "sm3": memoptax.sm3(0.1),
+    "sm3, traced eps": memoptax.sm3(0.1, eps=jnp.float32(1e-30)),
+    "sm3, no eps": memoptax.sm3(0.1, 0.9, eps=0.0),
+    "sm3, vectors": memoptax.sm3(0.1, cover=memoptax.covers.full),
 }
 
 
+@pytest.mark.parametrize("loop", [False, True], ids=["unrolled", "scan"])
 @pytest.mark.parametrize("name", ZERO_MOMENTS)
-def test_derivatives_through_a_zero_second_moment_are_finite(name):
+@pytest.mark.few(8)
+def test_derivatives_through_a_zero_second_moment_are_finite(name, loop):
     """A dead unit: one entry of every gradient is 0."""
     tx = untyped(ZERO_MOMENTS[name])
+    alive = jnp.array([[1.0, 0.0]])
+
+    def step(carry, _):
+        x, state = carry
+        updates, state = tx.update(x * x * alive, state, x)
+        return (optax.apply_updates(x, updates), state), None
 
     def trained(x):
-        state = tx.init(x)
-        for _ in range(3):
-            updates, state = tx.update(x * x * jnp.array([1.0, 0.0]), state, x)
-            x = untyped(optax.apply_updates(x, updates))
-        return jnp.sum(x)
+        carry = untyped((x, tx.init(x)))
+        if loop:
+            carry, _ = jax.lax.scan(step, carry, None, length=3)
+        else:
+            for _ in range(3):
+                carry, _ = step(carry, None)
+        return jnp.sum(untyped(carry)[0])
 
-    found = jax.grad(trained)(jnp.array([1.0, 1.0]))
-    assert jnp.all(jnp.isfinite(found)) and found[1] == 1
+    found = jax.jit(jax.grad(trained))(jnp.ones((1, 2)))
+    assert jnp.all(jnp.isfinite(found)) and found[0, 1] == 1
+    second = jax.jit(jax.hessian(trained))(jnp.ones((1, 2)))
+    assert jnp.all(jnp.isfinite(second)) and jnp.all(second[0, 1] == 0)

@@ -59,14 +59,30 @@ def test_float16_gradients_above_300():
     np.testing.assert_allclose(state.accumulators[0][0], float(g[0, 0]) ** 2)
 
 
-def test_an_accumulator_does_not_overflow():
-    tx, g = untyped(memoptax.scale_by_sm3()), jnp.array([1.5e19, 1.0])
-    state = tx.init(g)
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.9], ids=named)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)], ids=named)
+@pytest.mark.parametrize("variant", ["I", "II"])
+def test_a_sum_that_overflows_is_seen_and_does_no_harm(shape, variant, momentum):
+    momentum = jnp.asarray(momentum) if momentum == 0 else momentum  # keeps a state
+    tx = untyped(memoptax.scale_by_sm3(momentum, variant=variant))
+    large, small = jnp.full(shape, 1.5e19), jnp.ones(shape)
+    _, before = tx.update(large, tx.init(large))
+    state = before
     for _ in range(2):
-        _, state = tx.update(g, state)
-    updates, state = tx.update(g, state)
-    np.testing.assert_allclose(state.accumulators[0][0], [2.25e38, 3])
-    np.testing.assert_allclose(updates, [1, 3**-0.5], rtol=1e-6)
+        updates, state = tx.update(large, state)
+        assert np.isnan(updates).all()
+        np.testing.assert_array_equal(state.momentum, before.momentum)
+    updates, state = tx.update(small, state)
+    assert np.isfinite(updates).all()
+    # A vector's sum stops at the largest number, and that of a matrix stays.
+    most = 2.25e38 if len(shape) > 1 else float(jnp.finfo(jnp.float32).max)
+    np.testing.assert_allclose(state.accumulators[0][0], most, rtol=1e-6)
+
+
+def test_only_entries_whose_sum_overflows_are_not_finite():
+    g = jnp.array([1.5e19, 1.0])
+    *_, last = updates_of(memoptax.scale_by_sm3(), g, [g] * 3)
+    np.testing.assert_allclose(last, [np.nan, 3**-0.5], rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (3, 2)])

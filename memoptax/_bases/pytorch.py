@@ -293,18 +293,10 @@ def normalize(mu, nu, count, b1, b2, eps, eps_root):
     return jax.tree.map(leaf, mu, nu)
 
 
-@jax.custom_jvp
 def _root(x):
-    """√x with a derivative of 0 at 0, where v has only seen zeros."""
-    return jnp.sqrt(x)
-
-
-@_root.defjvp
-def _root_jvp(primals, tangents):
-    (x,), (tangent,), root = primals, tangents, _root(*primals)
-    positive = x > 0
-    slope = jnp.where(positive, 0.5 / jnp.where(positive, root, 1), 0)
-    return root, slope * tangent
+    """√x with derivatives of 0 at 0, where v has only seen zeros."""
+    zero = x == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
 def bias_correction(decay, count):
