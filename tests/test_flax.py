@@ -29,6 +29,8 @@ OPTIMIZERS = {
         memoptax.adam_cm, 0.01, synced=False, buffer_dtype="int8", **BUFFER
     ),
     "sm3": functools.partial(memoptax.sm3, 0.1, momentum=0.9, momentum_dtype="int8"),
+    # Three blocks of columns, which two devices do not divide.
+    "blocks": functools.partial(memoptax.sm3, 0.1, cover=memoptax.covers.blocks(1, 3)),
 }
 one_of_each_kind = pytest.mark.parametrize("name", ["adam_cm", "sm3"])
 X = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
@@ -218,6 +220,23 @@ def test_nnx_optimizers_take_the_names_of_the_variables(name, kind, jitted):
         expected = [P(None, "data", "model"), P()]
     assert made == expected
     assert after == expected
+
+
+@pytest.mark.cpu_only("a mesh of eight devices")
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_an_axis_of_blocks_has_no_name(kind):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    with jax.set_mesh(mesh):
+        made = nnx_made("blocks", True)
+        losses = nnx_losses(made)
+    np.testing.assert_allclose(losses, nnx_losses_alone("blocks"), rtol=2e-4)
+    (accumulators,) = made[1].opt_state[0].accumulators[1]
+    assert trimmed(accumulators.get_value().sharding.spec) == P("data")
+    params = linen_model(on_mesh).init(jax.random.key(0), X)
+    init = OPTIMIZERS["blocks"]().init
+    specs = nn.get_partition_spec(jax.eval_shape(init, params))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    jax.jit(init, out_shardings=shardings)(params)
 
 
 def of_kernel(name, opt_state):

@@ -26,8 +26,9 @@ def is_box(node) -> bool:
 def make(function, params):
     """``jax.tree.map(function, params)``, with every new array in a box that fits it.
 
-    An axis in front of those of the parameter gets no name. An axis of size one gets
-    none either.
+    An axis has the name of its parameter's axis if it has the same length, and that is
+    not one. So slots have none, nor have blocks, whose number the devices may not
+    divide.
     """
 
     return jax.tree.map(
@@ -95,26 +96,26 @@ def _is_nnx(node):
 
 
 def _renamed(box, array):
-    rank = inside(box).ndim
+    shape = inside(box).shape
     if _is_linen(box):
-        return box.replace(value=array, names=_fitting(box.names, rank, array))
+        return box.replace(value=array, names=_fitting(box.names, shape, array))
     new = jax.tree.unflatten(jax.tree.structure(box), [array])
     for key in _KEYS:
         names = box.get_metadata().get(key)
         if isinstance(names, NamedSharding):
-            spec = PartitionSpec(*_fitting(names.spec, rank, array))
+            spec = PartitionSpec(*_fitting(names.spec, shape, array))
             new.set_metadata(key, NamedSharding(names.mesh, spec))
         elif names is not None:
-            new.set_metadata(key, _fitting(names, rank, array))
+            new.set_metadata(key, _fitting(names, shape, array))
     return new
 
 
-def _fitting(names, rank, array):
-    """The names of the axes of ``array``, from those of an array of another rank.
+def _fitting(names, shape, array):
+    """The names of the axes of ``array``, from those of an array of another shape.
 
-    The ranks differ in the axes in front.
+    If the ranks differ, then in the axes in front.
     """
-    names = tuple(names) + (None,) * (rank - len(names))
-    names = (None,) * (array.ndim - rank) + names
-    names = names[len(names) - array.ndim :]
-    return tuple(None if n == 1 else name for name, n in zip(names, array.shape))
+    names = tuple(names) + (None,) * (len(shape) - len(names))
+    last = list(zip(array.shape[::-1], shape[::-1], names[::-1]))
+    found = [name if n == size > 1 else None for n, size, name in last[::-1]]
+    return (None,) * (array.ndim - len(found)) + tuple(found)
