@@ -363,25 +363,29 @@ def same_dtype(name: str, asked, found, allowed) -> None:
 def wide(name: str, tree) -> None:
     """Refuse arrays of a state that must be float32 or float64 and are not."""
     for leaf in jax.tree.leaves(tree):
-        try:
-            dtype = jnp.result_type(leaf)
-        except TypeError:  # no array, or of a dtype that JAX does not have
-            dtype = None
-        if dtype not in WIDE:
-            found = type(leaf).__name__ if dtype is None else dtype.name
-            raise ValueError(
-                f"state has {name} in {found}, but needs float32 or float64: restore "
-                "it in the dtype that init gives."
-            )
+        _stored_in(name, leaf, "float32 or float64", lambda dtype: dtype in WIDE)
 
 
 def counts(name: str, array) -> None:
-    """Refuse an array of a state that counts in fewer than 32 bits."""
-    dtype = jnp.result_type(array)
-    if not jnp.issubdtype(dtype, jnp.integer) or dtype.itemsize < 4:
+    """Refuse an array of a state that counts without a sign or in under 32 bits."""
+
+    def fits(dtype):
+        return jnp.issubdtype(dtype, jnp.signedinteger) and dtype.itemsize >= 4
+
+    _stored_in(name, array, "int32", fits)
+
+
+def _stored_in(name, leaf, needed, fits):
+    """Refuse a leaf of a state whose dtype does not fit."""
+    try:
+        dtype = None if leaf is None else jnp.result_type(leaf)
+    except TypeError:  # no array, or of a dtype that JAX does not have
+        dtype = None
+    if dtype is None or not fits(dtype):
+        found = type(leaf).__name__ if dtype is None else dtype.name
         raise ValueError(
-            f"state has {name} in {dtype.name}, but needs int32: restore it in the "
-            "dtype that init gives."
+            f"state has {name} in {found}, but needs {needed}: restore it in the dtype "
+            "that init gives."
         )
 
 

@@ -138,19 +138,22 @@ _OF_OPTAX = (
     *(optax.ScaleByAdamState, optax.ScaleByAmsgradState, optax.ScaleByBeliefState),
     *(optax.ScaleByNovogradState, optax.ScaleByRmsState, optax.ScaleByRStdDevState),
     *(optax.EmaState, optax.ScaleByLionState, optax.TraceState),
-    *(optax.ScaleByScheduleState,),
-    optax.InjectStatefulHyperparamsState,
+    *(optax.ScaleByScheduleState, optax.InjectStatefulHyperparamsState),
 )
 
 
 def _members(state):
-    """How many axes the members of an ensemble have: as many as their counts."""
-    axes = [buffer.keys.ndim - 2 for buffer in _buffer_tools.buffers_in(state)]
+    """How many axes the members of an ensemble have: as many as their counts.
+
+    A count in the state of another package may be a vector.
+    """
+    known = [buffer.keys.ndim - 2 for buffer in _buffer_tools.buffers_in(state)]
+    others = []
     for _, node in _nodes(state):
         count: Any = getattr(node, "count", None)  # of a tuple it is a method
-        if jnp.issubdtype(getattr(count, "dtype", jnp.float32), jnp.integer):
-            axes.append(count.ndim)
-    return max(axes, default=0)
+        if hasattr(count, "dtype") and jnp.issubdtype(count.dtype, jnp.integer):
+            (known if _is_known(node) else others).append(count.ndim)
+    return max(known or others, default=0)
 
 
 def _moments(state):

@@ -233,8 +233,8 @@ def sgd_c(
       learning_rate: η, a number or an optax schedule.
       momentum: μ in [0, 1], or None for none.
       nesterov: whether to emit u + μ·b instead of b.
-      accumulator_dtype: dtype of the momentum b. If d = 0, μ·b has it too, as in
-        optax. None means float32 or better.
+      accumulator_dtype: dtype of the momentum b. If d = 0 and μ is a Python number,
+        μ·b has it too, as in optax. None means float32 or better.
       dampening: d in [0, 1]. The first step is undamped, as in PyTorch.
       weight_decay: λ ≥ 0, a number or a schedule, added after aggregation (L2). To
         store decayed gradients in the buffer, chain ``optax.add_decayed_weights`` in

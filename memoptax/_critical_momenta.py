@@ -64,7 +64,7 @@ def critical_momenta(
     :math:`\lVert g_t \rVert` and is multiplied by ``decay`` at every step. M is not
     written back into m, and there is no bias correction. If a gradient is not finite,
     the whole update is NaN and the state does not change, except for the spare slot,
-    which holds no value.
+    which holds no value. Without a buffer m takes it, as ``optax.ema`` does.
 
     Memory: C + 2 copies of float32 parameters (2 for C = 1), for the slots and m; less
     with ``buffer_dtype`` and ``mu_dtype``. What :func:`critical_gradients` says of its
@@ -136,7 +136,7 @@ def critical_momenta(
     )
     in_range = _check.is_inside(b1, 0, 1, below=True)
     if options.keeps_nothing:
-        average = optax.ema(b1, debias=False)
+        average = guards.wide(optax.ema(b1, debias=False), "ema")
         average = guards.expecting(average, optax.EmaState, mu_dtype=mu_dtype)
         average = precision.stored_moment(average, "ema", mu_dtype)
         return _without_buffer(average, in_range, CriticalMomentaState)
@@ -181,8 +181,9 @@ def scale_by_adam_cm(
       u_t &= \frac{M_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
     with m and B of :func:`critical_momenta`. A κ or C of 0 gives Adam, whose v is that
-    of the gradients. If a gradient is not finite, the whole update is NaN and the state
-    does not change, except for the spare slot, which holds no value.
+    of the gradients, and which does with a gradient that is not finite what Adam does.
+    Else the whole update is then NaN and the state does not change, except for the
+    spare slot, which holds no value.
 
     Memory: C + 3 copies of float32 parameters, 3 for C = 1, for the slots, m and v; one
     more each with AMSGrad and with a running sum (``holding='sum'``). With C = 1 and

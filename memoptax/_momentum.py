@@ -105,7 +105,7 @@ def average(gradients, state, b1, taken):
 def _blended(gradient, old, weights, taken):
     def blend(gradient, values, scale):
         m = storage.decode(storage.Stored(values, scale), gradient.dtype)
-        of_old, of_new = (jnp.asarray(w, m.dtype) for w in weights)
+        of_old, of_new = weights
         return storage.saturate(of_old * m + of_new * gradient, old)
 
     operands = (gradient, *old)

@@ -187,7 +187,7 @@ def test_two_states_whose_floats_alone_were_averaged_are_refused_and_mended(batc
     memoptax.check_state(tx, params, mended)
 
 
-def with_field(state, field, number):
+def filled(state, field, number):
     """The state with this number in all arrays of a field."""
 
     def changed(path, x):
@@ -211,7 +211,7 @@ def test_int8_without_its_scales_is_refused(tx, field):
     state = tx.update(params, tx.init(params), params)[1]
     memoptax.check_state(tx, params, state)
 
-    lost = with_field(state, field, 0)
+    lost = filled(state, field, 0)
     with pytest.raises(ValueError, match=r"\['w'\] has numbers in int8 whose scales"):
         memoptax.check_state(tx, params, lost)
 
@@ -233,6 +233,12 @@ def test_a_scalar_of_an_ensemble_may_be_infinite(inner):
     memoptax.check_state(tx, params, tx.init(params))
 
 
+def test_an_injected_number_may_be_infinite():
+    tx = optax.inject_hyperparams(memoptax.sgd_c)(0.1)
+    state = untyped(tx.init(jnp.ones(2)))
+    memoptax.check_state(tx, jnp.ones(2), filled(state, "hyperparams", jnp.inf))
+
+
 @pytest.mark.parametrize(
     ("tx", "field"),
     [
@@ -252,6 +258,6 @@ def test_an_infinity_of_a_scalar_parameter_is_refused(tx, field):
     params = jnp.ones(())
     _, state = tx.update(params, tx.init(params), params)
 
-    wrong = with_field(state, field, jnp.inf)
+    wrong = filled(state, field, jnp.inf)
     with pytest.raises(ValueError, match=f"{field}.* has numbers that are not finite"):
         memoptax.check_state(tx, params, wrong)

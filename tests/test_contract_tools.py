@@ -5,6 +5,7 @@ of optimizers is in ``contract.py``.
 """
 
 import functools
+import inspect
 import warnings
 
 import jax
@@ -344,17 +345,47 @@ def test_strict_promotion_of_dtypes_is_no_error(opt):
     + ["sgd_cm", "adam_cm", "sm3_cm", "sm3"],
 )
 @pytest.mark.few(8)
-def test_numbers_of_half_precision_are_computed_with_in_float32(make, numbers, dtype):
+@pytest.mark.parametrize("traced", [False, True])
+def test_numbers_of_half_precision_are_computed_with_in_float32(
+    make, numbers, dtype, traced
+):
     """``optax.inject_hyperparams`` has such numbers if the parameters have."""
     gradient = jnp.asarray(np.random.default_rng(0).normal(size=5), jnp.float32)
     half = {name: jnp.asarray(x, dtype) for name, x in numbers.items()}
     exact = {name: float(x) for name, x in half.items()}
-    txs = [make(0.1, **chosen) for chosen in (half, exact)]
-    states = [tx.init(gradient) for tx in txs]
-    for scale in (1.0, -2.0, 0.5):
-        pair = [tx.update(scale * gradient, s) for tx, s in zip(txs, states)]
-        states = [state for _, state in pair]
-        np.testing.assert_allclose(pair[0][0], pair[1][0], rtol=2e-6)
+
+    def updates(numbers):
+        tx, found = make(0.1, **numbers), []
+        state = tx.init(gradient)
+        for scale in (1.0, -2.0, 0.5):
+            update, state = tx.update(scale * gradient, state)
+            found.append(update)
+        return found
+
+    found = (jax.jit(updates) if traced else updates)(half)
+    np.testing.assert_allclose(found, updates(exact), rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (memoptax.sgd_cm, "b1"),
+        (memoptax.adam_cm, "b1"),
+        (memoptax.sm3_cm, "b2"),
+        (memoptax.sm3, "momentum"),
+        (memoptax.sm3, "beta"),
+    ],
+)
+def test_a_float64_decay_keeps_its_digits_beside_float32(make, name, x64):
+    """1 - decay would lose four of them."""
+
+    def update(decay):
+        tx, gradient = make(0.1, **{name: decay}), jnp.ones(5, jnp.float32)
+        return tx.update(gradient, tx.init(gradient))[0]
+
+    expected = update(0.999)
+    np.testing.assert_allclose(jax.jit(update)(0.999), expected, rtol=1e-6)
+    np.testing.assert_allclose(update(jnp.float64(0.999)), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -371,9 +402,12 @@ def test_numbers_of_half_precision_are_computed_with_in_float32(make, numbers, d
 def test_rates_of_half_precision_are_no_error_under_strict_promotion(make):
     params = jnp.ones(3, jnp.bfloat16)
     injected = optax.inject_hyperparams(make)
-    schedule = make(lambda count: jnp.asarray(0.1, jnp.bfloat16))
+    half = jnp.asarray(0.1, jnp.bfloat16)
+    txs = [injected(0.1), make(lambda count: half), make(half)]
+    if "weight_decay" in inspect.signature(make).parameters:
+        txs += [make(0.1, weight_decay=x) for x in (half, lambda count: half)]
     with jax.numpy_dtype_promotion("strict"):
-        for tx in (injected(0.1), schedule, make(jnp.asarray(0.1, jnp.bfloat16))):
+        for tx in txs:
             updates, _ = tx.update(params, tx.init(params), params)
             assert untyped(updates).dtype == jnp.bfloat16 and is_finite(updates)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract import each_optimizer
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -59,6 +60,23 @@ def test_sums_in_few_bits_are_refused(tx, name, dtype):
     with pytest.raises(ValueError, match=f"state has .*{dtype}"):
         tx.update(PARAMS, state, PARAMS)
     tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int32"])
+@each_optimizer
+def test_a_state_cast_as_a_whole_is_refused(opt, dtype):
+    """With a buffer, and with the base alone."""
+
+    def cast(leaf):
+        return leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf
+
+    for options in ({}, {"topc": 0}) if opt.accepts("topc") else ({},):
+        tx = opt.build(**options)
+        state = tx.init(PARAMS)
+        if any(x.dtype == jnp.float32 for x in jax.tree.leaves(state)):
+            with pytest.raises(ValueError, match=dtype):
+                tx.update(PARAMS, jax.tree.map(cast, state), PARAMS)
+            tx.update(PARAMS, state, PARAMS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32"])
@@ -297,7 +315,7 @@ def test_a_state_without_accumulators_is_refused(make):
         tx.update(params, wrong, params)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int16"])
+@pytest.mark.parametrize("dtype", ["int8", "int16", "uint32"])
 @pytest.mark.parametrize(
     ("tx", "name"),
     [
@@ -305,6 +323,10 @@ def test_a_state_without_accumulators_is_refused(make):
         (memoptax.sgd_c(0.1), "entries"),
         (memoptax.sgd_c(0.1, holding="sum"), "rebuilds"),
         (memoptax.adam_cm(0.1), "count"),
+        (memoptax.adam_cm(0.1, topc=0, amsgrad=True), "count"),
+        (memoptax.adam_c(0.1), "count"),
+        (memoptax.adam_c(0.1, amsgrad=True, mu_dtype="int8"), "count"),
+        (memoptax.sgd_cm(0.1, topc=0), "count"),
         (memoptax.sm3(0.1), "count"),
         (memoptax.sm3_cm(0.1), "count"),
     ],

@@ -13,6 +13,7 @@ from memoptax._tensors import layout, row_sparse
 def expecting(inner: optax.GradientTransformation, kind: type, **arguments):
     """``inner``, which refuses a state that is not a ``kind``, and names the arguments
     that decide this. Some tools restore an ``optax.EmptyState`` as another empty node.
+    A count in few bits, which would stop growing, is refused too.
     """
 
     def check(state):
@@ -26,6 +27,8 @@ def expecting(inner: optax.GradientTransformation, kind: type, **arguments):
                 f"{kind.__name__} is needed: pass the arguments that it was made with, "
                 "or make a new one with init."
             )
+        if "count" in getattr(state, "_fields", ()):
+            _check.counts("count", state.count)
 
     return checking(inner, check)
 

@@ -129,7 +129,7 @@ def check_shapes(buffer) -> None:
                 )
             if kind is jnp.floating:
                 _check.wide(f"a buffer's {name}", array)
-            else:
+            elif kind is jnp.integer:
                 _check.counts(f"a buffer's {name}", array)
     for array in jax.tree.leaves(buffer.slots):
         if array.dtype.name not in storage.DTYPES:

@@ -41,7 +41,10 @@ def wide(x):
 def weights(decay, dtype):
     """The weights of the old and the new numbers in a moving average of this dtype.
 
-    The difference from 1 is computed in that dtype, or for a Python number in float64.
+    The difference from 1 is computed in the wider of the dtypes, or for a Python number
+    in float64.
     """
-    decay = decay.astype(dtype) if isinstance(decay, jax.Array) else decay
-    return decay, 1 - decay
+    if not isinstance(decay, jax.Array):
+        return decay, 1 - decay
+    decay = decay.astype(widest(decay.dtype, dtype))
+    return decay.astype(dtype), (1 - decay).astype(dtype)
