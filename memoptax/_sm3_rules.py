@@ -177,12 +177,12 @@ def _direction(nu, eps, g, *floors):
     unnoticed.
     """
     square = nu(g, *floors)
-    zero = square == 0
-    q = g / jnp.sqrt(jnp.where(zero, 1, square + eps))
+    zero, total = square == 0, square + eps
+    q = g / jnp.sqrt(jnp.where(zero, 1, total))
     # The second derivative of 1 / sqrt(eps) would overflow, and 0 times that is NaN.
     least = jnp.where(eps < jnp.finfo(square.dtype).tiny, 1, eps)
     q = jnp.where(zero, q / jnp.sqrt(least), q)
-    return jnp.where(jnp.isfinite(square), q, jnp.nan)
+    return jnp.where(jnp.isfinite(total), q, jnp.nan)
 
 
 def _is_finite(g):

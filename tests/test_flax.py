@@ -222,6 +222,14 @@ def test_nnx_optimizers_take_the_names_of_the_variables(name, kind, jitted):
     assert after == expected
 
 
+@pytest.mark.parametrize("name", ["sgd_c", "adam_cm"])
+def test_a_boxed_axis_may_be_symbolic(name):
+    shape = (*jax.export.symbolic_shape("b"), 4)
+    params = nn.Partitioned(jax.ShapeDtypeStruct(shape, jnp.float32), ("data", "model"))
+    init = jax.jit(lambda params: jax.tree.leaves(OPTIMIZERS[name]().init(params)))
+    jax.export.export(init)(untyped(params))
+
+
 @pytest.mark.cpu_only("a mesh of eight devices")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_an_axis_of_blocks_has_no_name(kind):

@@ -65,7 +65,7 @@ def test_the_derivative_is_one_for_every_slot_but_the_spare_one(topc):
 
 
 @pytest.mark.cpu_only("it reads what XLA makes for a CPU")
-@pytest.mark.parametrize(("topc", "loops"), [(5, 0), (11, 1), (20, 1)])
+@pytest.mark.parametrize(("topc", "loops"), [(5, 0), (10, 0), (11, 1), (20, 1)])
 def test_only_many_slots_are_added_in_a_loop(topc, loops):
     lowered = jax.jit(holding.total).lower(*slots(topc, "int8"))
     assert untyped(lowered.compile()).as_text().count(" while(") == loops

@@ -117,5 +117,5 @@ def _fitting(names, shape, array):
     """
     names = tuple(names) + (None,) * (len(shape) - len(names))
     last = list(zip(array.shape[::-1], shape[::-1], names[::-1]))
-    found = [name if n == size > 1 else None for n, size, name in last[::-1]]
+    found = [name if n == size and n != 1 else None for n, size, name in last[::-1]]
     return (None,) * (array.ndim - len(found)) + tuple(found)
