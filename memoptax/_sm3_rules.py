@@ -48,7 +48,8 @@ def step(rule, path, boxes, gradient, accumulators, memory):
     agreeing = layout.agreeing(accumulators, g)
     nu, floors, raised = rule.precondition(g, agreeing, families, beta)
     raised = tuple(map(layout.like, raised, accumulators))
-    if len(raised) == 1 and raised[0].shape == g.shape:
+    by_entry = len(raised) == 1 and raised[0].shape == g.shape
+    if by_entry:
         # Adagrad rejects entries one at a time. Reading only the new sum lets XLA reuse
         # the memory of the old one. So a sum that overflows becomes the largest number,
         # which shows later that it did.
@@ -56,17 +57,20 @@ def step(rule, path, boxes, gradient, accumulators, memory):
         raised = _select(
             _is_finite(g) & sound, (jnp.minimum(raised[0], most),), accumulators
         )
-        finite = _is_in(g, raised[0]) & sound
         nu, floors = _adagrad, raised
+
+        def accept(new, old):
+            return _if_in(g, raised[0], jnp.where(sound, new, old), old)
     else:
         finite = _are_finite(raised, rule.precondition) & sound
         raised = _select(finite, raised, accumulators)
+        accept = functools.partial(jnp.where, finite)
     direction = functools.partial(_direction, nu, eps)
     if memory is None:
         q = direction(g, *families.spread(floors))
     else:
         average = functools.partial(_average, direction, momentum, families)
-        q, memory = average(g, floors, memory, finite)
+        q, memory = average(g, floors, memory, accept, by_entry)
     return layout.like(q.astype(gradient.dtype), gradient), raised, memory
 
 
@@ -76,24 +80,25 @@ def _beside(gradient, accumulators, memory):
     return layout.like(gradient, home) if home.shape == gradient.shape else gradient
 
 
-def _average(direction, weights, families, g, floors, memory, finite):
+def _average(direction, weights, families, g, floors, memory, accept, by_entry):
     """The momentum, in the dtype of g and in storage."""
-    # The scale of an int8 row says whether the row is finite.
-    by_row = memory.scale is not None and finite.ndim > 0
 
     def blend(g, values, scale, *floors):
         old = storage.decode(storage.Stored(values, scale), g.dtype)
-        new = _accumulate(old, direction(g, *floors), weights)
-        return jnp.where(_is_finite(g), new, jnp.inf) if by_row else new
+        return _accumulate(old, direction(g, *floors), weights)
 
     def entries(g, values, scale, *floors):
         return g, values, scale, *families.spread(floors)
 
     operands = (g, *memory, *floors)
     new = storage.encode_computed(blend, entries, operands, memory)
-    memory = _select(jnp.isfinite(new.scale) if by_row else finite, new, memory)
+    if by_entry and new.scale is not None:
+        # A row of int8 is rejected as a whole. Its scale says whether it is finite.
+        memory = _select(jnp.isfinite(new.scale), new, memory)
+    else:
+        memory = jax.tree.map(accept, new, memory)
     # Reading only the stored momentum lets XLA reuse the memory of the old one.
-    return jnp.where(finite, storage.decode(memory, g.dtype), jnp.nan), memory
+    return accept(storage.decode(memory, g.dtype), jnp.nan), memory
 
 
 def row_sparse_step(rule, path, boxes, gradient, accumulators, memory):
@@ -151,14 +156,21 @@ def sm3_i(g, accumulators, families, weights):
 
 def _adagrad(g, total):
     """nu from the total, or infinity if that does not contain g^2."""
-    return jnp.where(_is_in(g, total), total, jnp.inf)
+    return _if_in(g, total, total, jnp.inf)
 
 
-def _is_in(g, total):
-    """Whether the total contains g^2, which may have been too large for it."""
+def _if_in(g, total, yes, no):
+    """``yes`` where the total contains g^2, which may have been too large for it.
+
+    Each choice reads one array. A mask made from both would be stored by XLA's CPU
+    backend, a byte for every entry.
+    """
     info, square = jnp.finfo(total.dtype), g * g
     unseen = float(info.max) * float(info.eps) / 4  # what does not change the largest
-    return jnp.isfinite(square) & ((total < info.max) | (square < unseen))
+    at_most = jnp.where(square < unseen, yes, no)
+    return jnp.where(
+        jnp.isfinite(square), jnp.where(total < info.max, yes, at_most), no
+    )
 
 
 def _least(floors):
