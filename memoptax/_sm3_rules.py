@@ -64,7 +64,10 @@ def step(rule, path, boxes, gradient, accumulators, memory):
     else:
         finite = _are_finite(raised, rule.precondition) & sound
         raised = _select(finite, raised, accumulators)
-        accept = functools.partial(jnp.where, finite)
+
+        def accept(new, old):
+            return jnp.where(finite, new, old)
+
     direction = functools.partial(_direction, nu, eps)
     if memory is None:
         q = direction(g, *families.spread(floors))
