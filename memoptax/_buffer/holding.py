@@ -126,7 +126,7 @@ def select(value, slot: storage.Stored, stored, row: Row, dtype):
 
 def read(value, stack: storage.Stored, stored, row: Row, dtype):
     """The sum of the values held before, and the slots after."""
-    new = to_write(value, stack, stored, row.offered)
+    new = storage.to_write(value, stack, stored, row.offered)
     stack = storage.write(stack, new, row.slots[-1])
     return total(stack, row.slots, jnp.zeros((), dtype)), stack
 
@@ -229,13 +229,6 @@ def _total_of_each(*batched):
     return functools.reduce(jnp.add, found), True
 
 
-def to_write(value, stack: storage.Stored, stored, offered: Any = True):
-    """The new content of the spare slot: the value, or zeros if it was not offered."""
-    if stored is None:
-        return storage.encode(storage.saturate(value, stack), stack, offered)
-    return storage.choose(offered, stored)
-
-
 # Traced once for all leaves of one shape: 200 leaves in half the time.
 _compiled_select = jax.jit(select, static_argnames="dtype")
 _compiled_read = jax.jit(read, static_argnames="dtype")
@@ -257,16 +250,7 @@ def exchange(way, buffer, values, stored, decision, norms, across):
     fields: dict[str, Any] = {}
     if way == "sum":
         totals, stacks, fields = running_sum.exchange(
-            buffer,
-            placed,
-            stacks,
-            stored,
-            each,
-            decision,
-            entries,
-            norms,
-            across,
-            to_write,
+            buffer, placed, stacks, stored, each, decision, entries, norms, across
         )
     else:
         one = _compiled_select if way == "select" else _compiled_read

@@ -14,27 +14,15 @@ from memoptax._tensors import storage
 _TOLERANCE = 1e-5 / float(jnp.finfo(jnp.float32).eps / 2)
 
 
-def exchange(
-    buffer, values, stacks, stored, rows, decision, entries, norms, across, to_write
-):
+def exchange(buffer, values, stacks, stored, rows, decision, entries, norms, across):
     """The sums before the offer, and the slots and the fields of the sums after it.
 
-    ``to_write`` is what goes into the spare slot of a leaf. ``rows`` has the decision
-    on each leaf. ``entries`` are those after it.
+    ``rows`` has the decision on each leaf. ``entries`` are those after it.
     """
     totals, treedef = jax.tree.flatten(buffer.total)
-    after, changes, written = [], [], []
-    for leaf, (value, row, total) in enumerate(zip(values, rows, totals)):
-        stack, kept = stacks[leaf], stored[leaf]
-        one = to_write(value, stack, kept, row.offered)
-        stacks[leaf] = storage.write(stack, one, row.slots[-1])
-        written.append(one)
-        # What is accepted was offered, so the change needs no second choice.
-        new = storage.decode(to_write(value, stack, kept), total.dtype)
-        old = storage.decode(storage.read(stacks[leaf], row.evicted), total.dtype)
-        change = jnp.where(row.accepted, new - old, 0)
-        changes.append(change)
-        after.append(total + change)
+    leaves = zip(values, stacks, stored, rows, totals)
+    done = [change(*leaf) for leaf in leaves]
+    after, changes, stacks, written = map(list, zip(*done)) if done else ([],) * 4
     bounds = storage.norm_bounds(norms, values, written, across)
     new = eviction.here(decision, buffer.keys.shape)
     norms, error, inexact = bound(buffer, totals, new, bounds)
@@ -52,6 +40,19 @@ def exchange(
     )
 
 
+@jax.jit  # traced once for all leaves of one shape
+def change(value, stack, stored, row, total):
+    """One leaf's sum after the offer, its change, its slots, and what was written."""
+    written = storage.to_write(value, stack, stored, row.offered)
+    stack = storage.write(stack, written, row.slots[-1])
+    # What is accepted was offered, so the change needs no second choice.
+    new = storage.decode(storage.to_write(value, stack, stored), total.dtype)
+    old = storage.decode(storage.read(stack, row.evicted), total.dtype)
+    change = jnp.where(row.accepted, new - old, 0)
+    return total + change, change, stack, written
+
+
+@jax.jit
 def _before(total, after, change):
     """The sum before a change.
 
@@ -175,14 +176,8 @@ def from_slots(totals, stacks, held, wanted: Any = True):
         places = [turn * block + k for k in range(block)]
         taken = [storage.at(held, k, axis=1) for k in places]
 
-        def add(total, stack, row):
-            terms = [
-                jnp.where(one[row], _decoded(stack, k, total.dtype), 0)
-                for one, k in zip(taken, places)
-            ]
-            return jnp.where(turn == 0, 0, total) + _pairwise(terms)
-
-        return [add(*leaf) for leaf in zip(totals, stacks, rows)]
+        each = [[one[row] for one in taken] for row in rows]
+        return [_add(turn, places, *leaf) for leaf in zip(each, totals, stacks)]
 
     def one_more(carry):
         turn, totals = carry
@@ -198,8 +193,14 @@ def from_slots(totals, stacks, held, wanted: Any = True):
     return jax.lax.while_loop(lambda carry: carry[0] < end, one_more, start)[1]
 
 
-def _decoded(stack, slot, dtype):
-    return storage.decode(storage.read(stack, slot), dtype)
+@jax.jit  # traced once for all leaves of one shape
+def _add(turn, places, taken, total, stack):
+    """The sum with some more slots, those that are taken, or only these at first."""
+    terms = [
+        jnp.where(one, storage.decode(storage.read(stack, k), total.dtype), 0)
+        for one, k in zip(taken, places)
+    ]
+    return jnp.where(turn == 0, 0, total) + _pairwise(terms)
 
 
 def _block(slots):

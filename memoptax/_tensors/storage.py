@@ -302,6 +302,13 @@ def at(x, index, axis=0):
     )
 
 
+def to_write(value, stack: Stored, stored, offered: Any = True):
+    """The new content of the spare slot: the value, or zeros if it was not offered."""
+    if stored is None:
+        return encode(saturate(value, stack), stack, offered)
+    return choose(offered, stored)
+
+
 def write(stack: Stored, stored: Stored, slot) -> Stored:
     """The stack with ``stored`` in ``slot``, in the memory of the stack."""
 
