@@ -45,10 +45,13 @@ def step(rule, path, boxes, gradient, accumulators, memory):
         eps = jnp.where(sound, eps, jnp.nan)  # so that no direction is finite
     g = _beside(gradient, accumulators, memory).astype(dtype)
     families = _families.Families(boxes, g.shape)
+    homes = accumulators
+    by_entry = len(accumulators) == 1 and accumulators[0].shape == g.shape
+    if by_entry:  # JAX chooses only between arrays that are sharded alike
+        accumulators = (layout.like(accumulators[0], g),)
     agreeing = layout.agreeing(accumulators, g)
     nu, floors, raised = rule.precondition(g, agreeing, families, beta)
     raised = tuple(map(layout.like, raised, accumulators))
-    by_entry = len(raised) == 1 and raised[0].shape == g.shape
     if by_entry:
         # Adagrad rejects entries one at a time. Reading only the new sum lets XLA reuse
         # the memory of the old one. So a sum that overflows becomes the largest number,
@@ -74,6 +77,7 @@ def step(rule, path, boxes, gradient, accumulators, memory):
     else:
         average = functools.partial(_average, direction, momentum, families)
         q, memory = average(g, floors, memory, accept, by_entry)
+    raised = tuple(map(layout.like, raised, homes))
     return layout.like(q.astype(gradient.dtype), gradient), raised, memory
 
 
@@ -170,10 +174,8 @@ def _if_in(g, total, yes, no):
     """
     info, square = jnp.finfo(total.dtype), g * g
     unseen = float(info.max) * float(info.eps) / 4  # what does not change the largest
-    at_most = jnp.where(square < unseen, yes, no)
-    return jnp.where(
-        jnp.isfinite(square), jnp.where(total < info.max, yes, at_most), no
-    )
+    seen = jnp.where(jnp.isfinite(square), yes, no)
+    return jnp.where(total < info.max, seen, jnp.where(square < unseen, yes, no))
 
 
 def _least(floors):
@@ -188,7 +190,7 @@ def _accumulate(old, new, weights):
 def _direction(nu, eps, g, *floors):
     """g / sqrt(nu + eps), with 0 / 0 = 0 and finite derivatives.
 
-    NaN where nu overflows. The quotient would be 0, and the overflow would go
+    NaN where nu + eps overflows. The quotient would be 0, and the overflow would go
     unnoticed.
     """
     square = nu(g, *floors)

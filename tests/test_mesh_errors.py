@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import memoptax
 
 from meshes import trimmed
+from untyped import untyped
 
 SMALLER = AbstractMesh((4,), ("data",))
 MAKERS = [memoptax.sgd_c, memoptax.adam_cm, memoptax.sm3, memoptax.sm3_cm]
@@ -196,6 +197,32 @@ def test_accumulators_divided_along_any_axis_are_used_and_stay_there(tx, spec):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
         assert jax.tree.map(jax.typeof, state) == types
         assert jax.typeof(got) == jax.typeof(params)
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("specs", [(P("data"), P()), (P(), P("data"))])
+@pytest.mark.parametrize("shape", [(8,), (8, 8)])
+def test_sums_of_entries_may_be_divided_unlike_their_momentum(
+    shape, specs, momentum_dtype
+):
+    full = memoptax.covers.full
+    tx = memoptax.scale_by_sm3(0.9, momentum_dtype=momentum_dtype, cover=full)
+    values = np.float32(np.random.default_rng(0).normal(size=shape))
+    mesh, params = on_two(values)
+    sums, momentum, whole = (NamedSharding(mesh, spec) for spec in (*specs, P()))
+    plain = untyped(tx.init(values))
+    state = jax.device_put(plain, whole)
+    state = state._replace(
+        accumulators=jax.device_put(plain.accumulators, sums),
+        momentum=jax.device_put(plain.momentum, momentum),
+        scales=jax.device_put(plain.scales, momentum if shape[1:] else whole),
+    )
+    types = jax.tree.map(jax.typeof, state)
+    for _ in range(2):
+        got, state = jax.jit(tx.update)(params, state)
+        want, plain = jax.jit(tx.update)(values, plain)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        assert jax.tree.map(jax.typeof, state) == types
 
 
 def spec_of(x):

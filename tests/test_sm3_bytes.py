@@ -120,7 +120,7 @@ def temporaries(tx, shapes, dtype):
     ("kind", "options"),
     [(kind, name) for kind in SHAPES for name in ("plain", "int8")]
     + [("convolution", "first"), ("tall", "first")]
-    + [("wide", "momentum"), ("small", "momentum")],
+    + [("wide", "momentum"), ("small", "momentum"), ("vector", "momentum")],
 )
 def test_no_temporary_of_the_size_of_the_parameters(kind, options):
     """The temporaries are maxima over a few rows, eight or ten if an axis is short."""

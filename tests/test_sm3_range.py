@@ -186,6 +186,13 @@ def test_apply_if_finite_sees_what_is_not_finite():
 # Derivatives
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 2)], ids=named)
+def test_an_eps_that_makes_the_sum_overflow_is_seen(shape):
+    g = jnp.full(shape, 1.5e19)
+    (update,) = updates_of(memoptax.scale_by_sm3(eps=3e38), g, [g])
+    assert np.isnan(update).all()
+
+
 def test_derivatives_are_finite_where_the_gradient_is_zero():
     tx = untyped(memoptax.scale_by_sm3(0.9))
 

@@ -132,16 +132,12 @@ def read(value, stack: storage.Stored, stored, row: Row, dtype):
 
 
 def _by_index(stack, slots, zero):
-    return [
-        storage.decode(storage.read(stack, slot), zero.dtype) for slot in slots[:-1]
-    ]
+    return [storage.decoded(stack, slot, zero.dtype) for slot in slots[:-1]]
 
 
 def _by_choice(stack, slots, zero):
     """The same from every slot, the spare one too."""
-    every = [
-        storage.decode(storage.read(stack, k), zero.dtype) for k in range(len(slots))
-    ]
+    every = [storage.decoded(stack, k, zero.dtype) for k in range(len(slots))]
     *terms, last, spare = [
         jnp.where(slots[-1] == k, zero, slot) for k, slot in enumerate(every)
     ]
@@ -186,10 +182,10 @@ def total(stack, slots, zero):
 
     XLA's CPU backend would compile and read all slots again for each consumer of the
     sum. So a CPU adds up more than ten in a loop, and stores their sum in a temporary
-    like the leaf. (XLA removes a loop of a single turn.) With C = 20 and int8, a step
-    of adam_c takes 4.0 times as long as Adam's instead of 7.6, and one of adam_cm 4.1
-    instead of 5.8. One of sgd_c, where the sum has a single consumer, gains nothing:
-    3.3 instead of 3.2.
+    like the leaf. (For six to ten the loop would have a single turn, and XLA removes
+    it.) With C = 20 in int8, a step of adam_c takes 4.0 times as long as Adam's instead
+    of 7.6, and one of adam_cm 4.1 instead of 5.8. One of sgd_c, where the sum has a
+    single consumer, gains nothing: 3.3 instead of 3.2.
     """
     return _total(stack, slots, zero)
 

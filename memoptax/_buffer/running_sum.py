@@ -47,7 +47,7 @@ def change(value, stack, stored, row, total):
     stack = storage.write(stack, written, row.slots[-1])
     # What is accepted was offered, so the change needs no second choice.
     new = storage.decode(storage.to_write(value, stack, stored), total.dtype)
-    old = storage.decode(storage.read(stack, row.evicted), total.dtype)
+    old = storage.decoded(stack, row.evicted, total.dtype)
     change = jnp.where(row.accepted, new - old, 0)
     return total + change, change, stack, written
 
@@ -197,7 +197,7 @@ def from_slots(totals, stacks, held, wanted: Any = True):
 def _add(turn, places, taken, total, stack):
     """The sum with some more slots, those that are taken, or only these at first."""
     terms = [
-        jnp.where(one, storage.decode(storage.read(stack, k), total.dtype), 0)
+        jnp.where(one, storage.decoded(stack, k, total.dtype), 0)
         for one, k in zip(taken, places)
     ]
     return jnp.where(turn == 0, 0, total) + _pairwise(terms)

@@ -295,6 +295,11 @@ def read(stack: Stored, slot) -> Stored:
     return jax.tree.map(lambda x: on_device(at(x, slot)), stack)
 
 
+def decoded(stack: Stored, slot, dtype):
+    """The numbers in ``slot``, in device memory."""
+    return decode(read(stack, slot), dtype)
+
+
 def at(x, index, axis=0):
     """``x`` at one index of an axis, which XLA clips to the axis."""
     return jax.lax.dynamic_index_in_dim(
