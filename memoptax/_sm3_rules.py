@@ -167,10 +167,10 @@ def _adagrad(g, total):
 
 
 def _if_in(g, total, yes, no):
-    """``yes`` where the total contains g^2, which may have been too large for it.
+    """``yes`` where g^2 is in the total, and ``no`` where it was too large for it.
 
-    Each choice reads one array. A mask made from both would be stored by XLA's CPU
-    backend, a byte for every entry.
+    Each condition reads one array. XLA's CPU backend would store a mask made from both,
+    a byte for every entry.
     """
     info, square = jnp.finfo(total.dtype), g * g
     unseen = float(info.max) * float(info.eps) / 4  # what does not change the largest
@@ -190,16 +190,17 @@ def _accumulate(old, new, weights):
 def _direction(nu, eps, g, *floors):
     """g / sqrt(nu + eps), with 0 / 0 = 0 and finite derivatives.
 
-    NaN where nu + eps overflows. The quotient would be 0, and the overflow would go
+    NaN where nu overflows. The quotient would be 0, and the overflow would go
     unnoticed.
     """
-    square = nu(g, *floors)
+    square, most = nu(g, *floors), float(jnp.finfo(g.dtype).max)
     zero, total = square == 0, square + eps
+    total = jnp.where(total > most, most, total)  # if eps is large
     q = g / jnp.sqrt(jnp.where(zero, 1, total))
     # The second derivative of 1 / sqrt(eps) would overflow, and 0 times that is NaN.
     least = jnp.where(eps < jnp.finfo(square.dtype).tiny, 1, eps)
     q = jnp.where(zero, q / jnp.sqrt(least), q)
-    return jnp.where(jnp.isfinite(total), q, jnp.nan)
+    return jnp.where(jnp.isfinite(square), q, jnp.nan)
 
 
 def _is_finite(g):

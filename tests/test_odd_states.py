@@ -332,7 +332,7 @@ def test_a_state_without_accumulators_is_refused(make):
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_counts_in_few_bits_are_refused(tx, name, dtype):
+def test_counts_in_few_bits_or_without_a_sign_are_refused(tx, name, dtype):
     """An age in int8 would stop at 127, and the oldest entry would not be known."""
     state = narrow(tx.init(PARAMS), {name}, dtype)
     with pytest.raises(ValueError, match=f"{name} in {dtype}, but needs int32"):

@@ -186,11 +186,19 @@ def test_apply_if_finite_sees_what_is_not_finite():
 # Derivatives
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 2)], ids=named)
-def test_an_eps_that_makes_the_sum_overflow_is_seen(shape):
-    g = jnp.full(shape, 1.5e19)
-    (update,) = updates_of(memoptax.scale_by_sm3(eps=3e38), g, [g])
-    assert np.isnan(update).all()
+@pytest.mark.parametrize("momentum_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)], ids=named)
+def test_a_large_eps_leaves_finite_updates(shape, momentum, momentum_dtype):
+    """Its sum with a large second moment would overflow."""
+    tx = memoptax.scale_by_sm3(momentum, None, 3e38, momentum_dtype=momentum_dtype)
+    g = jnp.full(shape, 1e19)
+    state, update = tx.init(g), jax.jit(tx.update)
+    for gradient in (g, g / 10):
+        got, state = update(gradient, state)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((got, state)))
+    if not momentum:
+        np.testing.assert_allclose(got, 1e18 / np.sqrt(3.402823e38), rtol=1e-5)
 
 
 def test_derivatives_are_finite_where_the_gradient_is_zero():
