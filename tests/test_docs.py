@@ -4,6 +4,7 @@ import ast
 import fnmatch
 import functools
 import inspect
+import json
 import os
 import pathlib
 import re
@@ -136,6 +137,17 @@ def test_bytes_moved_of_the_readme_are_those_of_the_page():
     text = (DOCS / "holding.md").read_text()
     moved = {row[0].replace("`", ""): row[1] for row in rows(text)}
     assert {name_of(row[0]): row[3] for row in SIZES}.items() <= moved.items()
+
+
+@pytest.mark.parametrize(("device", "column"), [("h100", 1), ("v5e", 2)])
+def test_bytes_moved_of_the_page_are_those_of_the_results(device, column):
+    name = f"benchmarks/results/ahead-of-time-{device}.json"
+    kept = json.loads((ROOT / name).read_text())["float32"]["rows"]
+    moved = {row["optimizer"]: row["moved"] for row in kept}
+    text = (DOCS / "holding.md").read_text().split("# Bytes moved")[1].split("\n## ")[0]
+    for row in rows(text):
+        exact = moved[row[0].replace("`", "").removesuffix(" (sum)")]
+        assert float(row[column]) == round(exact, 1), row[0]
 
 
 def test_the_speed_on_the_page_is_that_of_the_results():
