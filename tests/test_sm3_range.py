@@ -183,9 +183,6 @@ def test_apply_if_finite_sees_what_is_not_finite():
     np.testing.assert_allclose(updates["w"], -0.01, rtol=1e-6)
 
 
-# Derivatives
-
-
 @pytest.mark.parametrize("momentum_dtype", [None, "bfloat16", "int8"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 2)], ids=named)
@@ -199,6 +196,9 @@ def test_a_large_eps_leaves_finite_updates(shape, momentum, momentum_dtype):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves((got, state)))
     if not momentum:
         np.testing.assert_allclose(got, 1e18 / np.sqrt(3.402823e38), rtol=1e-5)
+
+
+# Derivatives
 
 
 def test_derivatives_are_finite_where_the_gradient_is_zero():

@@ -21,7 +21,7 @@ def exchange(buffer, values, stacks, stored, rows, decision, entries, norms, acr
     """
     totals, treedef = jax.tree.flatten(buffer.total)
     leaves = zip(values, stacks, stored, rows, totals)
-    done = [change(*leaf) for leaf in leaves]
+    done = [_change(*leaf) for leaf in leaves]
     after, changes, stacks, written = map(list, zip(*done)) if done else ([],) * 4
     bounds = storage.norm_bounds(norms, values, written, across)
     new = eviction.here(decision, buffer.keys.shape)
@@ -41,7 +41,7 @@ def exchange(buffer, values, stacks, stored, rows, decision, entries, norms, acr
 
 
 @jax.jit  # traced once for all leaves of one shape
-def change(value, stack, stored, row, total):
+def _change(value, stack, stored, row, total):
     """One leaf's sum after the offer, its change, its slots, and what was written."""
     written = storage.to_write(value, stack, stored, row.offered)
     stack = storage.write(stack, written, row.slots[-1])
