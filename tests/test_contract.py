@@ -95,6 +95,33 @@ def test_an_ensemble_may_be_divided_in_explicit_mode(opt):
 
 
 @each_optimizer
+@pytest.mark.parametrize("whose", ["the host", "the mesh"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
+@pytest.mark.cpu_only("a mesh of eight devices")
+@pytest.mark.few(13)
+def test_a_state_from_outside_a_mesh_takes_steps_in_it(opt, whose, compiled):
+    """In explicit mode."""
+    shapes = {"matrix": (8, 3), "vector": (3,)}
+    tx, params, stream = opt.build(), params_like(shapes), gradients(shapes=shapes)
+    want, state = trained(tx, params, stream)[0], tx.init(params)
+    update = jax.jit(tx.update) if compiled else tx.update
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+
+    def home(x):
+        if whose == "the host":
+            return np.asarray(x)
+        over = PartitionSpec("data" if x.ndim == 2 else None)
+        return jax.device_put(x, NamedSharding(mesh, over))
+
+    with jax.set_mesh(mesh):
+        for t, gradient in enumerate(steps_of(stream)[:2]):
+            gradient = jax.tree.map(home, gradient)
+            updates, state = update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+            close(params, at(want, t))
+
+
+@each_optimizer
 def test_init_needs_shapes_only(opt):
     tx, params = opt.build(), params_like(SHAPES)
     shapes = jax.eval_shape(lambda: params)

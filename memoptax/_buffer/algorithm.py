@@ -104,7 +104,6 @@ def recall_and_offer(
     """
     matching.check(options, buffer, gradients, params)
     check_rows(options, gradients, buffer.scales)
-    buffer = holding.on_mesh_of(buffer, values)
     if values is gradients:  # momenta already have the layout of the slots
         values = gradients = holding.beside(buffer, gradients)
     leaves, treedef = jax.tree.flatten(values)

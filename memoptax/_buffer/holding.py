@@ -282,26 +282,6 @@ def shape_of(buffer, leaf, batch: int = 0) -> tuple[int, ...]:
     return leaf.shape[:batch] + leaf.shape[batch + 1 :]
 
 
-def on_mesh_of(buffer, values):
-    """The buffer, with its slots on the mesh of the values, in JAX's explicit mode.
-
-    JAX writes a value into slots that are on its own mesh only.
-    """
-    if buffer.entries is None or not jax.tree.leaves(values):
-        return buffer
-
-    def placed(tree, leading):
-        leaves, treedef = jax.tree.flatten(tree)
-        pairs = zip(leaves, jax.tree.leaves(values))
-        return treedef.unflatten([layout.on_mesh_of(*pair, leading) for pair in pairs])
-
-    return buffer._replace(
-        slots=placed(buffer.slots, 1),
-        scales=placed(buffer.scales, 1),
-        total=placed(buffer.total, 0),
-    )
-
-
 def beside(buffer, values):
     """The values with the sharding of their slots, in JAX's explicit mode."""
     leading = 0 if buffer.entries is None else 1

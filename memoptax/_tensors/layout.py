@@ -27,18 +27,16 @@ def like(x, other, leading: int = 0):
     return _with_spec(x, want.mesh, spec)
 
 
-def on_mesh_of(x, other, leading: int):
-    """``x``, which may be on no mesh, on that of ``other`` in JAX's explicit mode.
+def on_mesh_of(stack, one):
+    """A stack that is on no mesh, on that of one of its values, in JAX's explicit mode.
 
-    Its first ``leading`` axes stay whole, and so does an axis of another size. A state
-    that was restored as arrays of NumPy is on no mesh.
+    The axis of slots is whole. A state is on no mesh if it was made outside of one, or
+    restored as arrays of NumPy.
     """
-    have, want = jax.typeof(x).sharding, jax.typeof(other).sharding
+    have, want = jax.typeof(stack).sharding, jax.typeof(one).sharding
     if want.mesh.empty or not have.mesh.empty:
-        return x
-    names = zip(_whole(want.spec, other.ndim), other.shape, x.shape[leading:])
-    spec = [name if size == own else None for name, size, own in names]
-    return _onto_mesh(x, other, (*[None] * leading, *spec))
+        return stack
+    return _onto_mesh(stack, one, (None, *_whole(want.spec, one.ndim)))
 
 
 def _onto_mesh(x, other, spec):

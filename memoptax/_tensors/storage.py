@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from memoptax import _check
-from memoptax._tensors import dtypes, flax_metadata, tiles
+from memoptax._tensors import dtypes, flax_metadata, layout, tiles
 
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
 
@@ -315,9 +315,13 @@ def to_write(value, stack: Stored, stored, offered: Any = True):
 
 
 def write(stack: Stored, stored: Stored, slot) -> Stored:
-    """The stack with ``stored`` in ``slot``, in the memory of the stack."""
+    """The stack with ``stored`` in ``slot``, in the memory of the stack.
+
+    In JAX's explicit mode a stack that is on no mesh is put on that of ``stored``.
+    """
 
     def written(x, new):
+        x = layout.on_mesh_of(x, new)
         new = _moved(new, jax.typeof(x).memory_space)
         return jax.lax.dynamic_update_index_in_dim(
             x, new, slot, 0, allow_negative_indices=False
