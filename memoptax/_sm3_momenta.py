@@ -233,9 +233,9 @@ def sm3_cm(
     :func:`scale_by_sm3_cm`, which has the equations and the references.
 
     With ``topc=0`` and ``mu_dtype='int8'`` it keeps no buffer, and can replace Adam in
-    about one byte per parameter. In fifteen tables of ``docs/evidence.md`` and
+    about one byte per parameter. In sixteen tables of ``docs/evidence.md`` and
     ``docs/evidence_more.md`` it was better than Adam in six, level in six, and worse in
-    three.
+    four.
 
     Memory: that of :func:`scale_by_sm3_cm`. ``topc=1`` with int8 for ``mu_dtype`` and
     ``buffer_dtype`` takes 2.02 bytes per parameter of a matrix of 1024², and
