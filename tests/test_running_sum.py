@@ -1,14 +1,19 @@
 """A running sum: the bound on its error, and when it is rebuilt."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from offers import empty, offer
 
 import memoptax
-from memoptax._buffer import running_sum
+from memoptax._buffer import resizing, running_sum
 from memoptax._tensors import storage
 
+from slots import exact_sums
 from untyped import untyped
 
 UNIT = 2.0**-24
@@ -172,3 +177,170 @@ def test_a_sum_whose_products_vanish_is_taken_for_its_slots():
     lost = jnp.asarray([3 * jnp.finfo(jnp.float32).tiny])
     kept = (untyped(state)[0]._replace(buffer=buffer._replace(error=lost)), *state[1:])
     memoptax.check_state(tx, params, kept)
+
+
+# In a buffer that is used
+
+
+def outliers(random, steps, scale=1e4):
+    """Gradients of 1e-4 and a few huge ones, in leaves of all sizes."""
+    shapes = {"large": (64, 32), "small": (3,), "scalar": ()}
+    for t in range(steps):
+        grads = {k: 1e-4 * random.normal(size=s) for k, s in shapes.items()}
+        if t % 37 == 1:
+            grads["small"] = scale * random.normal(size=3)
+        if t % 53 == 7:
+            grads = jax.tree.map(lambda g: scale * g, grads)
+        grads["large"] += 1.0  # steady, and it hides the small leaves in a joint norm
+        yield jax.tree.map(lambda g: np.asarray(g, np.float32), grads)
+
+
+@pytest.mark.parametrize(
+    ("topc", "synced", "dtype"),
+    [
+        (1, True, None),
+        (2, False, None),
+        (5, True, None),
+        (5, True, "bfloat16"),
+        (20, False, "float16"),
+        (5, False, "int8"),
+        (40, True, "int8"),
+        (40, True, None),
+    ],
+)
+@pytest.mark.few(1)
+def test_the_sum_stays_within_its_bound(topc, synced, dtype):
+    stream = list(outliers(np.random.default_rng(0), 400))
+    own = dict(synced=synced, buffer_dtype=dtype, holding="sum")
+    buffer = empty(jax.tree.map(jnp.zeros_like, stream[0]), topc, **own)
+    step = jax.jit(functools.partial(offer, decay=0.7, **own))
+    for grads in stream:
+        _, buffer = step(buffer, grads)
+        sums = zip(jax.tree.leaves(buffer.total), exact_sums(buffer))
+        for leaf, (total, exact) in enumerate(sums):
+            error = np.linalg.norm(np.asarray(total, np.float64) - exact)
+            norms = np.asarray(buffer.norms[leaf], np.float64)
+            assert error <= buffer.error[leaf]  # the bound holds,
+            assert buffer.error[leaf] <= 1e-5 * norms.sum()  # and stays small
+    assert int(buffer.rebuilds) > 0
+
+
+def test_the_mean_used_is_exact_to_the_bound_and_the_arriving_outlier():
+    stream = list(outliers(np.random.default_rng(1), 300))
+    eps = float(jnp.finfo(jnp.float32).eps)
+    buffer = empty(jax.tree.map(jnp.zeros_like, stream[0]), 5, holding="sum")
+    step = jax.jit(functools.partial(offer, decay=0.7))
+    _, buffer = step(buffer, stream[0])  # the first sum is that of an empty buffer
+    for grads in stream:
+        exact, norms = exact_sums(buffer), np.asarray(buffer.norms, np.float64)
+        total, buffer = step(buffer, grads)
+        leaves = zip(jax.tree.leaves(total), jax.tree.leaves(grads))
+        for leaf, (used, offered) in enumerate(leaves):
+            error = np.linalg.norm(np.asarray(used, np.float64) - exact[leaf])
+            arriving = 2 * eps * np.linalg.norm(offered)
+            assert error <= 1.2e-5 * norms[leaf].sum() + arriving
+
+
+@pytest.mark.parametrize(
+    "topc", [5, 100, 169, 334, pytest.param(1400, marks=pytest.mark.minutes)]
+)
+@pytest.mark.few(1)
+def test_without_outliers_rebuilds_are_rare(topc):
+    random = np.random.default_rng(0)
+    stream = np.float32(random.normal(size=(1500, 50)))
+    buffer = empty(jnp.zeros(50), topc, holding="sum")
+
+    @jax.jit
+    def run(buffer, stream):
+        def body(buffer, x):
+            # Every offer is taken: its key is above all others.
+            return offer(buffer, x, key=1.0, decay=0.5)[1], None
+
+        return jax.lax.scan(body, buffer, stream)[0]
+
+    buffer = run(buffer, stream)
+    assert int(buffer.accepted[0]) == 1500
+    assert 1 <= int(buffer.rebuilds) <= 1500 / 100
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-31, 1e37])
+def test_the_bound_holds_over_the_range_of_float32(size):
+    """The least norms times a unit roundoff are 0. The largest add up to infinity."""
+    stream = np.float32(size * np.random.default_rng(0).normal(size=(3000, 8)))
+    buffer = run_of_sums(empty(jnp.zeros(8), 20, holding="sum"), stream)
+    (exact,), norms = exact_sums(buffer), np.asarray(buffer.norms, np.float64)
+    error = np.linalg.norm(np.asarray(buffer.total, np.float64) - exact)
+    assert error <= 1e-5 * norms.sum()
+    assert buffer.error[0] <= 1e-5 * norms.sum()
+    assert resizing.problem(buffer) is None
+    assert int(buffer.rebuilds) > 0
+
+
+@jax.jit
+def run_of_sums(buffer, stream):
+    step = functools.partial(offer, decay=0.3, holding="sum")
+    return jax.lax.scan(lambda b, x: (step(b, x)[1], None), buffer, stream)[0]
+
+
+def test_an_outlier_that_leaves_is_rebuilt_at_once():
+    buffer = empty(jnp.zeros(3), 2, holding="sum")
+    for value in (1e4, 1e-4, 1e-4):
+        _, buffer = offer(buffer, jnp.full(3, value), key=1.0, decay=0.5)
+    assert int(buffer.rebuilds) == 1
+    np.testing.assert_allclose(buffer.total, 2e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["error", "norms"])
+def test_a_bound_that_is_nan_is_made_again(name):
+    """A tool may have made it. No error would exceed it, so no sum would be rebuilt."""
+    buffer = empty(jnp.zeros(3), 2, holding="sum")
+    for value in (1.0, 2.0):
+        _, buffer = offer(buffer, jnp.full(3, value))
+    spoilt = jnp.full_like(getattr(buffer, name), jnp.nan)
+    buffer = buffer._replace(**{name: spoilt, "total": buffer.total + 1})
+    for value in (3.0, 4.0, 5.0):
+        _, buffer = offer(buffer, jnp.full(3, value))
+    np.testing.assert_allclose(buffer.total, 9.0, rtol=1e-6)
+    assert resizing.problem(buffer) is None
+
+
+@pytest.mark.cpu_only("it reads what XLA makes for a CPU")
+def test_the_rebuild_stays_a_loop_of_its_own_under_vmap_and_in_apply_if_finite():
+    stream = jnp.stack([jnp.full(3, x) for x in (1e4, 1e-4, 1e-4, 1e-4)])
+    tx = untyped(
+        optax.apply_if_finite(memoptax.critical_gradients(2, 0.0, holding="sum"), 3)
+    )
+
+    def run(scale, stream):
+        def body(state, x):
+            return tx.update(scale * x, state)[1], None
+
+        state = tx.init(stream[0])
+        return jax.lax.scan(body, state, stream)[0].inner_state.buffer
+
+    batched = jax.jit(jax.vmap(run, (0, None)))
+    buffers = batched(jnp.array([1.0, 0.0, 2.0]), stream)
+    # Zeros never enter a full buffer and never need a rebuild. The rebuilds of other
+    # members must not change them.
+    np.testing.assert_array_equal(buffers.rebuilds, [1, 0, 1])
+    np.testing.assert_allclose(buffers.total[:, 0], [2e-4, 0, 4e-4], rtol=1e-6)
+    compiled = untyped(batched.lower(jnp.ones(3), stream).compile())
+    assert compiled.as_text().count(" while(") >= 2
+
+
+@pytest.mark.parametrize("topc", [1, 2, 4])
+@pytest.mark.few(1)
+def test_a_resized_sum_has_the_derivative_of_what_was_kept(topc, x64):
+    def total(stream):
+        buffer = empty(stream[0], 3, holding="sum")
+        for x in stream:
+            _, buffer = offer(buffer, x, key=jnp.linalg.norm(x))
+        return jnp.sum(
+            resizing.resize(buffer, topc, "sum").total * jnp.array([1.0, 2.0])
+        )
+
+    stream = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    kept = jnp.arange(3)[:, None] >= 3 - topc
+    np.testing.assert_array_equal(
+        jax.grad(total)(stream), jnp.where(kept, jnp.array([1.0, 2.0]), 0)
+    )
