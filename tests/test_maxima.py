@@ -26,10 +26,13 @@ def problems(draw):
     return tuple(shape), spanned, draw(st.integers(0, 99))
 
 
-@pytest.fixture(autouse=True)
-def folded(monkeypatch):
-    """Small tensors are folded too, and a test that folds none fails."""
+@pytest.fixture(autouse=True, params=[tiles._ACROSS, tiles._ACROSS_ON_GPU])
+def folded(request, monkeypatch):
+    """Small tensors are folded too, also in the groups of a GPU. A test that folds none
+    fails.
+    """
     monkeypatch.setattr(tiles, "_SMALL", 1)
+    monkeypatch.setattr(tiles, "_ACROSS", request.param)
     folds = []
     fold = tiles._fold
     monkeypatch.setattr(tiles, "_fold", lambda *a: folds.append(a) or fold(*a))
