@@ -16,7 +16,7 @@ from memoptax._bases import guards, precision, pytorch
 from memoptax._buffer import algorithm
 from memoptax._buffer import options as _options
 from memoptax._buffer.options import Aggregate, BufferArguments, Priority
-from memoptax._tensors import flax_metadata, storage
+from memoptax._tensors import flax_metadata, layout, storage
 
 
 class CriticalMomentaState(NamedTuple):
@@ -494,6 +494,7 @@ def _second_moment(squared, state, b2, taken):
     An entry that overflows stays as it was. An infinite v would never come down.
     """
     nu = optax.tree.update_moment_per_elem_norm(squared, state.nu, b2, 2)
+    nu = jax.tree.map(layout.like, nu, state.nu)
     nu = jax.tree.map(
         lambda new, old: _momentum.where(taken & jnp.isfinite(new), new, old),
         nu,
@@ -501,4 +502,5 @@ def _second_moment(squared, state, b2, taken):
     )
     if state.nu_max is None:
         return nu, None
-    return nu, jax.tree.map(jnp.maximum, state.nu_max, nu)
+    largest = jax.tree.map(jnp.maximum, state.nu_max, nu)
+    return nu, jax.tree.map(layout.like, largest, state.nu_max)

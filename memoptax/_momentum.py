@@ -123,7 +123,9 @@ def or_nan(sound, updates, gradients, squared=None):
     """
 
     def leaf(update, gradient, x=None):
-        taken = sound if x is None else sound & jnp.isfinite(x * x)
+        taken = sound
+        if x is not None:
+            taken &= jnp.isfinite(layout.like(x * x, update))
         update = jnp.where(taken, update, jnp.nan).astype(gradient.dtype)
         return layout.like(update, gradient)
 

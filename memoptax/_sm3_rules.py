@@ -99,6 +99,7 @@ def _average(direction, weights, families, g, floors, memory, accept, by_entry):
 
     operands = (g, *memory, *floors)
     new = storage.encode_computed(blend, entries, operands, memory)
+    new = jax.tree.map(layout.like, new, memory)  # floors may be divided otherwise
     if by_entry and new.scale is not None:
         # A row of int8 is rejected as a whole. Its scale says whether it is finite.
         memory = _select(jnp.isfinite(new.scale), new, memory)
@@ -191,11 +192,12 @@ def _direction(nu, eps, g, *floors):
     """g / sqrt(nu + eps), with 0 / 0 = 0 and finite derivatives.
 
     NaN where nu overflows. The quotient would be 0, and the overflow would go
-    unnoticed.
+    unnoticed. A sum that overflows only with eps is the largest number instead.
     """
-    square, most = nu(g, *floors), float(jnp.finfo(g.dtype).max)
+    square = nu(g, *floors)
+    most = float(jnp.finfo(g.dtype).max)
     zero, total = square == 0, square + eps
-    total = jnp.where(total > most, most, total)  # if eps is large
+    total = jnp.where(total > most, most, total)
     q = g / jnp.sqrt(jnp.where(zero, 1, total))
     # The second derivative of 1 / sqrt(eps) would overflow, and 0 times that is NaN.
     least = jnp.where(eps < jnp.finfo(square.dtype).tiny, 1, eps)

@@ -225,6 +225,65 @@ def test_sums_of_entries_may_be_divided_unlike_their_momentum(
         assert jax.tree.map(jax.typeof, state) == types
 
 
+MIXED = {
+    "sgd_c": (functools.partial(memoptax.sgd_c, 0.1), ["slots", "total"]),
+    "critical_momenta": (memoptax.critical_momenta, ["mu", "slots", "total"]),
+    "adam_cm": (
+        functools.partial(memoptax.scale_by_adam_cm, amsgrad=True),
+        ["mu", "nu", "nu_max", "slots", "total"],
+    ),
+    "sm3_cm": (memoptax.scale_by_sm3_cm, ["mu", "accumulators", "slots", "total"]),
+    "sm3": (functools.partial(memoptax.scale_by_sm3, 0.9), []),
+}
+INT8 = {"buffer_dtype": "int8", "mu_dtype": "int8"}
+WAYS = [{"topc": 1}, {"topc": 2}, {"topc": 2, "holding": "sum"}]
+MIXTURES = [
+    (name, options, field)
+    for name, (_, fields) in MIXED.items()
+    for options in WAYS
+    for field in fields
+    if field != "total" or "holding" in options
+]
+MIXTURES += [("adam_cm", {"topc": 2, **INT8}, field) for field in ("mu", "slots")]
+MIXTURES += [
+    ("sm3", {"momentum_dtype": dtype, "cover": cover}, field)
+    for dtype in (None, "int8")
+    for cover in (memoptax.covers.axes, memoptax.covers.rows)
+    for field in ("momentum", "accumulators")
+]
+
+
+def with_divided(field, state, mesh):
+    """The state on a mesh, whole but for one field and its scales."""
+    scales = {"mu": "mu_scales", "slots": "scales", "momentum": "scales"}
+
+    def placed(path, x):
+        names = {getattr(key, "name", None) for key in path}
+        there = names & {field, scales.get(field)}
+        axis = x.shape.index(8) if 8 in x.shape else None
+        spec = P(*[None] * axis, "data") if there and axis is not None else P()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(placed, state)
+
+
+@pytest.mark.parametrize(("name", "options", "field"), MIXTURES)
+@pytest.mark.few(8)
+def test_one_field_may_be_divided_unlike_the_others(name, options, field):
+    """In explicit mode, as in optax.adam. Each field keeps its own sharding."""
+    values = np.float32(np.random.default_rng(0).normal(size=(8, 8)))
+    mesh, params = on_two(values)
+    tx = MIXED[name][0](**options)
+    plain = tx.init(values)
+    state = with_divided(field, plain, mesh)
+    types = jax.tree.map(jax.typeof, state)
+    for _ in range(2):
+        got, state = jax.jit(tx.update)(params, state, params)
+        want, plain = jax.jit(tx.update)(values, plain, values)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        assert jax.tree.map(jax.typeof, state) == types
+
+
 def spec_of(x):
     return jax.typeof(x).sharding.spec
 

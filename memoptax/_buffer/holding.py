@@ -238,8 +238,10 @@ def exchange(way, buffer, values, stored, decision, norms, across):
     """
     stacks, treedef = stacks_of(buffer)
     each = per_leaf(rows(way, buffer.entries, decision), stacks)
-    placed = [
-        layout.like(x, s.values, s.values.ndim - x.ndim) for x, s in zip(values, stacks)
+    like = functools.partial(layout.like, leading=0 if buffer.entries is None else 1)
+    placed = [like(x, s.values) for x, s in zip(values, stacks)]
+    stored = [
+        None if x is None else jax.tree.map(like, x, s) for x, s in zip(stored, stacks)
     ]
     wide = [dtypes.widest(x.dtype, buffer.keys.dtype) for x in values]
     entries = moved(buffer.entries, decision)

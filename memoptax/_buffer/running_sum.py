@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from memoptax._buffer import eviction
-from memoptax._tensors import storage
+from memoptax._tensors import layout, storage
 
 # A running sum is rebuilt when its error bound exceeds this share of the summed norms
 # of its leaf's slots, in unit roundoffs: 1e-5 in float32, 1.9e-14 in float64.
@@ -20,9 +20,8 @@ def exchange(buffer, values, stacks, stored, rows, decision, entries, norms, acr
     ``rows`` has the decision on each leaf. ``entries`` are those after it.
     """
     totals, treedef = jax.tree.flatten(buffer.total)
-    leaves = zip(values, stacks, stored, rows, totals)
-    done = [_change(*leaf) for leaf in leaves]
-    after, changes, stacks, written = map(list, zip(*done)) if done else ([],) * 4
+    done = [_change(*leaf) for leaf in zip(values, stacks, stored, rows, totals)]
+    after, changes, stacks, written = ([d[k] for d in done] for k in range(4))
     bounds = storage.norm_bounds(norms, values, written, across)
     new = eviction.here(decision, buffer.keys.shape)
     norms, error, inexact = bound(buffer, totals, new, bounds)
@@ -48,7 +47,7 @@ def _change(value, stack, stored, row, total):
     # What is accepted was offered, so the change needs no second choice.
     new = storage.decode(storage.to_write(value, stack, stored), total.dtype)
     old = storage.decoded(stack, row.evicted, total.dtype)
-    change = jnp.where(row.accepted, new - old, 0)
+    change = layout.like(jnp.where(row.accepted, new - old, 0), total)
     return total + change, change, stack, written
 
 
@@ -175,9 +174,8 @@ def from_slots(totals, stacks, held, wanted: Any = True):
     def add_block(turn, totals):
         places = [turn * block + k for k in range(block)]
         taken = [storage.at(held, k, axis=1) for k in places]
-
-        each = [[one[row] for one in taken] for row in rows]
-        return [_add(turn, places, *leaf) for leaf in zip(each, totals, stacks)]
+        masks = [[one[row] for one in taken] for row in rows]
+        return [_add(turn, places, *leaf) for leaf in zip(masks, totals, stacks)]
 
     def one_more(carry):
         turn, totals = carry
@@ -195,12 +193,13 @@ def from_slots(totals, stacks, held, wanted: Any = True):
 
 @jax.jit  # traced once for all leaves of one shape
 def _add(turn, places, taken, total, stack):
-    """The sum with some more slots, those that are taken, or only these at first."""
+    """``total`` plus those of these slots that are ``taken``. Turn 0 starts from 0."""
     terms = [
         jnp.where(one, storage.decoded(stack, k, total.dtype), 0)
         for one, k in zip(taken, places)
     ]
-    return jnp.where(turn == 0, 0, total) + _pairwise(terms)
+    more = layout.like(_pairwise(terms), total)
+    return jnp.where(turn == 0, 0, total) + more
 
 
 def _block(slots):

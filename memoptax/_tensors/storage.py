@@ -291,12 +291,11 @@ def choose(wanted, stored: Stored, other: Stored | None = None) -> Stored:
 
 def read(stack: Stored, slot) -> Stored:
     """The stored value in ``slot``, in device memory."""
-
     return jax.tree.map(lambda x: on_device(at(x, slot)), stack)
 
 
 def decoded(stack: Stored, slot, dtype):
-    """The numbers in ``slot``, in device memory."""
+    """The numbers in ``slot``, in this dtype and in device memory."""
     return decode(read(stack, slot), dtype)
 
 
@@ -307,11 +306,14 @@ def at(x, index, axis=0):
     )
 
 
-def to_write(value, stack: Stored, stored, offered: Any = True):
-    """The new content of the spare slot: the value, or zeros if it was not offered."""
+def to_write(value, stack: Stored, stored, wanted: Any = True):
+    """The value as the stack stores it, in its range, or zeros if not ``wanted``.
+
+    ``stored`` is the same value if it has been encoded already, or None.
+    """
     if stored is None:
-        return encode(saturate(value, stack), stack, offered)
-    return choose(offered, stored)
+        return encode(saturate(value, stack), stack, wanted)
+    return choose(wanted, stored)
 
 
 def write(stack: Stored, stored: Stored, slot) -> Stored:
