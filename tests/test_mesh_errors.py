@@ -425,3 +425,20 @@ def test_a_state_in_the_memory_of_the_host_is_checked(dtype):
     wrong = state[0]._replace(buffer=state[0].buffer._replace(total=total))
     with pytest.raises(ValueError, match="is not that of its slots"):
         memoptax.check_state(tx, params, (wrong, *state[1:]))
+
+
+@pytest.mark.parametrize("topc", [1, 2])
+def test_a_buffer_in_the_memory_of_the_host_may_be_resized(topc):
+    """A single slot is in the memory of the device. Every step reads all of it."""
+    tx = memoptax.adam_c(0.1, topc=3, holding="sum")
+    smaller = untyped(memoptax.adam_c(0.1, topc=topc))
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Explicit,))
+    params = jax.device_put(jnp.ones(8), NamedSharding(mesh, P("data")))
+    there = memoptax.state_shardings(tx, params, slots_memory_kind="pinned_host")
+    state = jax.device_put(tx.init(params), there)
+    with jax.set_mesh(mesh):
+        state = memoptax.resize_buffer(state, topc)
+        memoptax.check_state(smaller, params, state)
+        updates, _ = smaller.update(params, state, params)
+    want, _ = smaller.update(jnp.ones(8), smaller.init(jnp.ones(8)), jnp.ones(8))
+    np.testing.assert_allclose(updates, want, rtol=1e-6)

@@ -336,7 +336,7 @@ def select(stack: Stored, slots, filled, copies: int | None) -> Stored:
     """A stack of ``copies`` that starts with these ``slots`` and goes on with zeros.
 
     Slots that are not ``filled`` become zeros. For ``copies=None`` the result is the
-    first of the slots, without an axis of slots.
+    first of the slots, without an axis of slots, in the memory of the device.
     """
 
     def taken(x):
@@ -344,7 +344,7 @@ def select(stack: Stored, slots, filled, copies: int | None) -> Stored:
         full = jnp.reshape(filled, (-1,) + (1,) * (chosen.ndim - 1))
         chosen = jnp.where(full, chosen, jnp.zeros((), chosen.dtype))
         if copies is None:
-            return _moved(chosen[0], jax.typeof(x).memory_space)
+            return chosen[0]
         more = [(0, copies - chosen.shape[0])] + [(0, 0)] * (chosen.ndim - 1)
         return _moved(jnp.pad(chosen, more), jax.typeof(x).memory_space)
 
