@@ -104,7 +104,7 @@ def recall_and_offer(
     """
     matching.check(options, buffer, gradients, params)
     check_rows(options, gradients, buffer.scales)
-    if values is gradients:  # momenta already have the layout of the slots
+    if values is gradients:  # momenta have the sharding of m
         values = gradients = holding.beside(buffer, gradients)
     leaves, treedef = jax.tree.flatten(values)
     stored = [None] * len(leaves) if stored is None else stored

@@ -238,7 +238,7 @@ def exchange(way, buffer, values, stored, decision, norms, across):
     """
     stacks, treedef = stacks_of(buffer)
     each = per_leaf(rows(way, buffer.entries, decision), stacks)
-    like = functools.partial(layout.like, leading=0 if buffer.entries is None else 1)
+    like = _like_slots(buffer)
     placed = [like(x, s.values) for x, s in zip(values, stacks)]
     stored = [
         None if x is None else jax.tree.map(like, x, s) for x, s in zip(stored, stacks)
@@ -286,10 +286,11 @@ def shape_of(buffer, leaf, batch: int = 0) -> tuple[int, ...]:
 
 def beside(buffer, values):
     """The values with the sharding of their slots, in JAX's explicit mode."""
-    leading = 0 if buffer.entries is None else 1
-    return jax.tree.map(
-        lambda x, slots: layout.like(x, slots, leading), values, buffer.slots
-    )
+    return jax.tree.map(_like_slots(buffer), values, buffer.slots)
+
+
+def _like_slots(buffer):
+    return functools.partial(layout.like, leading=0 if buffer.entries is None else 1)
 
 
 def stacks_of(buffer):
