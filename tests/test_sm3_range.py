@@ -183,8 +183,10 @@ def test_apply_if_finite_sees_what_is_not_finite():
     np.testing.assert_allclose(updates["w"], -0.01, rtol=1e-6)
 
 
-@pytest.mark.parametrize("momentum_dtype", [None, "bfloat16", "int8"])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("momentum", "momentum_dtype"),
+    [(0.0, None), (0.9, None), (0.9, "bfloat16"), (0.9, "int8")],
+)
 @pytest.mark.parametrize("shape", [(), (3,), (2, 2)], ids=named)
 def test_a_large_eps_leaves_finite_updates(shape, momentum, momentum_dtype):
     """Its sum with a large second moment would overflow."""

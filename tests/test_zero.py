@@ -330,32 +330,6 @@ def test_gradients_on_no_mesh_are_taken_beside_the_state(name, entered):
         jax.eval_shape(update, abstract(), state, params)
 
 
-@pytest.mark.parametrize(
-    "tx",
-    [
-        memoptax.sgd_c(0.1, topc=1),
-        memoptax.adam_c(0.1, topc=2, buffer_dtype="int8"),
-        memoptax.sgd_cm(0.1, topc=2, holding="sum"),
-        memoptax.sm3_cm(0.1, topc=2, holding="sum", buffer_dtype="int8"),
-    ],
-    ids=["one slot", "read", "sum", "sum in int8"],
-)
-def test_a_divided_ensemble_needs_no_set_mesh(tx):
-    """Its arrays know their mesh."""
-    mesh = mesh_of(EIGHT, AxisType.Explicit)
-    over = NamedSharding(mesh, P(mesh.axis_names[0]))
-    params = jnp.arange(24.0).reshape(8, 3)
-    state, step = jax.vmap(tx.init)(params), jax.jit(jax.vmap(tx.update))
-    divided_params, divided = jax.device_put((params, state), over)
-    for _ in range(3):
-        want, state = step(params, state, params)
-        found, divided = step(divided_params, divided, divided_params)
-        np.testing.assert_allclose(found, want, rtol=1e-6)
-    found, want = map(memoptax.buffer_stats, (divided, state))
-    for name, value in want.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5)
-
-
 @pytest.mark.parametrize("topc", [1, 5])
 def test_gradients_that_lie_like_their_slots_stay_where_they_are(topc):
     """In explicit mode. Nothing runs."""

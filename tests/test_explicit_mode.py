@@ -1,0 +1,322 @@
+"""JAX's explicit mode, where the sharding of an array is part of its type."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import memoptax
+
+from meshes import trimmed
+from untyped import untyped
+
+pytestmark = pytest.mark.cpu_only("several devices")
+
+
+# Boxes that lie across devices
+
+COVERS = {
+    "3": memoptax.covers.blocks(3, 5),
+    "rest": memoptax.covers.blocks(None, 6),
+    "both": lambda path, leaf: [
+        *memoptax.covers.axes(path, leaf),
+        *memoptax.covers.blocks(3)(path, leaf),
+    ],
+    "aligned": memoptax.covers.blocks(2, 4),
+}
+
+
+@pytest.mark.parametrize("cover", COVERS)
+@pytest.mark.parametrize("make", [memoptax.sm3, memoptax.sm3_cm])
+@pytest.mark.parametrize("spec", [P("data", "model"), P(None, ("data", "model"))])
+@pytest.mark.few(2)
+def test_boxes_across_devices_are_those_of_one_device(make, cover, spec, mesh):
+    """The types of a state stay the same, and are those of its specs."""
+    tx, shape = make(0.1, cover=COVERS[cover]), (16, 32)
+    random = np.random.default_rng(0)
+    x, g = (np.float32(random.normal(size=shape)) for _ in range(2))
+
+    def step(x, g, state):
+        updates, state = tx.update(g, state, x)
+        return x + updates, state
+
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Explicit,) * 2)
+    want, state = x, tx.init(x)
+    for _ in range(2):
+        want, state = jax.jit(step)(want, g, state)
+    with jax.set_mesh(mesh):
+        got, there = (jax.device_put(a, NamedSharding(mesh, spec)) for a in (x, g))
+        state = tx.init(got)
+        types = jax.tree.map(jax.typeof, state)
+        assert jax.tree.map(jax.typeof, jax.jit(tx.init)(got)) == types
+        for _ in range(2):
+            got, state = jax.jit(step)(got, there, state)
+        assert jax.tree.map(jax.typeof, state) == types
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    specs = memoptax.state_partition_specs(tx, x, spec, mesh)
+    for a, b in zip(jax.tree.leaves(types), jax.tree.leaves(specs)):
+        assert trimmed(a.sharding.spec) == trimmed(b)
+
+
+# States that a helper has divided along any axis
+
+
+def divided(state, mesh):
+    """Every array over "data", along the first axis that it divides."""
+
+    def place(x):
+        axis = next((k for k, n in enumerate(x.shape) if n % 2 == 0), x.ndim)
+        spec = P(*[None] * axis, "data") if axis < x.ndim else P()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, state)
+
+
+def on_two(tree):
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Explicit,))
+    return mesh, jax.device_put(tree, NamedSharding(mesh, P("data")))
+
+
+BUFFERED = {
+    "slots": lambda: memoptax.sgd_c(0.1, topc=3),
+    "keys": lambda: memoptax.sgd_c(0.1, topc=2),
+    "keys of a sum": lambda: memoptax.adam_cm(0.1, topc=2, holding="sum"),
+    "scales": lambda: memoptax.adam_c(0.1, topc=3, buffer_dtype="int8"),
+    "draws": lambda: memoptax.sgd_c(0.1, topc=1, fifo_probability=0.5),
+    "rows": lambda: memoptax.sm3_cm(0.1, topc=1, synced=False),
+}
+
+
+@pytest.mark.parametrize("name", BUFFERED)
+def test_a_buffer_divided_where_it_must_be_whole_is_refused(name):
+    mesh, params = on_two({"w": jnp.ones((8, 8)), "b": jnp.ones(8)})
+    tx = BUFFERED[name]()
+    state = divided(tx.init(params), mesh)
+    field = {"keys of a sum": "slots|keys", "scales": "slots", "rows": "keys"}
+    message = (
+        f"field ({field.get(name, name.split()[0])}) is divided over the mesh axis"
+    )
+    for use in (
+        lambda: tx.update(params, state, params),
+        lambda: jax.jit(tx.update)(params, state, params),
+        lambda: memoptax.buffer_stats(state),
+        lambda: memoptax.resize_buffer(state, 2),
+        lambda: memoptax.reset_buffer(state),
+        lambda: memoptax.check_state(tx, params, state),
+    ):
+        with pytest.raises(ValueError, match=message + ".*state_shardings"):
+            use()
+    whole = jax.device_put(state, memoptax.state_shardings(tx, params))
+    jax.jit(tx.update)(params, whole, params)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        memoptax.sm3(0.1),
+        memoptax.sm3(0.1, variant="I", cover=memoptax.covers.blocks(2)),
+        memoptax.sm3(0.1, momentum=0.9, momentum_dtype="int8"),
+        memoptax.sm3_cm(0.1, topc=0),
+    ],
+)
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data"), P()])
+def test_accumulators_divided_along_any_axis_are_used_and_stay_there(tx, spec):
+    """As the states of optax are. A mesh axis divides two axes of the leaf here."""
+    values = np.float32(np.random.default_rng(0).normal(size=(8, 8)))
+    mesh, _ = on_two({})
+    params = jax.device_put(values, NamedSharding(mesh, spec))
+    state = divided(tx.init(params), mesh)
+    types = jax.tree.map(jax.typeof, state)
+    want, plain = None, tx.init(values)
+    for _ in range(2):
+        got, state = jax.jit(tx.update)(params, state, params)
+        want, plain = jax.jit(tx.update)(values, plain, values)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+        assert jax.tree.map(jax.typeof, state) == types
+        assert jax.typeof(got) == jax.typeof(params)
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("specs", [(P("data"), P()), (P(), P("data"))])
+@pytest.mark.parametrize("shape", [(8,), (8, 8)])
+def test_sums_of_entries_may_be_divided_unlike_their_momentum(
+    shape, specs, momentum_dtype
+):
+    full = memoptax.covers.full
+    tx = memoptax.scale_by_sm3(0.9, momentum_dtype=momentum_dtype, cover=full)
+    values = np.float32(np.random.default_rng(0).normal(size=shape))
+    mesh, params = on_two(values)
+    sums, momentum, whole = (NamedSharding(mesh, spec) for spec in (*specs, P()))
+    plain = untyped(tx.init(values))
+    state = jax.device_put(plain, whole)
+    state = state._replace(
+        accumulators=jax.device_put(plain.accumulators, sums),
+        momentum=jax.device_put(plain.momentum, momentum),
+        scales=jax.device_put(plain.scales, momentum if shape[1:] else whole),
+    )
+    types = jax.tree.map(jax.typeof, state)
+    for _ in range(2):
+        got, state = jax.jit(tx.update)(params, state)
+        want, plain = jax.jit(tx.update)(values, plain)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        assert jax.tree.map(jax.typeof, state) == types
+
+
+MIXED = {
+    "sgd_c": (functools.partial(memoptax.sgd_c, 0.1), ["slots", "total"]),
+    "critical_momenta": (memoptax.critical_momenta, ["mu", "slots", "total"]),
+    "adam_cm": (
+        functools.partial(memoptax.scale_by_adam_cm, amsgrad=True),
+        ["mu", "nu", "nu_max", "slots", "total"],
+    ),
+    "sm3_cm": (memoptax.scale_by_sm3_cm, ["mu", "accumulators", "slots", "total"]),
+    "sm3": (functools.partial(memoptax.scale_by_sm3, 0.9), []),
+}
+INT8 = {"buffer_dtype": "int8", "mu_dtype": "int8"}
+WAYS = [{"topc": 1}, {"topc": 2}, {"topc": 2, "holding": "sum"}]
+MIXTURES = [
+    (name, options, field)
+    for name, (_, fields) in MIXED.items()
+    for options in WAYS
+    for field in fields
+    if field != "total" or "holding" in options
+]
+MIXTURES += [("adam_cm", {"topc": 2, **INT8}, field) for field in ("mu", "slots")]
+MIXTURES += [
+    ("sm3", {"momentum_dtype": dtype, "cover": cover}, field)
+    for dtype in (None, "int8")
+    for cover in (memoptax.covers.axes, memoptax.covers.rows)
+    for field in ("momentum", "accumulators")
+]
+
+
+def with_divided(field, state, mesh):
+    """The state on a mesh, whole but for one field and its scales."""
+    scales = {"mu": "mu_scales", "slots": "scales", "momentum": "scales"}
+
+    def placed(path, x):
+        names = {getattr(key, "name", None) for key in path}
+        there = names & {field, scales.get(field)}
+        axis = x.shape.index(8) if 8 in x.shape else None
+        spec = P(*[None] * axis, "data") if there and axis is not None else P()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(placed, state)
+
+
+@pytest.mark.parametrize(("name", "options", "field"), MIXTURES)
+@pytest.mark.few(8)
+def test_one_field_may_be_divided_unlike_the_others(name, options, field):
+    """In explicit mode, as in optax.adam. Each field keeps its own sharding."""
+    values = np.float32(np.random.default_rng(0).normal(size=(8, 8)))
+    mesh, params = on_two(values)
+    tx = MIXED[name][0](**options)
+    plain = tx.init(values)
+    state = with_divided(field, plain, mesh)
+    types = jax.tree.map(jax.typeof, state)
+    for _ in range(2):
+        got, state = jax.jit(tx.update)(params, state, params)
+        want, plain = jax.jit(tx.update)(values, plain, values)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        assert jax.tree.map(jax.typeof, state) == types
+
+
+def spec_of(x):
+    return jax.typeof(x).sharding.spec
+
+
+IN_EACH_WAY = pytest.mark.parametrize(
+    "make",
+    [
+        lambda: memoptax.sgd_c(0.1, topc=2),
+        lambda: memoptax.adam_cm(0.1, topc=2, buffer_dtype="int8", mu_dtype="int8"),
+        lambda: memoptax.adam_c(0.1, topc=2, holding="sum"),
+        lambda: memoptax.sm3_cm(0.1, topc=1),
+    ],
+    ids=["read", "int8", "sum", "select"],
+)
+
+
+@IN_EACH_WAY
+def test_a_state_restored_without_a_mesh_is_put_on_it(make):
+    """As a state of optax is, in explicit mode."""
+    values = np.float32(np.random.default_rng(0).normal(size=(8, 4)))
+    mesh, params = on_two(values)
+    tx = make()
+    with jax.set_mesh(mesh):
+        state = jax.tree.map(np.asarray, tx.init(params))
+        plain = tx.init(values)
+        for _ in range(3):
+            got, state = jax.jit(tx.update)(params, state, params)
+            want, plain = jax.jit(tx.update)(values, plain, values)
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+        memoptax.check_state(tx, params, state)
+    # An eager step needs no jax.set_mesh.
+    state = jax.tree.map(np.asarray, state)
+    got, _ = tx.update(params, state, params)
+    want, _ = jax.jit(tx.update)(params, state, params)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+@IN_EACH_WAY
+def test_gradients_on_no_mesh_are_taken(make):
+    """As optax takes them, in explicit mode."""
+    values = np.float32(np.random.default_rng(0).normal(size=(8, 4)))
+    (_, params), tx = on_two(values), make()
+    states = dict.fromkeys((np.asarray, jnp.asarray), tx.init(params))
+    plain = tx.init(values)
+    for step in (tx.update, jax.jit(tx.update), tx.update):
+        want, plain = jax.jit(tx.update)(values, plain, values)
+        for kind, state in states.items():
+            got, states[kind] = step(kind(values), state, params)
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+            assert jax.tree.map(spec_of, states[kind]) == jax.tree.map(spec_of, state)
+
+
+@pytest.mark.parametrize(
+    "tx", [memoptax.sgd_c(0.1, topc=1), memoptax.sm3(0.1)], ids=["sgd_c", "sm3"]
+)
+def test_gradients_on_no_mesh_may_be_batched(tx):
+    _, params = on_two(jnp.ones((8, 4)))
+    state = tx.init(params)
+    updates = jax.vmap(lambda g: tx.update(g, state, params)[0])(np.ones((3, 8, 4)))
+    one, _ = tx.update(jnp.ones((8, 4)), state, params)
+    np.testing.assert_allclose(updates, np.stack([one] * 3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("topc", [1, 2])
+def test_a_state_is_checked_outside_of_its_mesh(topc):
+    _, params = on_two({"w": jnp.ones((8, 8)), "b": jnp.ones(8)})
+    tx = memoptax.sgd_c(0.1, topc=topc)
+    state = tx.update(params, tx.init(params), params)[1]
+    memoptax.check_state(tx, params, state)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        memoptax.sgd_c(0.1, topc=1),
+        memoptax.adam_c(0.1, topc=2, buffer_dtype="int8"),
+        memoptax.sgd_cm(0.1, topc=2, holding="sum"),
+        memoptax.sm3_cm(0.1, topc=2, holding="sum", buffer_dtype="int8"),
+    ],
+    ids=["one slot", "read", "sum", "sum in int8"],
+)
+def test_a_divided_ensemble_needs_no_set_mesh(tx):
+    """Its arrays know their mesh."""
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    over = NamedSharding(mesh, P("data"))
+    params = jnp.arange(24.0).reshape(8, 3)
+    state, step = jax.vmap(tx.init)(params), jax.jit(jax.vmap(tx.update))
+    divided_params, divided = jax.device_put((params, state), over)
+    for _ in range(3):
+        want, state = step(params, state, params)
+        found, divided = step(divided_params, divided, divided_params)
+        np.testing.assert_allclose(found, want, rtol=1e-6)
+    found, want = map(memoptax.buffer_stats, (divided, state))
+    for name, value in want.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5)
