@@ -36,12 +36,10 @@ from cases import LIMITS, OPTIMIZERS
 from contexts import CONTEXTS
 from hlo import Program
 from jax.sharding import NamedSharding
-from measuring import add_arguments, save
+from measuring import RESULTS, add_arguments, save
 from shapes import PARAMETERS
 
 import memoptax
-
-RESULTS = Path(__file__).parent / "results"
 
 FEW = ("optax.adam", "sgd_c, C = 1", "sgd_c, C = 5", "adam_c, C = 5, int8")
 FEW += ("adam_cm, C = 5", "sm3")

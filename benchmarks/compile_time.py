@@ -1,22 +1,27 @@
 """Time to trace and compile one step, as a ratio to optax.adam, against leaves and C.
 
-    python benchmarks/compile_time.py [--quick] [--leaves 10 50 200] [--topc 1 5 20 80]
-        [--dtype float32 int8] [--repeats 3]
+    python benchmarks/compile_time.py [--quick] [--device h100|v5e|v6e]
+        [--leaves 10 50 200] [--topc 1 5 20 80] [--dtype float32 int8] [--repeats 3]
 
 It measures the processor time of tracing, lowering and compiling the donated update
 with apply_updates, and shows the median of the repeats. Leaves are matrices and vectors
-of four shapes, as in a transformer of many equal layers. XLA compiles equal code only
-once.
+of four shapes, as in a transformer of many equal layers. By default it compiles for the
+device that is here. With ``--device`` it compiles for one that need not be present, as
+``ahead_of_time.py`` does.
 """
 
 import argparse
 import functools
 import statistics
+import time
 
+import absent_devices
 import jax
 import jax.numpy as jnp
 import optax
-from measuring import add_arguments, describe_machine, optimizer_runner, report
+from contexts import donated
+from jax.sharding import SingleDeviceSharding
+from measuring import RESULTS, add_arguments, describe_machine, report
 from tqdm import tqdm
 
 import memoptax
@@ -35,10 +40,17 @@ PLAIN = {
 COLUMNS = ("optimizer", "leaves", "C", "slots", "seconds", "/ adam")
 
 
-def seconds(tx, leaves):
-    like = [jnp.zeros(SHAPES[i % len(SHAPES)]) for i in range(leaves)]
+def seconds(tx, leaves, device):
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(leaves)]
+    step, arguments, donate = donated(
+        tx, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    )
+    there = SingleDeviceSharding(device)
+    arguments = jax.tree.map(lambda x: x.update(sharding=there), arguments)
     jax.clear_caches()
-    return optimizer_runner(lambda: tx, like).compile_processor_seconds
+    begin = time.process_time()
+    jax.jit(step, donate_argnums=donate).lower(*arguments).compile()
+    return time.process_time() - begin
 
 
 def main(argv=None):
@@ -46,6 +58,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    targets = [name for name, t in absent_devices.TARGETS.items() if 1 in t.topologies]
+    parser.add_argument("--device", choices=targets, help="by default the one here")
     parser.add_argument("--leaves", type=int, nargs="+", default=(10, 50, 200))
     parser.add_argument("--topc", type=int, nargs="+", default=(1, 5, 20, 80))
     dtypes = ("float32", "int8")
@@ -55,7 +69,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.quick:
         args.leaves, args.topc, args.repeats = (4,), (5,), 1
-    machine = describe_machine()
+    if args.device:
+        # Open no GPU or TPU. JAX's plugin for CUDA does not load without a driver.
+        jax.config.update("jax_platforms", "cpu")
+        (device,) = absent_devices.devices(args.device)
+        machine = describe_machine() | absent_devices.describe(args.device)
+        kept = RESULTS / f"ahead-of-time-{args.device}.json"
+        args.output = args.output or (None if args.quick else kept)
+    else:
+        device, machine = jax.devices()[0], describe_machine()
     cases = [(name, None, None, make) for name, make in PLAIN.items()]
     cases += [
         (name, c, slots, functools.partial(make, 0.1, topc=c, buffer_dtype=slots))
@@ -63,17 +85,19 @@ def main(argv=None):
         for c in args.topc
         for slots in args.dtype
     ]
-    seconds(optax.adam(0.1), 4)  # the first compilation also starts the compiler
+    seconds(
+        optax.adam(0.1), 4, device
+    )  # the first compilation also starts the compiler
     rows = []
     with tqdm(total=len(args.leaves) * len(cases), unit="case") as bar:
         for leaves in args.leaves:
-            after = seconds(optax.adam(0.1), leaves)
+            after = seconds(optax.adam(0.1), leaves, device)
             for name, c, slots, make in cases:
                 bar.set_description(f"{name}, C = {c}, {slots}, {leaves} leaves")
                 taken, ratios = [], []
                 for _ in range(args.repeats):
-                    taken.append(seconds(make(), leaves))
-                    before, after = after, seconds(optax.adam(0.1), leaves)
+                    taken.append(seconds(make(), leaves, device))
+                    before, after = after, seconds(optax.adam(0.1), leaves, device)
                     ratios.append(taken[-1] / ((before + after) / 2))
                 rows.append(
                     {

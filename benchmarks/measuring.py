@@ -21,17 +21,18 @@ import optax
 
 import memoptax
 
+RESULTS = Path(__file__).parent / "results"
+
 
 class Runner:
     """A compiled step, its carry, and the seconds that its runs took."""
 
     def __init__(self, step, carry, *arguments):
         """``step`` maps the carry (donated) and the arguments to the next carry."""
-        begin, worked = time.perf_counter(), time.process_time()
+        begin = time.perf_counter()
         lowered = jax.jit(step, donate_argnums=0).lower(carry, *arguments)
         self.step = lowered.compile()
         self.compile_seconds = time.perf_counter() - begin
-        self.compile_processor_seconds = time.process_time() - worked
         self.temporaries = self.step.memory_analysis().temp_size_in_bytes
         self.carry = carry
         self.seconds = []
@@ -105,7 +106,7 @@ def results_file(machine):
     words = re.sub(r"\((R|TM)\)|CPU|@.*", "", machine["device"])
     hardware = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     name = f"{hardware}-{machine['cores']}-cores-jax{machine['jax']}.json"
-    return Path(__file__).parent / "results" / name
+    return RESULTS / name
 
 
 def save(path, section, machine, rows):

@@ -124,11 +124,15 @@ def check_shapes(buffer) -> None:
     for array in jax.tree.leaves(buffer.draws):
         if array.dtype != jnp.uint32:
             raise ValueError(
-                f"state has a buffer whose field draws has dtype {array.dtype}."
+                f"state has a buffer whose field draws has dtype {array.dtype}, but "
+                "needs uint32: restore it in the dtype that init gives."
             )
     for array in jax.tree.leaves(buffer.slots):
         if array.dtype.name not in storage.DTYPES:
-            raise ValueError(f"state has a buffer whose slots are {array.dtype.name}.")
+            raise ValueError(
+                f"state has a buffer whose slots are {array.dtype.name}, not one of "
+                f"{', '.join(storage.DTYPES)}: restore it in the dtype that init gives."
+            )
     _check_devices(buffer)
     _check_whole(buffer)
     *batch, rows, topc = shape

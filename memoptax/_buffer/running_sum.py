@@ -51,7 +51,7 @@ def _change(value, stack, stored, row, total):
     return total + change, change, stack, written
 
 
-@jax.jit
+@jax.jit  # traced once for all leaves of one shape
 def _before(total, after, change):
     """The sum before a change.
 
