@@ -106,6 +106,7 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
                 raise ValueError(f"state has a buffer {sentence}")
     for path, values, scales in _in_int8(bare):
         values, scales = storage.on_device(values), storage.on_device(scales)
+        scales = layout.like(scales, values)
         if jnp.any(jnp.where(scales == 0, values != 0, False)):
             raise ValueError(
                 f"state{path} has numbers in int8 whose scales are 0: was it restored "

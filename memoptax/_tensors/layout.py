@@ -13,13 +13,16 @@ def like(x, other, leading: int = 0):
     """``x``, sharded like ``other`` without its first ``leading`` axes.
 
     In JAX's explicit mode the sharding is part of a type, and two arrays of different
-    shardings cannot be combined. An array on no mesh, such as one of NumPy, is put on
-    that of ``other``. In other modes ``x`` is returned as it is.
+    shardings cannot be combined. Axes whose size is not that of ``other`` are left
+    whole. An array on no mesh, such as one of NumPy, is put on that of ``other``. In
+    other modes ``x`` is returned as it is.
     """
     have, want = jax.typeof(x).sharding, jax.typeof(other).sharding
     if want.mesh.empty:
         return x
     spec = _whole(want.spec[leading:], x.ndim)
+    sizes = zip(x.shape, other.shape[leading:], strict=True)
+    spec = tuple(s if a == b else None for s, (a, b) in zip(spec, sizes))
     if have.mesh.empty:
         # A traced ``x`` may be batched, and the spec of an array would not fit it.
         traced = isinstance(x, Tracer) and not isinstance(other, Tracer)

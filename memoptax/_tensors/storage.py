@@ -64,11 +64,11 @@ def zero_sum(leaf):
 
 
 def unpack(treedef, values, scales) -> list[Stored]:
-    """The leaves of two fields of a state."""
+    """The leaves of two fields of a state. Scales get the sharding of their rows."""
     values = treedef.flatten_up_to(values)
     if scales is None or not values:
-        scales = [None] * len(values)
-    return [Stored(*pair) for pair in zip(values, scales)]
+        return [Stored(x, None) for x in values]
+    return [Stored(x, layout.like(scale, x)) for x, scale in zip(values, scales)]
 
 
 def check_scales(name: str, values, scales) -> None:
@@ -90,9 +90,17 @@ def check_scales(name: str, values, scales) -> None:
 
 
 def pack(treedef, stored: list[Stored], scales):
-    """The two fields of a state. The old ``scales`` say whether there are any."""
+    """The two fields of a state. The old ``scales`` say whether there are any.
+
+    The new scales keep their sharding.
+    """
+
+    def kept(scale, old):
+        # resize_buffer adds or drops the axis of slots.
+        return layout.like(scale, old) if scale.ndim == old.ndim else scale
+
     if stored and scales is not None:
-        scales = tuple(leaf.scale for leaf in stored)
+        scales = tuple(kept(leaf.scale, old) for leaf, old in zip(stored, scales))
     return treedef.unflatten([leaf.values for leaf in stored]), scales
 
 
