@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from memoptax import _check
 from memoptax._buffer import algorithm, matching
@@ -77,7 +76,8 @@ def as_released(options, gradients, state, b1, sound, norms):
     joined, buffer = algorithm.recall_and_offer(
         options, state.buffer, offered, gradients, sound, norms=norms
     )
-    return where(first, optax.tree.zeros_like(joined), joined), mu, buffer
+    joined = jax.tree.map(lambda x: jnp.where(first, jnp.zeros((), x.dtype), x), joined)
+    return joined, mu, buffer
 
 
 def average(gradients, state, b1, taken):
@@ -110,7 +110,7 @@ def _blended(gradient, old, weights, taken):
 
     operands = (gradient, *old)
     new = storage.encode_computed(blend, lambda *numbers: numbers, operands, old)
-    new = jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
+    new = jax.tree.map(lambda a, b: layout.where(taken, a, b), new, old)
     return storage.decode(new, gradient.dtype), new
 
 
@@ -136,7 +136,7 @@ def or_nan(sound, updates, gradients, squared=None):
 def where(condition, chosen, other):
     """``chosen`` in the dtypes of ``other``, or ``other``."""
     return jax.tree.map(
-        lambda a, b: jnp.where(condition, layout.like(a, b).astype(b.dtype), b),
+        lambda a, b: layout.where(condition, a.astype(b.dtype), b),
         chosen,
         other,
     )

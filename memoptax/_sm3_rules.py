@@ -100,6 +100,7 @@ def _average(direction, weights, families, g, floors, memory, accept, by_entry):
     operands = (g, *memory, *floors)
     new = storage.encode_computed(blend, entries, operands, memory)
     new = jax.tree.map(layout.like, new, memory)  # floors may be divided otherwise
+    memory = jax.tree.map(layout.like, memory, new)  # it may be on no mesh
     if by_entry and new.scale is not None:
         # A row of int8 is rejected as a whole. Its scale says whether it is finite.
         memory = _select(jnp.isfinite(new.scale), new, memory)
@@ -224,7 +225,7 @@ def _are_finite(raised, precondition):
 
 def _select(condition, yes, no):
     """``yes`` or ``no``, trees of one structure."""
-    return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
+    return jax.tree.map(lambda y, n: layout.where(condition, y, n), yes, no)
 
 
 def _weights(decay, dtype):

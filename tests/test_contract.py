@@ -122,6 +122,30 @@ def test_a_state_from_outside_a_mesh_takes_steps_in_it(opt, whose, compiled):
 
 
 @each_optimizer
+@pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
+@pytest.mark.cpu_only("a mesh of eight devices")
+@pytest.mark.few(8)
+def test_members_restored_without_a_mesh_take_steps_on_it(opt, compiled):
+    """In explicit mode, of which a vmap hides the devices."""
+    tx, shapes = opt.build(), {"matrix": (8, 3), "vector": (8,)}
+    gradient = steps_of(gradients(shapes=shapes))[0]
+    gradient, params = (
+        jax.tree.map(lambda x: np.stack([x, 2 * x, -x]), tree)
+        for tree in (gradient, params_like(shapes))
+    )
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    there = NamedSharding(mesh, PartitionSpec(None, "data"))
+    init, step = jax.vmap(tx.init), jax.vmap(tx.update)
+    update = jax.jit(step) if compiled else step
+    plain = state = jax.tree.map(np.asarray, init(params))
+    on_mesh = jax.device_put((gradient, params), there)
+    for _ in range(2):
+        want, plain = jax.jit(step)(gradient, plain, params)
+        updates, state = update(on_mesh[0], state, on_mesh[1])
+        close(updates, want)
+
+
+@each_optimizer
 def test_init_needs_shapes_only(opt):
     tx, params = opt.build(), params_like(SHAPES)
     shapes = jax.eval_shape(lambda: params)

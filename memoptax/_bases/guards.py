@@ -117,7 +117,7 @@ def _chosen(taken, updates, new, old):
     """
     leaves, treedef = jax.tree.flatten(new)
     leaves = [
-        jnp.where(taken, layout.like(a, b).astype(b.dtype), b)
+        layout.where(taken, a.astype(b.dtype), b)
         for a, b in zip(leaves, jax.tree.leaves(old))
     ]
     updates = jax.tree.map(

@@ -143,9 +143,7 @@ def _of_finite(inner):
     def update_fn(updates, state, params=None):
         found, new = inner.update(updates, state, params)
         trace = jax.tree.map(
-            lambda u, a, b: jnp.where(
-                jnp.isfinite(layout.like(u, b)), layout.like(a, b), b
-            ),
+            lambda u, a, b: layout.where(jnp.isfinite(layout.like(u, b)), a, b),
             updates,
             new.trace,
             state.trace,
@@ -319,7 +317,7 @@ def bias_correction(decay, count):
 def _in_range(updates, new, old):
     """A moment after a step, or before it where the square of an update overflows."""
     return jax.tree.map(
-        lambda u, a, b: jnp.where(_squares(u, b), layout.like(a, b), b.astype(a.dtype)),
+        lambda u, a, b: layout.where(_squares(u, b), a, b.astype(a.dtype)),
         updates,
         new,
         old,

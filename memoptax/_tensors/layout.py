@@ -5,6 +5,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -24,10 +25,18 @@ def like(x, other, leading: int = 0):
     sizes = zip(x.shape, other.shape[leading:], strict=True)
     spec = tuple(s if a == b else None for s, (a, b) in zip(spec, sizes))
     if have.mesh.empty:
-        # A traced ``x`` may be batched, and the spec of an array would not fit it.
-        traced = isinstance(x, Tracer) and not isinstance(other, Tracer)
-        return x if traced else _onto_mesh(x, other, spec)
+        return _onto_mesh(x, other, spec)
     return _with_spec(x, want.mesh, spec)
+
+
+def where(condition, new, old):
+    """``new`` where the condition holds and ``old`` elsewhere, sharded like ``old``.
+
+    In JAX's explicit mode every member of a batch can have a condition of its own only
+    if both are on one mesh. So an ``old`` on no mesh is put on that of ``new``.
+    """
+    new = like(new, old)
+    return jnp.where(condition, new, like(old, new))
 
 
 def on_mesh_of(stack, one):
@@ -44,9 +53,16 @@ def on_mesh_of(stack, one):
 
 def _onto_mesh(x, other, spec):
     """``x``, which is on no mesh, with this spec on the mesh of ``other``."""
-    if isinstance(other, Tracer):
+    traced = isinstance(other, Tracer)
+    if x.shape == other.shape and (traced or isinstance(x, Tracer)):
+        # What is chosen from two arrays is on the mesh of either. A vmap hides the
+        # devices of an array and the axes of the batch.
+        return jnp.where(True, x, other.astype(x.dtype))
+    if traced:
         mesh = jax.typeof(other).sharding.mesh
         return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    if isinstance(x, Tracer):
+        return x  # it may be batched, and the spec would not fit it
     # The mesh of a type does not know its devices, but that of an array does.
     mesh = other.sharding.mesh
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))

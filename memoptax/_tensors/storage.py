@@ -139,10 +139,13 @@ def _chosen(rounded: Stored, like: Stored, wanted, other) -> Stored:
     slot would then move 23 bytes per parameter instead of 18.
     """
 
-    def leaf(new, like, other=0):
+    def leaf(new, like, other=None):
         if wanted is not True:
             new = new.astype(dtypes.widest(new.dtype, like.dtype))
-            new = jnp.where(wanted, new, jnp.asarray(other, new.dtype))
+            if other is None:
+                new = jnp.where(wanted, new, jnp.zeros((), new.dtype))
+            else:
+                new = layout.where(wanted, new, other.astype(new.dtype))
         return new.astype(like.dtype)
 
     return jax.tree.map(leaf, rounded, like, *([] if other is None else [other]))
