@@ -121,6 +121,11 @@ def blocks(*size: int | None) -> Callable[[Any, Any], list[Box]]:
       >>> cover = lambda path, leaf: axes(path, leaf) + blocks(path, leaf)
     """
     name = "size of covers.blocks"
+    if any(isinstance(s, tuple) for s in size):
+        raise ValueError(
+            f"{name} must be integers or None, as in covers.blocks(None, 128), but is "
+            f"{size!r}: a cover is what covers.blocks returns."
+        )
     size = tuple(None if s is None else _check.integer(name, s, 1) for s in size)
 
     def cover(path: Any, leaf: Any) -> list[Box]:

@@ -144,6 +144,9 @@ def test_blocks_take_positive_integers():
             memoptax.covers.blocks(None, size)
         assert str(error.value).startswith("size of covers.blocks must be an integer")
         assert repr(size) in str(error.value)
+    bare = memoptax.sm3(0.1, cover=untyped(memoptax.covers.blocks))
+    with pytest.raises(ValueError, match="a cover is what covers.blocks returns"):
+        bare.init(jnp.ones((4, 6)))
     leaf = jax.ShapeDtypeStruct((4, 6), "float32")
     sizes = untyped((np.int64(2), np.uint8(3)))
     (box,) = memoptax.covers.blocks(*sizes)((), leaf)

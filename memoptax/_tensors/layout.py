@@ -25,7 +25,7 @@ def like(x, other, leading: int = 0):
     sizes = zip(x.shape, other.shape[leading:], strict=True)
     spec = tuple(s if a == b else None for s, (a, b) in zip(spec, sizes))
     if have.mesh.empty:
-        return _onto_mesh(x, other, spec)
+        return _onto_mesh(x, other, spec, leading)
     return _with_spec(x, want.mesh, spec)
 
 
@@ -51,12 +51,13 @@ def on_mesh_of(stack, one):
     return _onto_mesh(stack, one, (None, *_whole(want.spec, one.ndim)))
 
 
-def _onto_mesh(x, other, spec):
+def _onto_mesh(x, other, spec, leading=0):
     """``x``, which is on no mesh, with this spec on the mesh of ``other``."""
     traced = isinstance(other, Tracer)
-    if x.shape == other.shape and (traced or isinstance(x, Tracer)):
+    if (traced or isinstance(x, Tracer)) and _are_alike(x, other, leading):
         # What is chosen from two arrays is on the mesh of either. A vmap hides the
         # devices of an array and the axes of the batch.
+        other = other[0] if leading else other
         return jnp.where(True, x, other.astype(x.dtype))
     if traced:
         mesh = jax.typeof(other).sharding.mesh
@@ -66,6 +67,12 @@ def _onto_mesh(x, other, spec):
     # The mesh of a type does not know its devices, but that of an array does.
     mesh = other.sharding.mesh
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def _are_alike(x, other, leading):
+    """Whether JAX can choose between ``x`` and a part of ``other``."""
+    spaces = {jax.typeof(x).memory_space, jax.typeof(other).memory_space}
+    return x.shape == other.shape[leading:] and len(spaces) == 1
 
 
 def agreeing(arrays, other):
