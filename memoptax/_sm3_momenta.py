@@ -199,6 +199,7 @@ def _leaf(boxes, x, parts, accumulators, weights, taken):
     parts = None if parts is None else algorithm.joining(parts, dtype)
     agreeing = layout.agreeing(accumulators, x)
     nu, floors, raised = _sm3_rules.sm3_ii(x, agreeing, found, weights, parts)
+    raised = tuple(map(layout.like, raised, accumulators))
     # A number that overflows stays as it was. An infinite one would never come down.
     raised = tuple(
         layout.where(taken & jnp.isfinite(new), new, old)
