@@ -123,12 +123,17 @@ def test_a_buffer_divided_where_it_must_be_whole_is_refused(name):
         memoptax.sm3_cm(0.1, topc=0),
     ],
 )
-@pytest.mark.parametrize("spec", [P("data"), P(None, "data"), P()])
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data"), P(), None], ids=str)
 def test_accumulators_divided_along_any_axis_are_used_and_stay_there(tx, spec):
-    """As the states of optax are. A mesh axis divides two axes of the leaf here."""
+    """As the states of optax are. A mesh axis divides two axes of the leaf here.
+
+    Without a spec the parameters and gradients are on no mesh.
+    """
     values = np.float32(np.random.default_rng(0).normal(size=(8, 8)))
     mesh, _ = on_two({})
-    params = jax.device_put(values, NamedSharding(mesh, spec))
+    params = values
+    if spec is not None:
+        params = jax.device_put(values, NamedSharding(mesh, spec))
     state = divided(tx.init(params), mesh)
     types = jax.tree.map(jax.typeof, state)
     want, plain = None, tx.init(values)
@@ -137,7 +142,7 @@ def test_accumulators_divided_along_any_axis_are_used_and_stay_there(tx, spec):
         want, plain = jax.jit(tx.update)(values, plain, values)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
         assert jax.tree.map(jax.typeof, state) == types
-        assert jax.typeof(got) == jax.typeof(params)
+        assert spec is None or jax.typeof(got) == jax.typeof(params)
 
 
 @pytest.mark.parametrize("momentum_dtype", [None, "bfloat16", "int8"])
@@ -251,6 +256,36 @@ def test_some_fields_may_be_divided_unlike_the_others(name, options, fields):
             np.testing.assert_allclose(stats[name], value, rtol=1e-5)
         for topc in (1, 3):
             memoptax.resize_buffer(state, topc)
+
+
+FIELDS_OF_SLOTS = [
+    (topc, holding, field)
+    for topc, holding in ((1, None), (2, None), (2, "sum"))
+    for field in ("slots", "scales", "total", "slots and scales")
+    if holding or field != "total"
+]
+
+
+@pytest.mark.parametrize(("topc", "holding", "field"), FIELDS_OF_SLOTS)
+def test_one_field_of_a_buffer_may_be_on_no_mesh(topc, holding, field):
+    """And so may the gradients, and a leaf may be empty."""
+    values = np.float32(np.random.default_rng(0).normal(size=(8, 8)))
+    params = {"matrix": values, "empty": np.zeros((0, 8), np.float32)}
+    tx = memoptax.critical_gradients(topc, holding=holding, buffer_dtype="int8")
+    mesh, _ = on_two({})
+
+    def placed(path, x):
+        axis = x.shape.index(8) if 8 in x.shape else None
+        spec = P() if axis is None else P(*[None] * axis, "data")
+        off = any(getattr(key, "name", "no name") in field for key in path)
+        return np.asarray(x) if off else jax.device_put(x, NamedSharding(mesh, spec))
+
+    plain = tx.init(params)
+    state = jax.tree_util.tree_map_with_path(placed, plain)
+    for _ in range(2):
+        got, state = jax.jit(tx.update)(params, state)
+        want, plain = jax.jit(tx.update)(params, plain)
+        np.testing.assert_allclose(got["matrix"], want["matrix"], rtol=1e-5, atol=1e-6)
 
 
 def spec_of(x):

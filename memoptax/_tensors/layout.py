@@ -58,7 +58,7 @@ def _onto_mesh(x, other, spec, leading=0):
         # What is chosen from two arrays is on the mesh of either. A vmap hides the
         # devices of an array and the axes of the batch.
         other = other[0] if leading else other
-        return jnp.where(True, x, other.astype(x.dtype))
+        return jax.lax.select(jnp.asarray(True), jnp.asarray(x), other.astype(x.dtype))
     if traced:
         mesh = jax.typeof(other).sharding.mesh
         return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
@@ -81,10 +81,11 @@ def agreeing(arrays, other):
     In JAX's explicit mode a mesh axis can divide one axis of the result only. An array
     that it divides along another one is gathered along that one.
     """
-    sharding = jax.typeof(other).sharding
-    if sharding.mesh.empty:
+    meshes = [jax.typeof(x).sharding.mesh for x in (other, *arrays)]
+    mesh = next((mesh for mesh in meshes if not mesh.empty), None)
+    if mesh is None:
         return arrays
-    settled, placed = list(_whole(sharding.spec, other.ndim)), []
+    settled, placed = list(_whole(jax.typeof(other).sharding.spec, other.ndim)), []
     for x in arrays:
         spec = list(_whole(jax.typeof(x).sharding.spec, x.ndim))
         for axis, names in enumerate(spec):
@@ -92,7 +93,7 @@ def agreeing(arrays, other):
             if settled[axis] is None and taken.isdisjoint(mesh_axes(names)):
                 settled[axis] = names
             spec[axis] = names if settled[axis] == names else None
-        placed.append(_with_spec(x, sharding.mesh, tuple(spec)))
+        placed.append(_with_spec(x, mesh, tuple(spec)))
     return tuple(placed)
 
 

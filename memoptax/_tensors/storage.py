@@ -330,11 +330,13 @@ def to_write(value, stack: Stored, stored, wanted: Any = True):
 def write(stack: Stored, stored: Stored, slot) -> Stored:
     """The stack with ``stored`` in ``slot``, in the memory of the stack.
 
-    In JAX's explicit mode a stack that is on no mesh is put on that of ``stored``.
+    In JAX's explicit mode a stack that is on no mesh is put on that of ``stored``, and
+    the other way round.
     """
 
     def written(x, new):
         x = layout.on_mesh_of(x, new)
+        new = layout.like(new, x, leading=1)
         new = _moved(new, jax.typeof(x).memory_space)
         return jax.lax.dynamic_update_index_in_dim(
             x, new, slot, 0, allow_negative_indices=False
