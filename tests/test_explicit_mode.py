@@ -383,3 +383,8 @@ def test_a_divided_ensemble_needs_no_set_mesh(tx):
     found, want = map(memoptax.buffer_stats, (divided, state))
     for name, value in want.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5)
+    empty = memoptax.reset_buffer(divided)
+    assert not memoptax.buffer_stats(empty)["fill"].any()
+    resized = memoptax.resize_buffer(divided, 3)
+    assert (memoptax.buffer_stats(resized)["fill"] == want["fill"]).all()
+    step(divided_params, empty, divided_params)

@@ -63,14 +63,15 @@ def empty(options: Options, params) -> Buffer:
         draws = jax.random.key_data(_key(options.seed))
     summed = way == "sum"
     norms = jnp.zeros((max(len(leaves), 1), topc), dtype)
+    ages = jnp.zeros((rows, topc), jnp.int32)
     return Buffer(
         slots=flax_metadata.make(
             lambda p: storage.zeros(p, copies, options.buffer_dtype), params
         ),
         scales=storage.zero_scales(params, copies, options.buffer_dtype),
         keys=jnp.zeros((rows, topc), dtype),
-        ages=jnp.zeros((rows, topc), jnp.int32),
-        entries=None if copies is None else holding.in_order(rows, topc),
+        ages=ages,
+        entries=None if copies is None else holding.in_order(ages, topc),
         offered=jnp.zeros((rows,), jnp.int32),
         accepted=jnp.zeros((rows,), jnp.int32),
         draws=draws,

@@ -53,14 +53,23 @@ def copies(way: str, topc: int) -> int | None:
     return None if way == "select" else topc + 1
 
 
-def in_order(rows: int, topc: int) -> jax.Array:
-    """``entries`` (R, C + 1) for entries in the order of the slots."""
-    return jnp.tile(jnp.arange(topc + 1, dtype=jnp.int32), (rows, 1))
+def in_order(rows, topc: int) -> jax.Array:
+    """``entries`` (R, C + 1) for entries in the order of the slots.
+
+    ``rows`` are any integers of R rows. The result has the batch that a vmap gives
+    them.
+    """
+    return jnp.arange(topc + 1, dtype=jnp.int32) + 0 * rows[:, :1].astype(jnp.int32)
 
 
 def slots_of(entries) -> jax.Array:
     """The slot of each entry, then the spare slot, (R, C + 1)."""
-    return jnp.argsort(entries, axis=1)
+    return _argsort(entries)
+
+
+def _argsort(x):
+    """The order of every row, on the mesh of ``x``, which a sort in jax 0.12 loses."""
+    return layout.like(jnp.argsort(x, axis=1), x)
 
 
 class Row(NamedTuple):
@@ -106,7 +115,7 @@ def moved(entries, decision: eviction.Decision):
     new = decision.entry[:, None].astype(entries.dtype)
     taken = decision.accepted[:, None]
     # The same order, as a permutation even where a tool has changed the numbers.
-    before = jnp.argsort(slots, axis=1).astype(entries.dtype)
+    before = _argsort(slots).astype(entries.dtype)
     after = jnp.where(taken & evicted, topc, before)
     return jnp.where(taken & spare, new, after)
 

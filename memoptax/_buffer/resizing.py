@@ -11,7 +11,7 @@ from memoptax._tensors import norms as _norms
 
 def resize(buffer, topc: int, way: str):
     """The buffer with capacity ``topc``: its most critical entries, in order."""
-    rows, before = buffer.keys.shape
+    before = buffer.keys.shape[1]
     kept = min(topc, before)
     chosen = jnp.sort(eviction.most(buffer, kept), axis=1)
     slots = chosen
@@ -37,7 +37,7 @@ def resize(buffer, topc: int, way: str):
         scales=scales,
         keys=take(jnp.where(eviction.held(buffer), buffer.keys, 0)),
         ages=take(buffer.ages),
-        entries=None if copies is None else holding.in_order(rows, topc),
+        entries=None if copies is None else holding.in_order(chosen, topc),
         total=None,
         norms=None,
         error=None,
@@ -85,7 +85,8 @@ def reset(buffer):
     zeros = jax.tree.map(storage.emptied, buffer)._replace(draws=buffer.draws)
     if buffer.entries is None:
         return zeros
-    return zeros._replace(entries=holding.in_order(*buffer.keys.shape))
+    topc = buffer.keys.shape[1]
+    return zeros._replace(entries=holding.in_order(buffer.entries, topc))
 
 
 def has_equal_ages(buffer):

@@ -366,7 +366,8 @@ def select(stack: Stored, slots, filled, copies: int | None) -> Stored:
 
 def emptied(array):
     """Zeros like a stack, or any array of a state, in the same memory."""
-    zeros = jnp.zeros_like(on_device(array))
+    # A vmap outside of jax.set_mesh hides the devices that zeros_like would need.
+    zeros = jnp.where(False, on_device(array), jnp.zeros((), array.dtype))
     return _moved(zeros, jax.typeof(array).memory_space)
 
 
