@@ -126,7 +126,7 @@ def test_a_state_from_outside_a_mesh_takes_steps_in_it(opt, whose, compiled):
 @pytest.mark.cpu_only("a mesh of eight devices")
 @pytest.mark.few(8)
 def test_members_restored_without_a_mesh_take_steps_on_it(opt, compiled):
-    """In explicit mode, of which a vmap hides the devices."""
+    """In explicit mode."""
     tx, shapes = opt.build(), {"matrix": (8, 3), "vector": (8,)}
     gradient = steps_of(gradients(shapes=shapes))[0]
     gradient, params = (
@@ -141,7 +141,8 @@ def test_members_restored_without_a_mesh_take_steps_on_it(opt, compiled):
     on_mesh = jax.device_put((gradient, params), there)
     for _ in range(2):
         want, plain = jax.jit(step)(gradient, plain, params)
-        updates, state = update(on_mesh[0], state, on_mesh[1])
+        with jax.set_mesh(mesh):
+            updates, state = update(on_mesh[0], state, on_mesh[1])
         close(updates, want)
 
 

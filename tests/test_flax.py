@@ -222,6 +222,27 @@ def test_nnx_optimizers_take_the_names_of_the_variables(name, kind, jitted):
     assert after == expected
 
 
+def only_kernels(params):
+    def name_of(path, _):
+        return "kernel" if "kernel" in jax.tree_util.keystr(path) else "other"
+
+    return jax.tree.map_with_path(name_of, params)
+
+
+@pytest.mark.parametrize("name", ["adam_c", "adam_cm", "sm3"])
+def test_the_state_of_groups_in_nnx_is_checked(name):
+    """Parameters of another group leave empty variables, of two types."""
+    model, _ = nnx_made(name, named=False)
+    parts = {"kernel": OPTIMIZERS[name](), "other": optax.sgd(0.1)}
+    tx = optax.partition(parts, only_kernels)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    nnx_step(model, optimizer)
+    params = nnx.state(model, nnx.Param)
+    memoptax.check_state(tx, params, optimizer.opt_state)
+    if name != "sm3":
+        memoptax.check_state(tx, params, memoptax.reset_buffer(optimizer.opt_state))
+
+
 @pytest.mark.parametrize("name", ["sgd_c", "adam_cm"])
 def test_a_boxed_axis_may_be_symbolic(name):
     shape = (*jax.export.symbolic_shape("b"), 4)

@@ -19,8 +19,17 @@ _KEYS = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names")
 
 
 def is_box(node) -> bool:
-    """Whether this is a box with one array in it. optax.masked may have emptied it."""
-    return (_is_linen(node) or _is_nnx(node)) and len(_arrays(node)) == 1
+    """Whether this is a box with one array in it."""
+    return _is_any_box(node) and len(_arrays(node)) == 1
+
+
+def _is_emptied(node) -> bool:
+    """Whether this is a box in which optax.masked has put a MaskedNode."""
+    return _is_any_box(node) and not _arrays(node)
+
+
+def _is_any_box(node) -> bool:
+    return _is_linen(node) or _is_nnx(node)
 
 
 def make(function, params):
@@ -57,8 +66,21 @@ def inside(node):
 
 
 def bare(tree):
-    """The tree with arrays in place of their boxes."""
-    return jax.tree.map(inside, tree, is_leaf=is_box)
+    """The tree with the array, or optax's MaskedNode, in place of each box.
+
+    nnx puts its state into boxes of another type than the parameters have.
+    """
+
+    def content(node):
+        if _is_emptied(node):
+            return next(
+                iter(jax.tree.leaves(node, is_leaf=lambda x: x is not node)), None
+            )
+        return inside(node)
+
+    return jax.tree.map(
+        content, tree, is_leaf=lambda node: is_box(node) or _is_emptied(node)
+    )
 
 
 def like(boxed, tree):
