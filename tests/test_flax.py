@@ -234,7 +234,7 @@ def test_the_state_of_groups_in_nnx_is_checked(name):
     """Parameters of another group leave empty variables, of two types."""
     model, _ = nnx_made(name, named=False)
     parts = {"kernel": OPTIMIZERS[name](), "other": optax.sgd(0.1)}
-    tx = optax.partition(parts, only_kernels)
+    tx = optax.partition(untyped(parts), only_kernels)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     nnx_step(model, optimizer)
     params = nnx.state(model, nnx.Param)
