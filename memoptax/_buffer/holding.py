@@ -59,7 +59,8 @@ def in_order(rows, topc: int) -> jax.Array:
     ``rows`` are any integers of R rows. The result has the batch that a vmap gives
     them.
     """
-    return jnp.arange(topc + 1, dtype=jnp.int32) + 0 * rows[:, :1].astype(jnp.int32)
+    order = jnp.arange(topc + 1, dtype=jnp.int32)[None]
+    return order + 0 * rows[:, :1].astype(jnp.int32)
 
 
 def slots_of(entries) -> jax.Array:
