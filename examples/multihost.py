@@ -154,6 +154,11 @@ def main(arguments=None):
     )
     options = parser.parse_args(arguments)
     if options.local:
+        if options.devices % options.local or BATCH % options.devices:
+            parser.error(
+                f"--devices must be a multiple of --local and divide {BATCH}, the "
+                f"batch, but they are {options.devices} and {options.local}."
+            )
         passed = ["--steps", str(options.steps)]
         passed += ["--output", options.output] if options.output else []
         return start_local(options.local, options.devices, passed)

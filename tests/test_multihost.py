@@ -41,3 +41,11 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path):
     for name in one.files:
         np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-5)
     assert one["losses"][-1] < one["losses"][0] - 0.1
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_share_the_devices_are_refused():
+    command = [sys.executable, EXAMPLE, "--local", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "--devices must be a multiple of --local" in done.stderr
