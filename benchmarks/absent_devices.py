@@ -59,6 +59,14 @@ def compiler(platform):
     return found[0]
 
 
+def open_no_device():
+    """Leave the GPUs and TPUs of this machine alone, if there are any.
+
+    JAX's plugin for CUDA does not load without a driver unless the platform is the CPU.
+    """
+    jax.config.update("jax_platforms", "cpu")
+
+
 def devices(name, count=1):
     """``count`` devices of a target."""
     target = TARGETS[name]

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from absent_devices import TARGETS, describe
+from absent_devices import TARGETS, describe, open_no_device
 from cases import LIMITS, OPTIMIZERS
 from contexts import CONTEXTS
 from hlo import Program
@@ -297,9 +297,7 @@ def main(argv=None):
     if args.table:
         print(markdown())
         return {}
-    # Open no GPU or TPU, if there is one. And JAX's plugin for CUDA does not load
-    # without a driver unless the platform is the CPU.
-    jax.config.update("jax_platforms", "cpu")
+    open_no_device()
     machine = describe(args.device)
     print(f"{machine['device']}, {machine['compiler']}, jax {machine['jax']}")
     if args.check:

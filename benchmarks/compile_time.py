@@ -70,8 +70,7 @@ def main(argv=None):
     if args.quick:
         args.leaves, args.topc, args.repeats = (4,), (5,), 1
     if args.device:
-        # Open no GPU or TPU. JAX's plugin for CUDA does not load without a driver.
-        jax.config.update("jax_platforms", "cpu")
+        absent_devices.open_no_device()
         (device,) = absent_devices.devices(args.device)
         machine = describe_machine() | absent_devices.describe(args.device)
         kept = RESULTS / f"ahead-of-time-{args.device}.json"
@@ -85,9 +84,7 @@ def main(argv=None):
         for c in args.topc
         for slots in args.dtype
     ]
-    seconds(
-        optax.adam(0.1), 4, device
-    )  # the first compilation also starts the compiler
+    seconds(optax.adam(0.1), 4, device)  # this also starts the compiler
     rows = []
     with tqdm(total=len(args.leaves) * len(cases), unit="case") as bar:
         for leaves in args.leaves:
