@@ -76,8 +76,7 @@ def as_released(options, gradients, state, b1, sound, norms):
     joined, buffer = algorithm.recall_and_offer(
         options, state.buffer, offered, gradients, sound, norms=norms
     )
-    joined = jax.tree.map(lambda x: jnp.where(first, jnp.zeros((), x.dtype), x), joined)
-    return joined, mu, buffer
+    return jax.tree.map(lambda x: jnp.where(first, 0, x), joined), mu, buffer
 
 
 def average(gradients, state, b1, taken):

@@ -73,9 +73,7 @@ def bare(tree):
 
     def content(node):
         if _is_emptied(node):
-            return next(
-                iter(jax.tree.leaves(node, is_leaf=lambda x: x is not node)), None
-            )
+            return jax.tree.leaves(node, is_leaf=lambda x: x is not node)[0]
         return inside(node)
 
     return jax.tree.map(

@@ -143,7 +143,7 @@ def _chosen(rounded: Stored, like: Stored, wanted, other) -> Stored:
         if wanted is not True:
             new = new.astype(dtypes.widest(new.dtype, like.dtype))
             if other is None:
-                new = jnp.where(wanted, new, jnp.zeros((), new.dtype))
+                new = jnp.where(wanted, new, 0)
             else:
                 new = layout.where(wanted, new, other.astype(new.dtype))
         return new.astype(like.dtype)
@@ -367,7 +367,7 @@ def select(stack: Stored, slots, filled, copies: int | None) -> Stored:
 def emptied(array):
     """Zeros like a stack, or any array of a state, in the same memory."""
     # A vmap outside of jax.set_mesh hides the devices that zeros_like would need.
-    zeros = jnp.where(False, on_device(array), jnp.zeros((), array.dtype))
+    zeros = jnp.where(False, on_device(array), 0)
     return _moved(zeros, jax.typeof(array).memory_space)
 
 
