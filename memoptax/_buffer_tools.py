@@ -282,23 +282,25 @@ def _boxed(buffer, function):
     # JAX thinks that new counters are equal on all devices of a shard_map. If the keys
     # differ there, the counters must have the same type.
     new = layout.vary_together(for_each(function, bare), bare.keys)
-    if not flax_metadata.has_boxes(buffer):
+    if jax.tree.structure(bare) == jax.tree.structure(buffer):  # there are no boxes
         return new
 
     def fit(name):
         # A field that the old buffer lacks gets the boxes of another one.
-        old, tree = getattr(buffer, name), getattr(new, name)
-        like = buffer.slots if name == "total" else buffer.keys
-        boxes = jax.tree.leaves(like if old is None else old, is_leaf=is_box)
-        leaves, treedef = jax.tree.flatten(tree)
-        return treedef.unflatten(map(flax_metadata.fit, boxes, leaves))
+        like, tree = getattr(buffer, name), getattr(new, name)
+        if like is None:
+            like = buffer.slots if name == "total" else buffer.keys
+        # A box that a mask has emptied is no leaf. It stays in the structure.
+        boxes, treedef = jax.tree.flatten(like, is_leaf=flax_metadata.is_box)
+        leaves = map(flax_metadata.fit, boxes, jax.tree.leaves(tree))
+        return None if tree is None else treedef.unflatten(leaves)
 
-    is_box = flax_metadata.is_box
     return algorithm.Buffer(*map(fit, algorithm.Buffer._fields))
 
 
 def for_each(function, buffer, *rest):
     """``function`` of a buffer, or of each buffer of a batch. It takes shapes too."""
+    buffer, rest = jax.tree.map(layout.as_placed, (buffer, rest))
     for _ in range(buffer.keys.ndim - 2):
         function = jax.vmap(function)
     if any(map(_is_abstract, jax.tree.leaves((buffer, rest)))):

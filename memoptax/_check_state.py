@@ -76,7 +76,7 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
                 "step has returned."
             )
         try:
-            leaf = storage.on_device(jnp.asarray(leaf))
+            leaf = storage.on_device(layout.as_placed(jnp.asarray(leaf)))
         except (TypeError, ValueError):
             array = isinstance(leaf, np.ndarray)
             kind = leaf.dtype.name if array else f"type {type(leaf).__name__}"
@@ -95,10 +95,11 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
             good = ~jnp.isnan(leaf) if scalar else jnp.isfinite(leaf)
             if not jnp.all(good):
                 raise ValueError(f"{name} has numbers that are not finite.")
+    bare = _parameters.state_arrays(bare)
     for path, leaf in _at_least_0(bare):
         if jnp.any(jnp.less(leaf, 0)):
             raise ValueError(f"state{path} has numbers below 0.")
-    for buffer in _buffer_tools.buffers_in(_parameters.state_arrays(bare)):
+    for buffer in _buffer_tools.buffers_in(bare):
         matching.check_shapes(buffer)
         _buffer_tools.check_numbers(buffer)
         for is_wrong, sentence in _CONTRADICTIONS.items():

@@ -509,6 +509,7 @@ def _in_front_of(
     tx = optax.chain(_recalling(options, sound), base)
 
     def update_fn(updates, state, params=None, **extra_args):
+        updates = jax.tree.map(layout.as_placed, updates)
         new_updates, new_state = tx.update(updates, state, params, **extra_args)
         new_updates = _in_dtypes_of(updates, new_updates)
         return jax.tree.map(layout.like, new_updates, updates), new_state

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from memoptax._tensors import row_sparse
+from memoptax._tensors import layout, row_sparse
 
 
 def transformation(
@@ -29,6 +29,7 @@ def transformation(
         updates, state = real_arrays(updates, "gradient"), state_arrays(state)
         if not by_rows:
             row_sparse.refuse(updates)
+        params = jax.tree.map(layout.as_placed, params)
         return update_fn(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(checked_init_fn, checked_update_fn)
@@ -81,12 +82,13 @@ def state_arrays(state):
 def _array(leaf):
     """A Python number or NumPy array as a JAX array that is not weakly typed.
 
-    JAX's arrays and shapes stay as they are. Without x64, zeros like a NumPy array in
-    float64 would give a warning. Zeros like this array do not.
+    Shapes stay as they are. So do JAX's arrays, in a type that says where they are.
+    Without x64, zeros like a NumPy array in float64 would give a warning. Zeros like
+    this array do not.
     """
     if isinstance(leaf, (int, float, np.ndarray, np.generic)):
         return jnp.asarray(leaf, jax.dtypes.canonicalize_dtype(jnp.result_type(leaf)))
-    return leaf
+    return layout.as_placed(leaf)
 
 
 def _check_real(kind, path, leaf):

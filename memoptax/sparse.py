@@ -141,7 +141,8 @@ def on_values(
     (`adaptive_grad_clip`, `scale_by_trust_ratio`), because it is then that of the rows.
     Weight decay and noise reach only the rows of the batch.
 
-    `optax.apply_if_finite` can wrap :func:`memoptax.sm3` without this wrapper.
+    `optax.apply_if_finite` can wrap :func:`memoptax.sm3` without this wrapper, if the
+    dtype of the indices can hold the number of rows.
 
     Args:
       inner: a transformation whose state has nothing per row of a row-sparse leaf.

@@ -147,6 +147,33 @@ def test_members_restored_without_a_mesh_take_steps_on_it(opt, compiled):
 
 
 @each_optimizer
+@pytest.mark.parametrize(
+    "mode, compiled", [("Auto", True), ("Auto", False), ("Explicit", False)]
+)
+@pytest.mark.cpu_only("a mesh of eight devices")
+@pytest.mark.few(8)
+def test_a_state_taken_off_a_mesh_takes_steps_on_one_device(opt, mode, compiled):
+    """The types still name the mesh. In explicit mode JAX then compiles no step."""
+    tx, shapes = opt.build(), {"matrix": (8, 3), "vector": (8,)}
+    params, gradient = params_like(shapes), steps_of(gradients(shapes=shapes))[0]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType[mode],))
+    there = NamedSharding(mesh, PartitionSpec("data"))
+    step = jax.jit(tx.update)
+    _, plain = step(gradient, tx.init(params), params)
+    on_mesh = jax.device_put((params, gradient), there)
+    _, state = step(on_mesh[1], tx.init(on_mesh[0]), on_mesh[0])
+    moved, state = jax.device_put((on_mesh, state), jax.devices()[0])
+    memoptax.check_state(tx, params, state)
+    if opt.accepts("topc"):
+        assert memoptax.buffer_stats(state)
+        memoptax.buffer_stats(memoptax.reset_buffer(memoptax.resize_buffer(state, 4)))
+    want, _ = step(gradient, plain, params)
+    for p, g in ((params, gradient), moved, (moved[0], gradient)):
+        updates, _ = (step if compiled else tx.update)(g, state, p)
+        close(updates, want)
+
+
+@each_optimizer
 def test_init_needs_shapes_only(opt):
     tx, params = opt.build(), params_like(SHAPES)
     shapes = jax.eval_shape(lambda: params)

@@ -360,6 +360,57 @@ BY_ROWS = {
 }
 
 
+HALF_BOXED = {
+    "linen": lambda: {
+        "w": nn.Partitioned(jnp.ones((4, 3)), ("rows", None)),
+        "b": nn.Partitioned(jnp.ones(3), (None,)),
+    },
+    "nnx": lambda: nnx.state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Param),
+}
+
+
+@pytest.mark.parametrize("wrapper", ["masked", "partition"])
+@pytest.mark.parametrize("kind", HALF_BOXED)
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(memoptax.sgd_c, 0.1),
+        functools.partial(memoptax.adam_c, 0.1, fifo_probability=0.5),
+        functools.partial(
+            memoptax.adam_cm, 0.1, synced=False, buffer_dtype="int8", holding="sum"
+        ),
+    ],
+    ids=["sgd_c", "adam_c", "adam_cm"],
+)
+def test_boxes_that_a_mask_has_emptied_stay_in_the_buffer(make, kind, wrapper):
+    params = HALF_BOXED[kind]()
+
+    def matrices(tree):
+        return jax.tree.map(lambda p: p.ndim > 1, tree)
+
+    def wrapped(topc):
+        if wrapper == "masked":
+            return optax.masked(make(topc=topc), matrices)
+        others = {True: make(topc=topc), False: optax.adam(0.1)}
+        return optax.partition(untyped(others), matrices)
+
+    for topc in (1, 4):
+        tx = wrapped(topc)
+        _, state = tx.update(params, tx.init(params), params)
+        same = memoptax.reset_buffer(state)
+        assert jax.tree.structure(same) == jax.tree.structure(state)
+        assert jax.tree.structure(same) == jax.tree.structure(tx.init(params))
+        for other in (1, 3, 5):
+            asked, way = wrapped(other), "select" if other == 1 else None
+            if make.keywords.get("holding"):
+                way = "sum"
+            larger = memoptax.resize_buffer(state, other, holding=way)
+            asked_for = jax.tree.structure(jax.eval_shape(asked.init, params))
+            assert jax.tree.structure(larger) == asked_for
+            memoptax.check_state(asked, params, larger)
+            asked.update(params, larger, params)
+
+
 @pytest.mark.parametrize("options", BY_ROWS)
 @pytest.mark.parametrize("kind", BOXED_TABLES)
 def test_row_sparse_gradients_may_be_in_boxes(kind, options):

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 
 def like(x, other, leading: int = 0):
@@ -73,6 +73,19 @@ def _are_alike(x, other, leading):
     """Whether JAX can choose between ``x`` and a part of ``other``."""
     spaces = {jax.typeof(x).memory_space, jax.typeof(other).memory_space}
     return x.shape == other.shape[leading:] and len(spaces) == 1
+
+
+def as_placed(x):
+    """``x``, on no mesh if it is an array that was moved from a mesh to one device.
+
+    ``jax.device_put`` leaves the mesh in the type of such an array, and in explicit mode
+    JAX then asks for all devices of the mesh. No number is copied.
+    """
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer):
+        return x
+    stale = not jax.typeof(x).sharding.mesh.empty
+    one = isinstance(x.sharding, SingleDeviceSharding)
+    return x.addressable_data(0) if stale and one else x
 
 
 def agreeing(arrays, other):

@@ -62,8 +62,8 @@ def merged(gradient, name: str) -> Any:
     """The gradient with every row once, under a number that is not negative.
 
     Rows are added in float32 or better, because many may be the same. Unused rows are 0
-    and point outside of the table. The flags of the indices stay as they are, because
-    they are part of the type, which `lax.cond` compares.
+    and point outside of the table. The indices keep their flags, and their dtype if it
+    can hold the number of rows. Both are part of the type, which `lax.cond` compares.
     """
     check(gradient, name)
     from jax.experimental.sparse import BCOO
@@ -77,6 +77,8 @@ def merged(gradient, name: str) -> Any:
         once = BCOO((data, indices), shape=gradient.shape)
         once = once.sum_duplicates(nse=gradient.nse, remove_zeros=False)
         data, indices = once.data, once.indices
+    if rows <= jnp.iinfo(gradient.indices.dtype).max:
+        indices = indices.astype(gradient.indices.dtype)
     return BCOO(
         (data.astype(gradient.dtype), indices),
         shape=gradient.shape,
