@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from memoptax import _check
+from memoptax import _check, _parameters
 from memoptax._tensors import flax_metadata
 
 
@@ -150,7 +150,7 @@ def memory_report(
       undonated  8,008,040   1,008,040  8,040          8.000
     """
     _check.transformation("tx", tx)
-    state = jax.eval_shape(tx.init, params)
+    state = _parameters.shapes_of(tx.init, params)
     leaves, treedef = jax.tree.flatten_with_path(state)
     laid_out: list[Any] = [None] * len(leaves)
     if shardings is not None:
@@ -173,6 +173,7 @@ def memory_report(
     roots = _paths_of(type(bare_params), bare_state)
     bare_leaves = jax.tree.leaves_with_path(bare_state)
     fields, per_device, whole = (collections.Counter() for _ in range(3))
+    arrays = filter(_parameters.is_array, jax.tree.leaves(params))
     for (path, leaf), sharding in zip(bare_leaves, laid_out):
         name = _field(path, roots, inside)
         part = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
@@ -183,7 +184,7 @@ def memory_report(
     return MemoryReport(
         fields=dict(fields.most_common()),
         total=fields.total(),
-        parameters=sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(params)),
+        parameters=sum(math.prod(np.shape(leaf)) for leaf in arrays),
         per_device=None if shardings is None else dict(per_device),
         whole=None if shardings is None else dict(whole),
     )

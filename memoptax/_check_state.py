@@ -50,7 +50,8 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
       >>> memoptax.check_state(tx, params, tx.init(params))
     """
     _check.transformation("tx", tx)
-    bare, asked = map(flax_metadata.bare, (state, jax.eval_shape(tx.init, params)))
+    asked = _parameters.shapes_of(tx.init, params)
+    bare, asked = map(flax_metadata.bare, (state, asked))
     found, wanted = map(jax.tree.leaves_with_path, (bare, asked))
     if jax.tree.structure(bare) != jax.tree.structure(asked):
         raise ValueError(

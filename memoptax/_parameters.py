@@ -47,6 +47,33 @@ def real_arrays(tree, kind: str = "parameter"):
     )
 
 
+def shapes_of(init_fn, params):
+    """The shapes and dtypes of ``init_fn(params)``, without running it.
+
+    A leaf that is no array stays as it is, because ``optax.masked`` may leave it out.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    arrays = [leaf if is_array(leaf) else None for leaf in leaves]
+
+    def init(arrays):
+        found = [leaf if a is None else a for a, leaf in zip(arrays, leaves)]
+        return init_fn(treedef.unflatten(found))
+
+    return jax.eval_shape(init, arrays)
+
+
+def is_array(leaf) -> bool:
+    """Whether JAX can trace a leaf: an array, its shape and dtype, or a number."""
+    number = isinstance(leaf, (bool, int, float, complex))
+    if not number and not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        return False
+    try:
+        jnp.result_type(leaf)
+    except TypeError:  # a dtype that JAX does not have
+        return False
+    return True
+
+
 def trained(updates, params):
     """The parameters, with None where the update is None.
 

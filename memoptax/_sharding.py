@@ -22,7 +22,7 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from memoptax import _check
+from memoptax import _check, _parameters
 from memoptax._buffer import algorithm, matching
 from memoptax._tensors import layout
 
@@ -93,7 +93,7 @@ def state_partition_specs(
     _check_mesh(mesh)
     over = _checked_over(over, mesh)
     leaves, treedef = jax.tree.flatten_with_path(params)
-    leaves = [(path, _shaped(path, leaf)) for path, leaf in leaves]
+    leaves = [(path, _shaped(leaf)) for path, leaf in leaves]
     every = [
         _divided_further(*leaf, _checked(*leaf, spec, mesh), over, mesh)
         for leaf, spec in zip(leaves, _per_parameter(specs, params))
@@ -103,6 +103,8 @@ def state_partition_specs(
     tracing = AbstractMesh((1,) * len(names), names, (AxisType.Explicit,) * len(names))
 
     def carrying(leaf, spec):
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
         return leaf.update(sharding=NamedSharding(tracing, spec))
 
     found = []
@@ -115,7 +117,7 @@ def state_partition_specs(
     # The mesh of the caller is put aside, because JAX does not let its size change.
     with use_abstract_mesh(AbstractMesh((), ())), use_abstract_mesh(tracing):
         typed = [carrying(leaf, spec) for (_, leaf), spec in zip(leaves, every)]
-        jax.eval_shape(init, treedef.unflatten(typed))
+        _parameters.shapes_of(init, treedef.unflatten(typed))
     return found[0]
 
 
@@ -243,14 +245,11 @@ def _with_slots_in(kind, node):
     return node._replace(slots=slots)
 
 
-def _shaped(path, leaf):
-    """The shape and dtype of a leaf, which may be a number."""
-    try:
-        return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
-    except TypeError as error:
-        raise ValueError(
-            f"The {_called(path)} must be an array, but is {leaf!r}."
-        ) from error
+def _shaped(leaf):
+    """The shape and dtype of a leaf, which may be a number. What is no array stays."""
+    if not _parameters.is_array(leaf):
+        return leaf
+    return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
 
 
 def _is_spec(node):
@@ -271,6 +270,8 @@ def _per_parameter(specs, params) -> list[Any]:
 
 
 def _checked(path, leaf, spec, mesh) -> PartitionSpec:
+    if not _parameters.is_array(leaf):  # it has no axis, and optax.masked leaves it out
+        return PartitionSpec()
     if not _is_spec(spec):
         raise ValueError(
             f"specs must hold PartitionSpecs, but has {spec!r} for {_called(path)}."
@@ -329,8 +330,8 @@ def _divided_further(path, leaf, spec, over, mesh) -> PartitionSpec:
             f"already: its spec is {spec}."
         )
     parts = math.prod(mesh.shape[name] for name in over)
-    entries = [*spec] + [None] * (len(leaf.shape) - len(spec))
-    for axis, size in enumerate(leaf.shape if over else ()):
+    entries = [*spec] + [None] * (len(np.shape(leaf)) - len(spec))
+    for axis, size in enumerate(np.shape(leaf) if over else ()):
         if entries[axis] is None and size and size % parts == 0:
             entries[axis] = over[0] if len(over) == 1 else over
             break

@@ -122,12 +122,6 @@ def test_a_spec_that_does_not_fit_is_refused(specs, message):
         memoptax.state_partition_specs(memoptax.sgd_c(0.1), params, specs)
 
 
-def test_specs_name_the_path_of_what_is_no_array():
-    params = {"w": jnp.ones(3), "act": jax.nn.relu}
-    with pytest.raises(ValueError, match=r"\['act'\] must be an array, but is"):
-        memoptax.state_partition_specs(memoptax.adam_c(0.1), params, None)
-
-
 def test_shardings_need_one_mesh(mesh):
     tx = memoptax.sgd_c(0.1)
     with pytest.raises(ValueError, match="params must be on one mesh, but are on 0"):

@@ -7,6 +7,7 @@ import optax
 import pytest
 from contract import each_factory
 from jax.experimental.sparse import BCOO
+from jax.sharding import PartitionSpec as P
 
 import memoptax
 
@@ -29,6 +30,51 @@ def test_an_integer_without_a_gradient_is_left_alone(opt):
     optax.apply_updates(TRAINED, found)
     memoptax.check_state(tx, TRAINED, new)
     memoptax.check_state(tx, TRAINED, other)
+
+
+@each_factory
+@pytest.mark.parametrize(
+    "fixed",
+    [jax.nn.relu, "gelu", jax.random.key(0), np.array(["a", "b"]), jnp.arange(3)],
+    ids=["function", "name", "key", "names", "integers"],
+)
+@pytest.mark.few(6)
+def test_tools_take_what_a_mask_leaves_out(opt, fixed):
+    trained = {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}
+    params, inner = {**trained, "fixed": fixed}, opt.build()
+    tx = optax.masked(inner, {"w": True, "b": True, "fixed": False})
+    state = tx.init(params)
+    memoptax.check_state(tx, params, state)
+    report, want = (
+        memoptax.memory_report(*asked) for asked in ((tx, params), (inner, trained))
+    )
+    assert report.fields == want.fields
+    more = fixed.size if isinstance(fixed, jax.Array) else 0
+    assert report.parameters == want.parameters + more
+    assert memoptax.state_bytes(tx, params) == want.total
+    mesh = jax.make_mesh((1,), ("data",))
+    over = {"w": P("data"), "b": P(), "fixed": None}
+    specs = memoptax.state_partition_specs(tx, params, over)
+    assert jax.tree.structure(specs) == jax.tree.structure(state)
+    alone = {name: over[name] for name in trained}
+    alone = memoptax.state_partition_specs(inner, trained, alone)
+    assert jax.tree.leaves(specs) == jax.tree.leaves(alone)
+    shardings = memoptax.state_shardings(tx, params, mesh, over="data")
+    placed = jax.device_put(state, shardings)
+    memoptax.check_state(tx, params, placed)
+
+
+def test_tools_name_the_path_of_what_is_no_parameter():
+    tx, params = memoptax.adam_c(0.1), {"w": jnp.ones(3), "act": jax.nn.relu}
+    for tool in (
+        memoptax.state_bytes,
+        memoptax.memory_report,
+        lambda tx, params: memoptax.check_state(tx, params, ()),
+        lambda tx, params: memoptax.state_partition_specs(tx, params, P()),
+        lambda tx, params: memoptax.largest_topc(lambda **_: tx, params, 1e3),
+    ):
+        with pytest.raises(ValueError, match=r"\['act'\] must be an array, but is"):
+            tool(tx, params)
 
 
 def test_sm3_with_weight_decay_leaves_it_alone():
