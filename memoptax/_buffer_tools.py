@@ -285,7 +285,7 @@ def _boxed(buffer, function):
     if jax.tree.structure(bare) == jax.tree.structure(buffer):  # there are no boxes
         return new
 
-    def fit(name):
+    def fit(name) -> Any:
         # A field that the old buffer lacks gets the boxes of another one.
         like, tree = getattr(buffer, name), getattr(new, name)
         if like is None:

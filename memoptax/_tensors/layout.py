@@ -78,7 +78,7 @@ def _are_alike(x, other, leading):
 def as_placed(x):
     """``x``, on no mesh if it is an array that was moved from a mesh to one device.
 
-    ``jax.device_put`` leaves the mesh in the type of such an array, and in explicit mode
+    ``jax.device_put`` leaves the mesh in the type of such an array. In explicit mode
     JAX then asks for all devices of the mesh. No number is copied.
     """
     if not isinstance(x, jax.Array) or isinstance(x, Tracer):
