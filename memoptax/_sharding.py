@@ -93,19 +93,24 @@ def state_partition_specs(
     _check_mesh(mesh)
     over = _checked_over(over, mesh)
     leaves, treedef = jax.tree.flatten_with_path(params)
-    leaves = [(path, _shaped(leaf)) for path, leaf in leaves]
+    # What is no array has no spec. It stays as it is, because optax.masked may leave it
+    # out.
     every = [
-        _divided_further(*leaf, _checked(*leaf, spec, mesh), over, mesh)
-        for leaf, spec in zip(leaves, _per_parameter(specs, params))
+        _divided_further(path, np.shape(leaf), spec, over, mesh)
+        if _parameters.is_array(leaf)
+        else None
+        for (path, leaf), spec in zip(leaves, _per_parameter(specs, params))
     ]
     # Every mesh axis has size one, so that it divides every axis of an array.
     names = tuple(dict.fromkeys(layout.mesh_axes(tuple(every))))
     tracing = AbstractMesh((1,) * len(names), names, (AxisType.Explicit,) * len(names))
 
     def carrying(leaf, spec):
-        if not isinstance(leaf, jax.ShapeDtypeStruct):
+        if spec is None:
             return leaf
-        return leaf.update(sharding=NamedSharding(tracing, spec))
+        sharding = NamedSharding(tracing, spec)
+        shape, dtype = np.shape(leaf), jnp.result_type(leaf)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     found = []
 
@@ -245,13 +250,6 @@ def _with_slots_in(kind, node):
     return node._replace(slots=slots)
 
 
-def _shaped(leaf):
-    """The shape and dtype of a leaf, which may be a number. What is no array stays."""
-    if not _parameters.is_array(leaf):
-        return leaf
-    return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
-
-
 def _is_spec(node):
     return node is None or isinstance(node, PartitionSpec)
 
@@ -269,17 +267,15 @@ def _per_parameter(specs, params) -> list[Any]:
     return jax.tree.structure(params).flatten_up_to(specs)
 
 
-def _checked(path, leaf, spec, mesh) -> PartitionSpec:
-    if not _parameters.is_array(leaf):  # it has no axis, and optax.masked leaves it out
-        return PartitionSpec()
+def _checked(path, shape, spec, mesh) -> PartitionSpec:
     if not _is_spec(spec):
         raise ValueError(
             f"specs must hold PartitionSpecs, but has {spec!r} for {_called(path)}."
         )
-    if spec is not None and len(spec) > len(leaf.shape):
+    if spec is not None and len(spec) > len(shape):
         raise ValueError(
-            f"specs has {spec} for {_called(path)}, whose shape {leaf.shape} has only "
-            f"{len(leaf.shape)} axes."
+            f"specs has {spec} for {_called(path)}, whose shape {shape} has only "
+            f"{len(shape)} axes."
         )
     spec = PartitionSpec() if spec is None else spec
     for name in layout.mesh_axes(spec):
@@ -321,8 +317,9 @@ def _checked_over(over, mesh) -> tuple[str, ...]:
     return names
 
 
-def _divided_further(path, leaf, spec, over, mesh) -> PartitionSpec:
-    """The spec with ``over`` at the first free axis that it divides, if any."""
+def _divided_further(path, shape, spec, over, mesh) -> PartitionSpec:
+    """The spec, checked, with ``over`` at the first free axis that it divides."""
+    spec = _checked(path, shape, spec, mesh)
     taken = [name for name in over if name in layout.mesh_axes(spec)]
     if taken:
         raise ValueError(
@@ -330,8 +327,8 @@ def _divided_further(path, leaf, spec, over, mesh) -> PartitionSpec:
             f"already: its spec is {spec}."
         )
     parts = math.prod(mesh.shape[name] for name in over)
-    entries = [*spec] + [None] * (len(np.shape(leaf)) - len(spec))
-    for axis, size in enumerate(np.shape(leaf) if over else ()):
+    entries = [*spec] + [None] * (len(shape) - len(spec))
+    for axis, size in enumerate(shape if over else ()):
         if entries[axis] is None and size and size % parts == 0:
             entries[axis] = over[0] if len(over) == 1 else over
             break

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import Program
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memoptax
 from memoptax import _sharding
 
-from compiled import compile_step, step_of, train
+from compiled import compile_step, step_of, temporaries, train
 from meshes import (
     BUFFER,
     LAYOUTS,
@@ -127,6 +128,35 @@ def test_a_mesh_changes_nothing_and_sends_few_numbers(name, layout, mesh):
     assert sizes and max(sizes) <= (
         128 if name in ("sm3", "sm3_cm", "partition") else len(SHAPES)
     )
+
+
+@pytest.mark.slow  # the oldest jax takes more temporaries
+def test_slots_divided_by_a_generic_helper_cost_what_the_docs_say():
+    """The figures of docs/zero1.md."""
+    tx = memoptax.adam_c(1e-3, topc=7)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    whole = NamedSharding(mesh, P())
+    like = jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=whole)
+    shapes = jax.eval_shape(tx.init, like)
+
+    def first_divisible_axis(x):
+        axis = next((k for k, size in enumerate(x.shape) if size % 8 == 0), None)
+        entries = () if axis is None else (*[None] * axis, "data")
+        return NamedSharding(mesh, P(*entries))
+
+    def cost(shardings):
+        state = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
+        placed = {"out_shardings": (whole, shardings), "donate_argnums": (0, 1)}
+        step = jax.jit(step_of(tx), **placed)
+        compiled = step.lower(like, state, like).compile()
+        program = Program(compiled.as_text())
+        sent = sum(a.size for i in program.collectives() for a in i.arrays)
+        return 4 * sent / like.size, temporaries(compiled, like)
+
+    right = cost(memoptax.state_shardings(tx, like, over="data"))
+    np.testing.assert_allclose(right, (4, 1 / 8), rtol=0.01)
+    wrong = cost(jax.tree.map(first_divisible_axis, shapes))
+    np.testing.assert_allclose(wrong, (12, 3), rtol=0.01)
 
 
 # Slots in host memory

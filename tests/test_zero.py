@@ -249,36 +249,6 @@ def assert_sends_only_updates(program, params, name):
     assert max(reduced, default=0) <= largest, reduced
 
 
-def test_slots_divided_by_a_generic_helper_cost_what_the_docs_say():
-    mesh, tx = mesh_of(EIGHT), memoptax.adam_c(1e-3, topc=7)
-    whole = NamedSharding(mesh, P())
-    like = jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=whole)
-    shapes = jax.eval_shape(tx.init, like)
-
-    def first_divisible_axis(x):
-        axis = next((k for k, size in enumerate(x.shape) if size % 8 == 0), None)
-        entries = () if axis is None else (*[None] * axis, "data")
-        return NamedSharding(mesh, P(*entries))
-
-    def step(params, state, gradients):
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    def cost(shardings):
-        state = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
-        placed = {"out_shardings": (whole, shardings), "donate_argnums": (0, 1)}
-        compiled = jax.jit(step, **placed).lower(like, state, like).compile()
-        program = Program(compiled.as_text())
-        sent = sum(a.size for i in program.collectives() for a in i.arrays)
-        temporaries = untyped(compiled.memory_analysis()).temp_size_in_bytes
-        return 4 * sent / like.size, temporaries / (4 * like.size)
-
-    right = cost(memoptax.state_shardings(tx, like, over="data"))
-    np.testing.assert_allclose(right, (4, 1 / 8), rtol=0.01)
-    wrong = cost(jax.tree.map(first_divisible_axis, shapes))
-    np.testing.assert_allclose(wrong, (12, 3), rtol=0.01)
-
-
 def clipped(tx):
     return optax.chain(optax.clip_by_global_norm(1.0), optax.apply_if_finite(tx, 3))
 
