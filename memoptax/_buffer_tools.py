@@ -80,7 +80,8 @@ def buffer_stats(state: Any, updates: Any = None) -> dict[str, jax.Array]:
 def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> State:
     """The state for the same optimizer with another ``topc``.
 
-    A smaller buffer keeps the most critical entries. A larger one has empty slots.
+    A smaller buffer keeps the most critical entries, and of equally critical ones those
+    with the lowest index. A larger one has empty slots.
     Keys, ages and counters stay, and the sums are rebuilt. Restore a checkpoint with
     the ``topc`` that it was saved with, and then resize it.
 

@@ -285,8 +285,8 @@ def transformation(name: str, value) -> None:
     methods = [getattr(value, name, None) for name in ("init", "update")]
     if isinstance(value, type) or not all(map(callable, methods)):
         raise ValueError(
-            f"{name} must be an optax.GradientTransformation, but is of type "
-            f"{type(value).__name__}."
+            f"{name} must be an optax.GradientTransformation, whose init and update "
+            f"are functions, but is of type {type(value).__name__}."
         )
 
 

@@ -176,8 +176,10 @@ def _if_in(g, total, yes, no):
     """
     info, square = jnp.finfo(total.dtype), g * g
     unseen = float(info.max) * float(info.eps) / 4  # what does not change the largest
-    seen = jnp.where(jnp.isfinite(square), yes, no)
-    return jnp.where(total < info.max, seen, jnp.where(square < unseen, yes, no))
+    no = jnp.full_like(yes, no)
+    seen = layout.where(jnp.isfinite(square), yes, no)
+    unknown = layout.where(square < unseen, yes, no)
+    return layout.where(total < info.max, seen, unknown)
 
 
 def _least(floors):

@@ -174,6 +174,23 @@ def test_a_state_taken_off_a_mesh_takes_steps_on_one_device(opt, mode, compiled)
 
 
 @each_optimizer
+@pytest.mark.few(8)
+def test_eager_steps_beside_a_mesh_of_one_device(opt):
+    """What JAX returns for arrays of one shape may then be on the mesh or not."""
+    tx, shapes = opt.build(), {"matrix": (11, 3), "vector": (11,)}
+    params, gradient = params_like(shapes), steps_of(gradients(shapes=shapes))[0]
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+    there = NamedSharding(mesh, PartitionSpec("data"))
+    moved = jax.device_put(jax.device_put(gradient, there), jax.devices()[0])
+    jax.tree.map(jnp.isfinite, moved)
+    state = tx.init(params)
+    want, _ = jax.jit(tx.update)(gradient, state, params)
+    for g in (gradient, moved):
+        updates, _ = tx.update(g, state, params)
+        close(updates, want)
+
+
+@each_optimizer
 def test_init_needs_shapes_only(opt):
     tx, params = opt.build(), params_like(SHAPES)
     shapes = jax.eval_shape(lambda: params)

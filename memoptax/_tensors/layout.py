@@ -18,6 +18,7 @@ def like(x, other, leading: int = 0):
     whole. An array on no mesh, such as one of NumPy, is put on that of ``other``. In
     other modes ``x`` is returned as it is.
     """
+    x, other = as_placed(x), as_placed(other)
     have, want = jax.typeof(x).sharding, jax.typeof(other).sharding
     if want.mesh.empty:
         return x
@@ -36,6 +37,8 @@ def where(condition, new, old):
     if both are on one mesh. So an ``old`` on no mesh is put on that of ``new``.
     """
     new = like(new, old)
+    if jnp.ndim(condition):
+        condition = like(condition, new)
     return jnp.where(condition, new, like(old, new))
 
 
@@ -79,7 +82,8 @@ def as_placed(x):
     """``x``, on no mesh if it is an array that was moved from a mesh to one device.
 
     ``jax.device_put`` leaves the mesh in the type of such an array. In explicit mode
-    JAX then asks for all devices of the mesh. No number is copied.
+    JAX then asks for all devices of the mesh. Outside of ``jax.jit``, and beside a mesh
+    of one device, JAX may return such arrays from others. No number is copied.
     """
     if not isinstance(x, jax.Array) or isinstance(x, Tracer):
         return x
@@ -94,6 +98,7 @@ def agreeing(arrays, other):
     In JAX's explicit mode a mesh axis can divide one axis of the result only. An array
     that it divides along another one is gathered along that one.
     """
+    arrays = tuple(map(as_placed, arrays))
     meshes = [jax.typeof(x).sharding.mesh for x in (other, *arrays)]
     mesh = next((mesh for mesh in meshes if not mesh.empty), None)
     if mesh is None:
