@@ -1,6 +1,7 @@
 """JAX's explicit mode, where the sharding of an array is part of its type."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memoptax
+from memoptax._tensors import layout
 
 from meshes import trimmed
 from untyped import untyped
@@ -388,3 +390,17 @@ def test_a_divided_ensemble_needs_no_set_mesh(tx):
     resized = memoptax.resize_buffer(divided, 3)
     assert (memoptax.buffer_stats(resized)["fill"] == want["fill"]).all()
     step(divided_params, empty, divided_params)
+
+
+def test_a_choice_among_arrays_on_a_mesh_of_one_device_and_off_it():
+    """The type of one that was moved to the device still names the mesh."""
+    mesh = jax.make_mesh((1,), ("data",), (AxisType.Explicit,))
+
+    def placed(x):
+        there = jax.device_put(x, NamedSharding(mesh, P("data")))
+        return jnp.asarray(x), there, jax.device_put(there, jax.devices()[0])
+
+    one, two = np.arange(8.0, dtype=np.float32), np.ones(8, np.float32)
+    for condition, new, old in itertools.product(*map(placed, (one > 3, one, two))):
+        chosen = layout.where(condition, new, old)
+        np.testing.assert_array_equal(chosen, np.where(one > 3, one, two))

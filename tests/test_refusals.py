@@ -22,7 +22,10 @@ def test_a_name_that_the_package_does_not_have():
         memoptax.adam_x  # noqa: B018
 
 
-@pytest.mark.parametrize("tx", [None, SHAPES, memoptax.sgd_c])
+NO_UPDATE = optax.GradientTransformation(lambda params: (), untyped(None))
+
+
+@pytest.mark.parametrize("tx", [None, SHAPES, memoptax.sgd_c, NO_UPDATE])
 def test_what_is_no_transformation_is_refused(tx):
     """As when ``tx`` and ``params`` are in the wrong order."""
     for call in (
@@ -32,7 +35,10 @@ def test_what_is_no_transformation_is_refused(tx):
         lambda tx, params: memoptax.state_partition_specs(tx, params, P()),
         lambda tx, params: memoptax.check_state(tx, params, ()),
     ):
-        message = f"tx must be an optax.* but is of type {type(tx).__name__}"
+        message = (
+            "tx must be an optax.GradientTransformation, whose init and update are "
+            f"functions, but is of type {type(tx).__name__}"
+        )
         with pytest.raises(ValueError, match=message):
             call(tx, SHAPES)
 
