@@ -20,6 +20,10 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
     the values too. Call it outside of ``jax.jit`` after every restore from a
     checkpoint, and whenever a state was changed by other means.
 
+    It finds only numbers that no optimizer could have made. A checkpoint that was saved
+    or restored without the slots has zeros in their place, and keys that are not 0.
+    Only a running sum shows that. :func:`memoptax.reset_buffer` empties such a buffer.
+
     Args:
       tx: the optimizer.
       params: parameters, or ``jax.ShapeDtypeStruct`` leaves like them.
