@@ -176,9 +176,9 @@ def _if_in(g, total, yes, no):
     """
     info, square = jnp.finfo(total.dtype), g * g
     unseen = float(info.max) * float(info.eps) / 4  # what does not change the largest
-    no = jnp.full_like(yes, no)
-    seen = layout.where(jnp.isfinite(square), yes, no)
-    unknown = layout.where(square < unseen, yes, no)
+    yes = layout.as_placed(yes)
+    seen = jnp.where(layout.like(jnp.isfinite(square), yes), yes, no)
+    unknown = jnp.where(layout.like(square < unseen, yes), yes, no)
     return layout.where(total < info.max, seen, unknown)
 
 
