@@ -81,9 +81,9 @@ def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> Sta
     """The state for the same optimizer with another ``topc``.
 
     A smaller buffer keeps the most critical entries, and of equally critical ones those
-    with the lowest index. A larger one has empty slots.
-    Keys, ages and counters stay, and the sums are rebuilt. Restore a checkpoint with
-    the ``topc`` that it was saved with, and then resize it.
+    with the lowest index. A larger one has empty slots. Keys, ages and counters stay,
+    and the sums are rebuilt. Restore a checkpoint with the ``topc`` that it was saved
+    with, and then resize it.
 
     In one case a new sum has a different dtype than in ``init``: with a
     ``buffer_dtype``, and parameters in both float32 and float64. The state does not say

@@ -172,7 +172,8 @@ def _if_in(g, total, yes, no):
     """``yes`` where g^2 is in the total, and ``no`` where it was too large for it.
 
     Each condition reads one array. XLA's CPU backend would store a mask made from both,
-    a byte for every entry.
+    a byte for every entry. A ``no`` of NaN or infinity stays a number, because JAX's
+    debug flags refuse an array of these in an eager step.
     """
     info, square = jnp.finfo(total.dtype), g * g
     unseen = float(info.max) * float(info.eps) / 4  # what does not change the largest

@@ -34,7 +34,8 @@ def where(condition, new, old):
     """``new`` where the condition holds and ``old`` elsewhere, sharded like ``old``.
 
     In JAX's explicit mode every member of a batch can have a condition of its own only
-    if both are on one mesh. So an ``old`` on no mesh is put on that of ``new``.
+    if both are on one mesh. So an ``old`` on no mesh is put on that of ``new``. So is
+    the condition, unless it is a scalar.
     """
     new = like(new, old)
     if jnp.ndim(condition):
