@@ -306,7 +306,7 @@ def state(found, kind: Any) -> None:
             f"it belongs to another optimizer{rest}."
         )
     if "count" in kind._fields:
-        counts("count", found.count)
+        count(found.count)
 
 
 def without_buffer(has_one: bool) -> None:
@@ -328,22 +328,55 @@ def same_leaves(leaves, treedef, made_for, shapes) -> None:
 
     ``leaves`` are those of the updates, with their paths.
     """
-    if treedef != made_for:
-        raise ValueError(
-            f"updates have the structure {treedef}, but the state was made for "
-            f"parameters of the structure {made_for}."
-        )
+    same_structure(treedef, made_for)
     for (path, leaf), shape in zip(leaves, shapes):
         same_shape(path, leaf.shape, shape)
 
 
-def same_shape(path: Any, found, made_for) -> None:
+def same_structure(found, made_for, why: str = "") -> None:
+    """Refuse updates of another structure."""
+    if found != made_for:
+        raise ValueError(
+            f"updates have the structure {found}, but the state was made for "
+            f"parameters of the structure {made_for}{why}."
+        )
+
+
+def same_shape(path: Any, found, made_for, why: str = "") -> None:
     """Refuse an update of another shape, which could be broadcast."""
     if found != made_for:
         raise ValueError(
             f"updates have a leaf of shape {found} at {leaf_name(path)}, but the state "
-            f"was made for a parameter of shape {made_for}."
+            f"was made for a parameter of shape {made_for}{why}."
         )
+
+
+def moments(name: str, tree, updates) -> None:
+    """Refuse moments of a state, its field ``name``, that do not fit the updates.
+
+    Moments of another shape could be broadcast. An update may be None.
+    """
+
+    def is_none(leaf):
+        return leaf is None
+
+    leaves, treedef = jax.tree.flatten_with_path(updates, is_none)
+    kept, made_for = jax.tree.flatten(tree, is_none)
+    same_structure(treedef, made_for, f" ({name} has it)")
+    for (path, leaf), moment in zip(leaves, kept):
+        if leaf is not None:
+            arrays(name, [moment])
+            same_shape(path, leaf.shape, moment.shape, f" ({name} has it)")
+
+
+def arrays(name: str, leaves) -> None:
+    """Refuse leaves of a state, its field ``name``, that are no arrays."""
+    for leaf in leaves:
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise ValueError(
+                f"state must hold arrays in {name}, but has an object of type "
+                f"{type(leaf).__name__} there."
+            )
 
 
 def same_dtype(name: str, asked, found, allowed) -> None:
@@ -366,6 +399,16 @@ def wide(name: str, tree) -> None:
         _stored_in(name, leaf, "float32 or float64", lambda dtype: dtype in WIDE)
 
 
+def count(found) -> None:
+    """Refuse a count of steps that is not one number, or is one in under 32 bits."""
+    counts("count", found)
+    if found.shape:
+        raise ValueError(
+            f"state has a count of shape {found.shape}, but needs one number: a "
+            "batched state must be updated under the jax.vmap or jax.pmap that made it."
+        )
+
+
 def counts(name: str, array) -> None:
     """Refuse an array of a state that counts without a sign or in under 32 bits."""
 
@@ -379,7 +422,7 @@ def _stored_in(name, leaf, needed, fits):
     """Refuse a leaf of a state whose dtype does not fit."""
     try:
         dtype = None if leaf is None else jnp.result_type(leaf)
-    except TypeError:  # no array, or of a dtype that JAX does not have
+    except (TypeError, ValueError):  # no array, or of a dtype that JAX does not have
         dtype = None
     if dtype is None or not fits(dtype):
         found = type(leaf).__name__ if dtype is None else dtype.name

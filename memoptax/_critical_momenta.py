@@ -136,7 +136,7 @@ def critical_momenta(
     )
     in_range = _check.is_inside(b1, 0, 1, below=True)
     if options.keeps_nothing:
-        average = guards.wide(optax.ema(b1, debias=False), "ema")
+        average = guards.checking_moments(optax.ema(b1, debias=False))
         average = guards.expecting(average, optax.EmaState, mu_dtype=mu_dtype)
         average = precision.stored_moment(average, "ema", mu_dtype)
         return _without_buffer(average, in_range, CriticalMomentaState)

@@ -19,12 +19,12 @@ def zeros(params, dtype):
 
 def check(options, updates, state, mu_dtype, params=None):
     """Refuse a momentum or a buffer that was made with other arguments."""
-    if options.keeps_nothing:
-        found = jax.tree.flatten_with_path(updates)
-        kept, made_for = jax.tree.flatten(state.mu)
-        _check.same_leaves(*found, made_for, [m.shape for m in kept])
-    else:
+    if not options.keeps_nothing:
         matching.check(options, state.buffer, updates, params)
+    for name in ("mu", "nu", "nu_max"):
+        moments = getattr(state, name, None)
+        if name in state._fields and not (name == "nu_max" and moments is None):
+            _check.moments(name, moments, updates)
     storage.check_scales("mu_scales", state.mu, state.mu_scales)
     _options.check_rows(options, updates, state.mu_scales)
     found = {leaf.dtype for leaf in jax.tree.leaves(state.mu)}

@@ -206,7 +206,9 @@ def _check_options(momentum, momentum_dtype, accumulator_dtype, state):
     if accumulator_dtype is not None and some:
         asked = accumulator_dtype
         _check.same_dtype("accumulator_dtype", asked, wide, [asked])
-    found = {leaf.dtype for leaf in jax.tree.leaves(state.momentum)}
+    moments = jax.tree.leaves(state.momentum)
+    _check.arrays("momentum", moments)
+    found = {leaf.dtype for leaf in moments}
     # With a momentum_dtype of None it is as wide as the accumulators.
     allowed = wide if momentum_dtype is None else [momentum_dtype]
     _check.same_dtype("momentum_dtype", momentum_dtype, found, allowed)

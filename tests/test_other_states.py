@@ -151,3 +151,39 @@ def test_updates_of_other_names_are_refused_without_parameters(factory, options)
     renamed = {name + "x": x for name, x in PARAMS.items()}
     with pytest.raises(ValueError, match="updates have the structure"):
         jax.eval_shape(tx.update, renamed, state)
+
+
+# Other arrays
+
+
+def forged(state):
+    """States with one array of another shape, or with what is no array in its place."""
+    leaves, treedef = jax.tree.flatten_with_path(state)
+    for k, (path, leaf) in enumerate(leaves):
+        first = [leaf[:1]] if leaf.ndim and len(leaf) > 1 else []
+        for other in (leaf[None], None, "text", *first):
+            changed = [x for _, x in leaves]
+            changed[k] = other
+            yield jax.tree_util.keystr(path), other, treedef.unflatten(changed)
+
+
+def refuse_forged(tx):
+    """Moments in one row would be broadcast over all rows."""
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    for path, other, wrong in forged(state):
+        with pytest.raises(ValueError, match=r"(?s)\bstate\b.*[.]$"):
+            tx.update(PARAMS, wrong, PARAMS)
+            pytest.fail(f"{path} was taken as {other!r}")
+
+
+@each_optimizer
+@pytest.mark.few(6)
+def test_arrays_of_another_shape_or_kind_are_refused(opt):
+    refuse_forged(opt.build())
+
+
+@pytest.mark.parametrize("options", [NOTHING, {"kappa": 0}], ids=str)
+@pytest.mark.parametrize("opt", [o for o in OPTIMIZERS if o.accepts("topc")], ids=repr)
+@pytest.mark.few(6)
+def test_they_are_refused_without_a_buffer(opt, options):
+    refuse_forged(opt.build(**options))

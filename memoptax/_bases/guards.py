@@ -16,7 +16,8 @@ def expecting(inner: optax.GradientTransformation, kind: type, **arguments):
     A count in few bits, which would stop growing, is refused too.
     """
 
-    def check(state):
+    def check(state, updates):
+        del updates
         nodes = jax.tree.structure(state)
         bare = nodes.num_nodes == 1 and nodes.num_leaves == 0
         empty = bare and not hasattr(state, "_fields")
@@ -28,7 +29,7 @@ def expecting(inner: optax.GradientTransformation, kind: type, **arguments):
                 "or make a new one with init."
             )
         if "count" in getattr(state, "_fields", ()):
-            _check.counts("count", state.count)
+            _check.count(state.count)
 
     return checking(inner, check)
 
@@ -37,7 +38,7 @@ def without_buffer(inner: optax.GradientTransformation, kind: type):
     """``inner`` for a ``topc`` or ``kappa`` of 0, which refuses the ``kind`` of state
     that has a buffer.
     """
-    inner = checking(inner, lambda s: _check.without_buffer(isinstance(s, kind)))
+    inner = checking(inner, lambda s, _: _check.without_buffer(isinstance(s, kind)))
 
     def update_fn(updates, state, params=None, **extra_args):
         row_sparse.refuse(updates)
@@ -46,24 +47,26 @@ def without_buffer(inner: optax.GradientTransformation, kind: type):
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
-def wide(inner: optax.GradientTransformation, name: str):
-    """``inner``, which refuses moments in less than float32. A sum in few bits stops
-    growing.
+def checking_moments(inner: optax.GradientTransformation):
+    """``inner``, which refuses moments that do not fit the updates, or are in less than
+    float32. A sum in few bits stops growing.
     """
 
-    def check(state):
-        moments = [x for field, x in state._asdict().items() if field != "count"]
-        _check.wide(name, moments)
+    def check(state, updates):
+        for name, moments in state._asdict().items():
+            if name != "count":
+                _check.moments(name, moments, updates)
+                _check.wide(name, moments)
 
     return checking(inner, check)
 
 
 def checking(inner: optax.GradientTransformation, check):
-    """``inner``, which lets ``check`` see every state before it."""
+    """``inner``, which lets ``check`` see every state and its updates before it."""
     inner = optax.with_extra_args_support(inner)
 
     def update_fn(updates, state, params=None, **extra_args):
-        check(state)
+        check(state, updates)
         return inner.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)

@@ -66,7 +66,7 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
         )
 
     def update_fn(updates, state, params=None):
-        _check_stored(state, field, dtype)
+        _check_stored(updates, state, field, dtype)
         leaves, treedef = jax.tree.flatten(updates)
         stored = storage.unpack(treedef, state.moment, state.scales)
         wide = [
@@ -88,8 +88,8 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
     return optax.GradientTransformation(init_fn, flax_metadata.on_arrays(update_fn))
 
 
-def _check_stored(state, field, dtype):
-    """Refuse the state of another ``mu_dtype``, or of another base."""
+def _check_stored(updates, state, field, dtype):
+    """Refuse the state of another ``mu_dtype``, base or parameters."""
     if not isinstance(state, StoredMomentState):
         raise ValueError(
             f"mu_dtype is {dtype.name!r}, but the state has {type(state).__name__} "
@@ -101,12 +101,14 @@ def _check_stored(state, field, dtype):
             f"state has {type(state.inner).__name__}, which has no {field}: it belongs "
             "to another optimizer."
         )
+    _check.moments("moment", state.moment, updates)
     found = {leaf.dtype for leaf in jax.tree.leaves(state.moment)}
     _check.same_dtype("mu_dtype", dtype, found, [dtype])
     storage.check_scales("scales", state.moment, state.scales)
 
 
-def _check_unstored(state):
+def _check_unstored(state, updates):
+    del updates
     if isinstance(state, StoredMomentState):
         found = {leaf.dtype for leaf in jax.tree.leaves(state.moment)}
         _check.same_dtype("mu_dtype", None, found, ())

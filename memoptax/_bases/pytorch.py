@@ -79,7 +79,7 @@ def scale_by_adam(
     else:
         adam = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
         kind = optax.ScaleByAdamState
-    adam = guards.expecting(guards.wide(adam, "moments"), kind, amsgrad=amsgrad)
+    adam = guards.expecting(guards.checking_moments(adam), kind, amsgrad=amsgrad)
     return precision.stored_moment(adam, "mu", mu_dtype)
 
 
@@ -127,13 +127,14 @@ def trace(
         inner = dampened_trace(momentum, dampening, nesterov, accumulator_dtype)
         kind = DampenedTraceState
 
-    def check_dtype(state):
+    def check(state, updates):
+        _check.moments("trace", state.trace, updates)
         found = {leaf.dtype for leaf in jax.tree.leaves(state.trace)}
         allowed = [accumulator_dtype] if accumulator_dtype else _check.WIDE
         _check.same_dtype("accumulator_dtype", accumulator_dtype, found, allowed)
 
     inner = _of_finite(inner) if finite else inner
-    inner = guards.checking(inner, check_dtype)
+    inner = guards.checking(inner, check)
     return guards.expecting(inner, kind, momentum=momentum, dampening=dampening)
 
 
@@ -164,7 +165,7 @@ def scale_by_rms(alpha, eps, initial_scale, centered):
     else:
         inner = optax.scale_by_rms(alpha, eps, initial_scale, eps_in_sqrt=False)
         kind = optax.ScaleByRmsState
-    return guards.expecting(guards.wide(inner, "moments"), kind, centered=centered)
+    return guards.expecting(guards.checking_moments(inner), kind, centered=centered)
 
 
 class DampenedTraceState(NamedTuple):

@@ -105,12 +105,7 @@ def _check_leaves(buffer, updates):
 def check_shapes(buffer) -> None:
     """Refuse a buffer whose arrays do not fit each other, batched or not."""
     for name, field in zip(buffer._fields, buffer):
-        for leaf in jax.tree.leaves(field):
-            if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-                raise ValueError(
-                    f"state has a buffer whose field {name} must hold arrays, but "
-                    f"holds an object of type {type(leaf).__name__}."
-                )
+        _check.arrays(f"a buffer's {name}", jax.tree.leaves(field))
     shape = getattr(buffer.keys, "shape", ())
     if len(shape) < 2 or 0 in shape[-2:]:
         raise ValueError(
@@ -201,7 +196,7 @@ def _shapes(buffer, rows, topc, batch):
         yield name, getattr(getattr(buffer, name), "shape", None), wanted
     if buffer.draws is not None:
         key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-        yield "draws", buffer.draws.shape, (*batch, *key.shape)
+        yield "draws", getattr(buffer.draws, "shape", None), (*batch, *key.shape)
     if buffer.entries is None:
         yield "slots", (topc,), (1,)
     stack = batch if buffer.entries is None else (*batch, topc + 1)

@@ -72,6 +72,8 @@ def resolve(cover: Any, path: Any, leaf: Any) -> tuple[Box, ...]:
 
 def check_shapes(boxes: Sequence[Box], path: Any, leaf: Any, numbers) -> None:
     """Refuse a cover that differs from the one that made the accumulators."""
+    numbers = numbers if isinstance(numbers, (tuple, list)) else [numbers]
+    _check.arrays("accumulators", numbers)
     want = [tiles.counts(tuple(leaf.shape), box) for box in boxes]
     have = [tuple(x.shape) for x in numbers]
     if want != have:
