@@ -285,6 +285,7 @@ def _boxed(buffer, function):
     new = layout.vary_together(for_each(function, bare), bare.keys)
     if jax.tree.structure(bare) == jax.tree.structure(buffer):  # there are no boxes
         return new
+    batch = bare.keys.ndim - 2
 
     def fit(name) -> Any:
         # A field that the old buffer lacks gets the boxes of another one.
@@ -293,7 +294,10 @@ def _boxed(buffer, function):
             like = buffer.slots if name == "total" else buffer.keys
         # A box that a mask has emptied is no leaf. It stays in the structure.
         boxes, treedef = jax.tree.flatten(like, is_leaf=flax_metadata.is_box)
-        leaves = map(flax_metadata.fit, boxes, jax.tree.leaves(tree))
+        leaves = [
+            flax_metadata.fit(box, leaf, batch)
+            for box, leaf in zip(boxes, jax.tree.leaves(tree))
+        ]
         return None if tree is None else treedef.unflatten(leaves)
 
     return algorithm.Buffer(*map(fit, algorithm.Buffer._fields))

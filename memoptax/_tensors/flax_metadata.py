@@ -45,9 +45,14 @@ def make(function, params):
     )
 
 
-def fit(box, made):
-    """Every array of ``made`` in a box like ``box``, if that is a box."""
-    return jax.tree.map(lambda x: _renamed(box, x), made) if is_box(box) else made
+def fit(box, made, batch: int = 0):
+    """Every array of ``made`` in a box like ``box``, if that is a box.
+
+    The first ``batch`` axes of both are those of an ensemble.
+    """
+    if not is_box(box):
+        return made
+    return jax.tree.map(lambda x: _renamed(box, x, batch), made)
 
 
 def leaves_with_path(params):
@@ -115,27 +120,32 @@ def _is_nnx(node):
     return hasattr(node, "get_metadata") and hasattr(node, "set_metadata")
 
 
-def _renamed(box, array):
-    shape = inside(box).shape
+def _renamed(box, array, batch):
+    def fitting(names):
+        return _fitting(names, inside(box).shape, array.shape, batch)
+
     if _is_linen(box):
-        return box.replace(value=array, names=_fitting(box.names, shape, array))
+        return box.replace(value=array, names=fitting(box.names))
     new = jax.tree.unflatten(jax.tree.structure(box), [array])
     for key in _KEYS:
         names = box.get_metadata().get(key)
         if isinstance(names, NamedSharding):
-            spec = PartitionSpec(*_fitting(names.spec, shape, array))
+            spec = PartitionSpec(*fitting(names.spec))
             new.set_metadata(key, NamedSharding(names.mesh, spec))
         elif names is not None:
-            new.set_metadata(key, _fitting(names, shape, array))
+            new.set_metadata(key, fitting(names))
     return new
 
 
-def _fitting(names, shape, array):
-    """The names of the axes of ``array``, from those of an array of another shape.
+def _fitting(names, old, new, batch):
+    """The names of the axes of a ``new`` shape, from those of the ``old`` one.
 
-    If the ranks differ, then in the axes in front.
+    If the ranks differ, then in the axes in front. The axes of an ensemble are before
+    those, and keep their names: ``batch`` axes, and those that ``jax.vmap`` hides.
     """
-    names = tuple(names) + (None,) * (len(shape) - len(names))
-    last = list(zip(array.shape[::-1], shape[::-1], names[::-1]))
+    names = tuple(names) + (None,) * (len(old) - len(names))
+    members = len(names) - len(old) + batch
+    old, new = old[batch:], new[batch:]
+    last = list(zip(new[::-1], old[::-1], names[members:][::-1]))
     found = [name if n == size and n != 1 else None for n, size, name in last[::-1]]
-    return (None,) * (array.ndim - len(found)) + tuple(found)
+    return (*names[:members], *(None,) * (len(new) - len(found)), *found)
