@@ -8,6 +8,7 @@ JAX scalar decides nothing, because it is a tracer under ``jax.jit``, and
 
 import inspect
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -174,8 +175,12 @@ def rate(name: str, value) -> Any:
 
     def scheduled(count):
         found = value(count)
-        if jnp.iscomplexobj(found):
-            raise ValueError(f"{name} must return a real number, but returned {found}.")
+        # A Decimal or a Fraction is a number that JAX does not take.
+        known = isinstance(found, numbers.Number) and not isinstance(found, bool)
+        if jnp.iscomplexobj(found) or known and not is_real(found):
+            raise ValueError(
+                f"{name} must return a real number, but returned {found!r}."
+            )
         return _with_sign(found)
 
     return scheduled

@@ -1,7 +1,10 @@
 """Every argument of every optimizer and building block, good and bad."""
 
+import decimal
 import enum
+import fractions
 import inspect
+import itertools
 import pathlib
 import re
 
@@ -254,9 +257,10 @@ def test_a_rate_without_a_negative_goes_down(factory):
 @each_factory
 def test_a_schedule_returns_real_numbers(factory):
     params = {"w": jnp.ones((2, 2))}
-    for name in ("learning_rate", "weight_decay"):
+    odd = [0.1j, jnp.complex64(0.1), decimal.Decimal("0.1"), fractions.Fraction(1, 10)]
+    for name, returned in itertools.product(("learning_rate", "weight_decay"), odd):
         if name in inspect.signature(factory).parameters:
-            tx = build(factory, **{name: lambda count: 0.1j})
+            tx = build(factory, **{name: lambda count, returned=returned: returned})
             state = jax.eval_shape(tx.init, params)
             with pytest.raises(ValueError, match=f"{name} must return a real number"):
                 jax.eval_shape(tx.update, params, state, params)
