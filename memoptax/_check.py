@@ -177,7 +177,7 @@ def rate(name: str, value) -> Any:
         found = value(count)
         # A Decimal or a Fraction is a number that JAX does not take.
         known = isinstance(found, numbers.Number) and not isinstance(found, bool)
-        if jnp.iscomplexobj(found) or known and not is_real(found):
+        if known and not is_real(found) or jnp.iscomplexobj(found):
             raise ValueError(
                 f"{name} must return a real number, but returned {found!r}."
             )
