@@ -359,19 +359,14 @@ def same_shape(path: Any, found, made_for, why: str = "") -> None:
 def moments(name: str, tree, updates) -> None:
     """Refuse moments of a state, its field ``name``, that do not fit the updates.
 
-    Moments of another shape could be broadcast. An update may be None.
+    Moments of another shape could be broadcast.
     """
-
-    def is_none(leaf):
-        return leaf is None
-
-    leaves, treedef = jax.tree.flatten_with_path(updates, is_none)
-    kept, made_for = jax.tree.flatten(tree, is_none)
+    leaves, treedef = jax.tree.flatten_with_path(updates)
+    kept, made_for = jax.tree.flatten(tree)
+    arrays(name, kept)
     same_structure(treedef, made_for, f" ({name} has it)")
     for (path, leaf), moment in zip(leaves, kept):
-        if leaf is not None:
-            arrays(name, [moment])
-            same_shape(path, leaf.shape, moment.shape, f" ({name} has it)")
+        same_shape(path, leaf.shape, moment.shape, f" ({name} has it)")
 
 
 def arrays(name: str, leaves) -> None:

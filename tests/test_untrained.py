@@ -109,3 +109,20 @@ def test_a_wrapper_for_row_sparse_gradients_leaves_it_alone(fixed, sparse):
     moved = untyped(memoptax.sparse.apply_updates(params, updates))
     np.testing.assert_allclose(moved["w"][:2], 0.9, rtol=1e-6)
     assert moved["fixed"] is fixed
+
+
+@pytest.mark.parametrize("options", [{"topc": 0}, {"kappa": 0}, {"topc": 1}], ids=str)
+@each_factory
+@pytest.mark.few(6)
+def test_a_trained_parameter_needs_a_gradient(opt, options):
+    """optax.sgd returns a state without its momentum, and so of another structure."""
+    options = options if opt.accepts("topc") else {}
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(2)}
+    tx = opt.build(**options)
+    state, gradients = tx.init(params), params | {"b": None}
+    if not jax.tree.leaves(state):  # optax.sgd without a momentum
+        _, new = tx.update(gradients, state, params)
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        return
+    with pytest.raises(ValueError, match="(?s)updates have .* state was made for"):
+        tx.update(gradients, state, params)

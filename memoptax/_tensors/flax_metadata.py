@@ -141,7 +141,8 @@ def _fitting(names, old, new, batch):
     """The names of the axes of a ``new`` shape, from those of the ``old`` one.
 
     If the ranks differ, then in the axes in front. The axes of an ensemble are before
-    those, and keep their names: ``batch`` axes, and those that ``jax.vmap`` hides.
+    those, and keep their names: ``batch`` axes, and those that ``jax.vmap`` hides. Of
+    these it sees only that there are more names than axes.
     """
     names = tuple(names) + (None,) * (len(old) - len(names))
     members = len(names) - len(old) + batch
