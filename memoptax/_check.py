@@ -374,8 +374,8 @@ def arrays(name: str, leaves) -> None:
     for leaf in leaves:
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             raise ValueError(
-                f"state must hold arrays in {name}, but has an object of type "
-                f"{type(leaf).__name__} there."
+                f"state has an object of type {type(leaf).__name__} in {name}, but "
+                "needs arrays there."
             )
 
 

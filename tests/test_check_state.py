@@ -73,7 +73,7 @@ def test_a_number_in_a_buffer_is_taken_as_in_update():
     memoptax.check_state(tx, params, after)
     with pytest.raises(
         ValueError,
-        match="arrays in a buffer's rebuilds, but has an object of type int there",
+        match="state has an object of type int in a buffer's rebuilds",
     ):
         memoptax.buffer_stats(state)
 

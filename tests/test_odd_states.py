@@ -1,5 +1,6 @@
 """States in few bits or of another kind, lone tables, and odd arguments."""
 
+import functools
 from typing import Any
 
 import jax
@@ -337,3 +338,28 @@ def test_counts_in_few_bits_or_without_a_sign_are_refused(tx, name, dtype):
     state = narrow(tx.init(PARAMS), {name}, dtype)
     with pytest.raises(ValueError, match=f"{name} in {dtype}, but needs int32"):
         tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("empty", [{}, [], ()], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"topc": 1}, {"topc": 3, "holding": "read"}, {"buffer_dtype": "int8"}],
+    ids=str,
+)
+def test_an_empty_node_is_refused_where_none_is_needed(options, empty):
+    """Some tools restore None as another node without leaves."""
+    tx = memoptax.critical_gradients(**options)
+    _, state = untyped(tx.update(PARAMS, tx.init(PARAMS)))
+    fields = [name for name, x in state.buffer._asdict().items() if x is None]
+    assert {"total", "error", "rebuilds"} <= set(fields)
+    for name in fields:
+        wrong = state._replace(buffer=state.buffer._replace(**{name: empty}))
+        for use in (
+            functools.partial(tx.update, PARAMS),
+            functools.partial(memoptax.check_state, tx, PARAMS),
+            memoptax.buffer_stats,
+            memoptax.reset_buffer,
+            functools.partial(memoptax.resize_buffer, topc=2),
+        ):
+            with pytest.raises(ValueError, match="state"):
+                use(wrong)

@@ -192,11 +192,16 @@ def _shapes(buffer, rows, topc, batch):
         "error": (max(leaves, 1),) if summed else None,
         "rebuilds": () if summed else None,
     }.items():
+        field = getattr(buffer, name)
         wanted = None if wanted is None else (*batch, *wanted)
-        yield name, getattr(getattr(buffer, name), "shape", None), wanted
+        yield name, getattr(field, "shape", field), wanted  # {} is not None
     if buffer.draws is not None:
         key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-        yield "draws", getattr(buffer.draws, "shape", None), (*batch, *key.shape)
+        yield (
+            "draws",
+            getattr(buffer.draws, "shape", buffer.draws),
+            (*batch, *key.shape),
+        )
     if buffer.entries is None:
         yield "slots", (topc,), (1,)
     stack = batch if buffer.entries is None else (*batch, topc + 1)
@@ -207,7 +212,10 @@ def _shapes(buffer, rows, topc, batch):
         for leaf, scale in zip(slots, scales):
             rest = leaf.shape[len(stack) :]
             yield "scales", scale.shape, (*stack, *rest[:-1], *([1] if rest else []))
-    yield "total", (len(totals),), ((leaves,) if summed else (0,))
+    if not summed:
+        yield "total", jax.tree.map(jnp.shape, buffer.total), None
+        return
+    yield "total", (len(totals),), (leaves,)
     for leaf, total in zip(slots, totals):
         yield "total", total.shape, (*batch, *leaf.shape[len(stack) :])
 
