@@ -306,9 +306,12 @@ def state(found, kind: Any) -> None:
     if not isinstance(found, kind):
         buffered = "buffer" in kind._fields
         rest = ", or was made with a topc or kappa of 0" if buffered else ""
+        why = f"it belongs to another optimizer{rest}"
+        if isinstance(found, (dict, list)):
+            why = "it was restored without the structure of a state from init"
         raise ValueError(
             f"state must be a {kind.__name__}, but is of type {type(found).__name__}: "
-            f"it belongs to another optimizer{rest}."
+            f"{why}."
         )
     if "count" in kind._fields:
         count(found.count)

@@ -129,6 +129,23 @@ def test_critical_gradients_without_a_buffer_refuse_a_state(options, other):
         updated(tx, jax.eval_shape(other.init, PARAMS))
 
 
+def plain(node):
+    """What a restore without a target gives: dicts and lists."""
+    if hasattr(node, "_asdict"):
+        return {name: plain(x) for name, x in node._asdict().items()}
+    if isinstance(node, tuple):
+        return [plain(x) for x in node]
+    return node
+
+
+@each_optimizer
+@pytest.mark.few(6)
+def test_a_restore_without_a_target_is_refused_by_name(opt):
+    tx = opt.build()
+    with pytest.raises(ValueError, match="state must be .* without the structure of"):
+        tx.update(PARAMS, plain(tx.init(PARAMS)), PARAMS)
+
+
 # Another tree
 
 
