@@ -405,10 +405,10 @@ def wide(name: str, tree) -> None:
 def count(found) -> None:
     """Refuse a count of steps that is not one number, or is one in under 32 bits."""
     counts("count", found)
-    if found.shape:
+    if shape := jnp.shape(found):
         raise ValueError(
-            f"state has a count of shape {found.shape}, but needs one number: a "
-            "batched state must be updated under the jax.vmap or jax.pmap that made it."
+            f"state has a count of shape {shape}, but needs one number: a batched "
+            "state must be updated under the jax.vmap or jax.pmap that made it."
         )
 
 

@@ -4,6 +4,7 @@ They average it, scale it, cast it, restore it, and step without ``jax.jit``. Th
 of optimizers is in ``contract.py``.
 """
 
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -245,8 +246,14 @@ def test_lists_may_replace_tuples(opt):
 
 @each_factory
 @pytest.mark.few(20)
-def test_a_count_may_be_set_to_a_number(opt):
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_count_may_be_set_to_a_number(opt, scheduled):
     """optax's optimizers take such a state too."""
+    if scheduled:
+        if not opt.rated:
+            return
+        rate = {"learning_rate": lambda count: 0.1 + 0 * count}
+        opt = dataclasses.replace(opt, options=opt.options | rate)
     tx, params = opt.build(), params_like(SHAPES)
     state = tx.init(params)
     if not optax.tree.get_all_with_path(state, "count"):
