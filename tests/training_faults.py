@@ -19,7 +19,7 @@ import optax
 from contract import OPTIMIZERS
 
 import memoptax
-from memoptax import _momentum, _sm3_rules
+from memoptax import _check, _momentum, _sm3_rules
 from memoptax._buffer import algorithm, eviction, matching
 from memoptax._tensors import storage
 
@@ -193,12 +193,13 @@ ROWS = [
     Row(
         "a leaf of the gradient is missing",
         "An error during tracing. State and parameters stay as they were.",
-        "`matching._check_leaves`, `_sm3_rules.check_leaves`",
+        "`matching._check_leaves`, `_check.moments`, `_sm3_rules.check_leaves`",
         functools.partial(check_leaves, without_vector),
         "opt",
         tuple(OPTIMIZERS),
         (
             (matching, "_check_leaves", nothing),
+            (_check, "moments", nothing),
             (_sm3_rules, "check_leaves", nothing),
         ),
         ("sgd_c", "adam_cm", "sm3"),
@@ -212,6 +213,7 @@ ROWS = [
         tuple(OPTIMIZERS),
         (
             (matching, "_check_leaves", nothing),
+            (_check, "moments", nothing),
             (_sm3_rules, "check_leaves", nothing),
         ),
         ("sgd_c", "adam_cm", "sm3"),
