@@ -331,23 +331,18 @@ def leaf_name(path: Any) -> str:
     return jax.tree_util.keystr(path) or "the parameter"
 
 
-def same_leaves(leaves, treedef, made_for, shapes) -> None:
+def same_leaves(leaves, treedef, made_for, shapes, why: str = "") -> None:
     """Refuse updates of a structure or of shapes for which the state was not made.
 
     ``leaves`` are those of the updates, with their paths.
     """
-    same_structure(treedef, made_for)
-    for (path, leaf), shape in zip(leaves, shapes):
-        same_shape(path, leaf.shape, shape)
-
-
-def same_structure(found, made_for, why: str = "") -> None:
-    """Refuse updates of another structure."""
-    if found != made_for:
+    if treedef != made_for:
         raise ValueError(
-            f"updates have the structure {found}, but the state was made for "
+            f"updates have the structure {treedef}, but the state was made for "
             f"parameters of the structure {made_for}{why}."
         )
+    for (path, leaf), shape in zip(leaves, shapes):
+        same_shape(path, leaf.shape, shape, why)
 
 
 def same_shape(path: Any, found, made_for, why: str = "") -> None:
@@ -364,12 +359,10 @@ def moments(name: str, tree, updates) -> None:
 
     Moments of another shape could be broadcast.
     """
-    leaves, treedef = jax.tree.flatten_with_path(updates)
     kept, made_for = jax.tree.flatten(tree)
     arrays(name, kept)
-    same_structure(treedef, made_for, f" ({name} has it)")
-    for (path, leaf), moment in zip(leaves, kept):
-        same_shape(path, leaf.shape, moment.shape, f" ({name} has it)")
+    found, shapes = jax.tree.flatten_with_path(updates), [m.shape for m in kept]
+    same_leaves(*found, made_for, shapes, f" ({name} has it)")
 
 
 def arrays(name: str, leaves) -> None:

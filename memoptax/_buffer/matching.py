@@ -195,13 +195,9 @@ def _shapes(buffer, rows, topc, batch):
         field = getattr(buffer, name)
         wanted = None if wanted is None else (*batch, *wanted)
         yield name, getattr(field, "shape", field), wanted  # {} is not None
-    if buffer.draws is not None:
+    if (draws := buffer.draws) is not None:
         key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-        yield (
-            "draws",
-            getattr(buffer.draws, "shape", buffer.draws),
-            (*batch, *key.shape),
-        )
+        yield "draws", getattr(draws, "shape", draws), (*batch, *key.shape)
     if buffer.entries is None:
         yield "slots", (topc,), (1,)
     stack = batch if buffer.entries is None else (*batch, topc + 1)
