@@ -307,14 +307,19 @@ def state(found, kind: Any) -> None:
         buffered = "buffer" in kind._fields
         rest = ", or was made with a topc or kappa of 0" if buffered else ""
         why = f"it belongs to another optimizer{rest}"
-        if isinstance(found, (dict, list)):
-            why = "it was restored without the structure of a state from init"
         raise ValueError(
             f"state must be a {kind.__name__}, but is of type {type(found).__name__}: "
-            f"{why}."
+            f"{without_target(found) or why}."
         )
     if "count" in kind._fields:
         count(found.count)
+
+
+def without_target(found) -> str:
+    """What went wrong if a state was restored without a target, else nothing."""
+    if isinstance(found, (dict, list)):
+        return "it was restored without the structure of a state from init"
+    return ""
 
 
 def without_buffer(has_one: bool) -> None:

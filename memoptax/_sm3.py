@@ -166,9 +166,9 @@ def scale_by_sm3(
         _check_options(momentum, momentum_dtype, accumulator_dtype, state)
         leaves, treedef = jax.tree.flatten_with_path(updates, row_sparse.is_row_sparse)
         count = optax.safe_increment(state.count)
+        _sm3_rules.check_leaves(leaves, state.accumulators)
         if not leaves:
             return updates, state._replace(count=count)
-        _sm3_rules.check_leaves(leaves, state.accumulators)
         _check_tree(leaves, treedef, state, params)
         steps = []
         for (path, g), own, memory in zip(

@@ -261,7 +261,8 @@ def check_leaves(leaves, accumulators):
     """Refuse updates with more or fewer leaves than the accumulators were made for."""
     # It is one scalar for a tree without leaves.
     made_for = len(accumulators) if isinstance(accumulators, (tuple, list)) else 0
-    if leaves and len(leaves) != made_for:
+    if len(leaves) != made_for:
         raise ValueError(
-            f"updates have {len(leaves)} leaves, but the state was made for {made_for}."
+            f"updates have {len(leaves)} leaves, but the state was made for {made_for}:"
+            " a gradient may be None only where init saw None."
         )

@@ -138,12 +138,27 @@ def plain(node):
     return node
 
 
+@pytest.mark.parametrize("options", [{}, NOTHING], ids=str)
 @each_optimizer
-@pytest.mark.few(6)
-def test_a_restore_without_a_target_is_refused_by_name(opt):
-    tx = opt.build()
-    with pytest.raises(ValueError, match="state must be .* without the structure of"):
-        tx.update(PARAMS, plain(tx.init(PARAMS)), PARAMS)
+@pytest.mark.few(12)
+def test_a_restore_without_a_target_is_refused_by_name(opt, options):
+    tx = opt.build(**(options if opt.accepts("topc") else {}))
+    state = tx.init(PARAMS)
+    if not jax.tree.leaves(state):  # of optax.sgd, which takes any empty node
+        return
+    with pytest.raises(ValueError, match="state .* without the structure of"):
+        tx.update(PARAMS, plain(state), PARAMS)
+
+
+@pytest.mark.parametrize("alone", [jnp.zeros(3), None, {"0": jnp.zeros(3)}], ids=type)
+@pytest.mark.parametrize("factory", [memoptax.sm3_cm, memoptax.sm3])
+def test_accumulators_without_their_tuples_are_refused(factory, alone):
+    tx, params = factory(0.1), jnp.zeros(3)
+    first, *rest = tx.init(params)
+    for accumulators in ((alone,), alone):
+        state = (first._replace(accumulators=accumulators), *rest)
+        with pytest.raises(ValueError, match="state .* accumulators|state was made"):
+            tx.update(params, state, params)
 
 
 # Another tree

@@ -111,15 +111,16 @@ def test_a_wrapper_for_row_sparse_gradients_leaves_it_alone(fixed, sparse):
     assert moved["fixed"] is fixed
 
 
+@pytest.mark.parametrize("missing", ["b", "bw"], ids=["one", "all"])
 @pytest.mark.parametrize("options", [{"topc": 0}, {"kappa": 0}, {"topc": 1}], ids=str)
 @each_factory
-@pytest.mark.few(6)
-def test_a_trained_parameter_needs_a_gradient(opt, options):
+@pytest.mark.few(12)
+def test_a_trained_parameter_needs_a_gradient(opt, options, missing):
     """optax.sgd returns a state without its momentum, and so of another structure."""
     options = options if opt.accepts("topc") else {}
     params = {"w": jnp.ones((2, 3)), "b": jnp.ones(2)}
     tx = opt.build(**options)
-    state, gradients = tx.init(params), params | {"b": None}
+    state, gradients = tx.init(params), params | dict.fromkeys(missing)
     if not jax.tree.leaves(state):  # optax.sgd without a momentum
         _, new = tx.update(gradients, state, params)
         assert jax.tree.structure(new) == jax.tree.structure(state)

@@ -23,10 +23,12 @@ def expecting(inner: optax.GradientTransformation, kind: type, **arguments):
         empty = bare and not hasattr(state, "_fields")
         if not (isinstance(state, kind) or kind is optax.EmptyState and empty):
             asked = " and ".join(f"{k} is {v!r}" for k, v in arguments.items())
+            made = (
+                "pass the arguments that it was made with, or make a new one with init"
+            )
             raise ValueError(
                 f"{asked}, but the state has {type(state).__name__} where "
-                f"{kind.__name__} is needed: pass the arguments that it was made with, "
-                "or make a new one with init."
+                f"{kind.__name__} is needed: {_check.without_target(state) or made}."
             )
         if "count" in getattr(state, "_fields", ()):
             _check.count(state.count)

@@ -85,21 +85,18 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
             *storage.pack(treedef, stored, state.scales),
         )
 
-    return optax.GradientTransformation(init_fn, flax_metadata.on_arrays(update_fn))
+    update_fn = flax_metadata.on_arrays(update_fn)
+    stored = optax.GradientTransformation(init_fn, update_fn)
+    return guards.expecting(stored, StoredMomentState, mu_dtype=dtype.name)
 
 
 def _check_stored(updates, state, field, dtype):
     """Refuse the state of another ``mu_dtype``, base or parameters."""
-    if not isinstance(state, StoredMomentState):
-        raise ValueError(
-            f"mu_dtype is {dtype.name!r}, but the state has {type(state).__name__} "
-            "where StoredMomentState is needed: pass the mu_dtype that it was made "
-            "with, or make a new one with init."
-        )
     if field not in getattr(state.inner, "_fields", ()):
+        why = "it belongs to another optimizer"
         raise ValueError(
-            f"state has {type(state.inner).__name__}, which has no {field}: it belongs "
-            "to another optimizer."
+            f"state has {type(state.inner).__name__}, which has no {field}: "
+            f"{_check.without_target(state.inner) or why}."
         )
     _check.moments("moment", state.moment, updates)
     found = {leaf.dtype for leaf in jax.tree.leaves(state.moment)}

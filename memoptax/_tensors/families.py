@@ -72,7 +72,11 @@ def resolve(cover: Any, path: Any, leaf: Any) -> tuple[Box, ...]:
 
 def check_shapes(boxes: Sequence[Box], path: Any, leaf: Any, numbers) -> None:
     """Refuse a cover that differs from the one that made the accumulators."""
-    numbers = numbers if isinstance(numbers, (tuple, list)) else [numbers]
+    if not isinstance(numbers, (tuple, list)):
+        raise ValueError(
+            f"state has an object of type {type(numbers).__name__} in accumulators, "
+            "but needs a tuple of arrays for each parameter."
+        )
     _check.arrays("accumulators", numbers)
     want = [tiles.counts(tuple(leaf.shape), box) for box in boxes]
     have = [tuple(x.shape) for x in numbers]
