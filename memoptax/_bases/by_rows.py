@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import optax
 
-from memoptax import _check
+from memoptax import _check, _parameters
 from memoptax._bases import guards, pytorch
-from memoptax._tensors import row_sparse
+from memoptax._tensors import layout, row_sparse
 
 
 def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -18,6 +18,7 @@ def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformati
 
     def update_fn(updates, state, params=None):
         values = row_sparse.tree_map(row_sparse.values, updates)
+        state = _parameters.state_arrays(state)
         values, state = inner.update(values, state, params)
         return row_sparse.tree_map(row_sparse.with_values, updates, values), state
 
@@ -69,6 +70,8 @@ def _decay_of_dense(rate):
         kept, decayed = (
             row_sparse.tree_map(dense_part, updates, tree) for tree in (updates, params)
         )
+        state = _parameters.state_arrays(state)
+        decayed = jax.tree.map(layout.as_placed, decayed)
         # In a tuple, because None by itself would mean that there are no parameters.
         found: Any
         found, state = dense.update((kept,), state, (decayed,))
