@@ -130,6 +130,13 @@ def _check_real(kind, path, leaf):
             f"{name} must be an array, but is {leaf!r}: keep only the arrays, with "
             "equinox.filter(model, equinox.is_inexact_array) or with optax.masked."
         )
+    masked = isinstance(leaf, np.ma.MaskedArray)
+    if masked or not getattr(dtype, "isnative", True):
+        kind = "masked" if masked else f"in another byte order, {dtype.str!r}"
+        raise ValueError(
+            f"{name} is a NumPy array that JAX does not take, because it is {kind}: "
+            "fill or convert it first."
+        )
     try:
         real = jnp.issubdtype(dtype, jnp.floating)
     except TypeError:  # the dtype of another library

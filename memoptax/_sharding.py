@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import (
     AbstractMesh,
     AxisType,
@@ -171,7 +172,7 @@ def state_shardings(
       ValueError: if ``mesh`` is None and the parameters are on no mesh, or on two;
         if ``over`` does not name axes of the mesh, or names one that already divides a
         parameter; if the devices have no memory of that kind, or a buffer with slots in
-        host memory is not held as a sum.
+        host memory is not held as a sum, or is that of an ensemble under ``jax.vmap``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, memoptax
@@ -198,11 +199,15 @@ def state_shardings(
     specs = jax.tree.structure(params).unflatten(
         [getattr(s, "spec", None) for s in shardings]
     )
+    if slots_memory_kind is not None:
+        _check_memory(slots_memory_kind, mesh)
+        update: Any = tx.update
+        init = functools.partial(_init_for_host, tx, slots_memory_kind)
+        tx = optax.GradientTransformation(init, update)
     specs = state_partition_specs(tx, params, specs, mesh, over=over)
     shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
     if slots_memory_kind is None:
         return shardings
-    _check_memory(slots_memory_kind, mesh)
     return jax.tree.map(
         functools.partial(_with_slots_in, slots_memory_kind),
         shardings,
@@ -237,15 +242,29 @@ def _is_buffer(node):
     return isinstance(node, algorithm.Buffer)
 
 
+def _init_for_host(tx, kind, params):
+    """The state, whose buffers are refused if their slots cannot be in host memory."""
+    state = tx.init(params)
+    for node in jax.tree.leaves(state, is_leaf=_is_buffer):
+        if not _is_buffer(node) or kind != "pinned_host":
+            continue
+        if (way := matching.way_of(node)) != "sum":
+            raise ValueError(
+                f"slots_memory_kind is {kind!r}, but the state holds values by {way!r},"
+                " which reads all of them on every step: pass holding='sum'."
+            )
+        if node.keys.ndim > 2:
+            raise ValueError(
+                f"slots_memory_kind is {kind!r}, but the state is of several members "
+                "(under jax.vmap): JAX cannot fetch a slot of each from the host. Use "
+                "slots_memory_kind=None, or a state for each member."
+            )
+    return state
+
+
 def _with_slots_in(kind, node):
     if not _is_buffer(node):
         return node
-    way = matching.way_of(node)
-    if kind == "pinned_host" and way != "sum":
-        raise ValueError(
-            f"slots_memory_kind is {kind!r}, but the state holds values by {way!r}, "
-            "which reads all of them on every step: pass holding='sum'."
-        )
     slots = jax.tree.map(lambda s: s.with_memory_kind(kind), node.slots)
     return node._replace(slots=slots)
 

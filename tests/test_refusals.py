@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract import each_factory
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import memoptax
@@ -20,6 +22,22 @@ ONES = {"w": jnp.ones((8, 8))}
 def test_a_name_that_the_package_does_not_have():
     with pytest.raises(AttributeError, match="'memoptax' has no attribute 'adam_x'"):
         memoptax.adam_x  # noqa: B018
+
+
+SWAPPED = np.ones((8, 8), np.dtype(np.float32).newbyteorder())
+MASKED = np.ma.masked_array(np.ones((8, 8), np.float32))
+
+
+@pytest.mark.parametrize("array", [SWAPPED, MASKED], ids=["swapped", "masked"])
+@each_factory
+def test_arrays_of_numpy_that_jax_does_not_take(opt, array):
+    tx, message = opt.build(), r"\['w'\] is a NumPy array that JAX does not take"
+    state = tx.init(ONES)
+    with pytest.raises(ValueError, match=message):
+        tx.update({"w": array}, state, ONES)
+    if opt.memory == "buffer":
+        with pytest.raises(ValueError, match=message):
+            tx.init({"w": array})
 
 
 NO_UPDATE = optax.GradientTransformation(lambda params: (), untyped(None))
@@ -89,6 +107,19 @@ def test_slots_in_host_memory_are_summed(mesh):
         else:
             with pytest.raises(ValueError, match="by 'read', .* pass holding='sum'"):
                 shardings()
+
+
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_slots_of_an_ensemble_are_not_in_host_memory(mode):
+    """Under jax.vmap the place of a slot differs by member, which is a gather."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(mode,))
+    one = memoptax.sgd_c(0.1, topc=3, holding="sum")
+    tx = optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jnp.ones((8, 4)), jax.NamedSharding(mesh, P("data")))
+        memoptax.state_shardings(tx, params, slots_memory_kind="device")
+        with pytest.raises(ValueError, match="'pinned_host', .* of several members"):
+            memoptax.state_shardings(tx, params, slots_memory_kind="pinned_host")
 
 
 def test_one_slot_without_an_axis_is_for_one_value():

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from memoptax import _check
+from memoptax import _check, _parameters
 from memoptax._buffer import holding
 from memoptax._buffer.options import Options
 from memoptax._tensors import dtypes, layout, storage
@@ -71,10 +71,10 @@ def _check_dtypes(options, buffer, params):
 
 def _holds(dtype, param) -> bool:
     """Whether a dtype can represent every value of a parameter's dtype."""
-    own = jnp.result_type(param)
-    if not jnp.issubdtype(own, jnp.floating):
+    if not _parameters.is_array(param):
         return True
-    return dtypes.holds(dtype, own)
+    own = jnp.result_type(param)
+    return not jnp.issubdtype(own, jnp.floating) or dtypes.holds(dtype, own)
 
 
 def _check_way(options, buffer):
