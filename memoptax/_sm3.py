@@ -201,6 +201,11 @@ def _check_options(momentum, momentum_dtype, accumulator_dtype, state):
             f"momentum is {momentum!r}, but the state has {found}: pass the momentum "
             "that it was made with, or make a new state with init."
         )
+    if some and momentum is None and state.scales is not None:
+        raise ValueError(
+            f"state has scales of type {type(state.scales).__name__}, but no momentum: "
+            "they must be None."
+        )
     _check.wide("accumulators", state.accumulators)
     wide = {leaf.dtype for leaf in jax.tree.leaves(state.accumulators)}
     if accumulator_dtype is not None and some:

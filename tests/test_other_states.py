@@ -11,6 +11,8 @@ from contract import OPTIMIZERS, each_optimizer
 
 import memoptax
 
+from untyped import untyped
+
 PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}
 
 CG = [memoptax.sgd_c, memoptax.rmsprop_c, memoptax.adam_c, memoptax.adamw_c]
@@ -136,6 +138,14 @@ def plain(node):
     if isinstance(node, tuple):
         return [plain(x) for x in node]
     return node
+
+
+@pytest.mark.parametrize("scales", [(), [], {}, (jnp.ones(1),)], ids=str)
+def test_scales_without_a_momentum_are_refused(scales):
+    tx = memoptax.scale_by_sm3()
+    state = untyped(tx.init(PARAMS))._replace(scales=scales)
+    with pytest.raises(ValueError, match="state has scales .* no momentum"):
+        tx.update(PARAMS, state)
 
 
 @pytest.mark.parametrize("options", [{}, NOTHING], ids=str)
