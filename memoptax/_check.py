@@ -316,8 +316,11 @@ def state(found, kind: Any) -> None:
 
 
 def without_target(found) -> str:
-    """What went wrong if a state was restored without a target, else nothing."""
-    if isinstance(found, (dict, list)):
+    """What went wrong if a state was restored without a target, else nothing.
+
+    ``optax.chain`` passes the keys of a dict on.
+    """
+    if isinstance(found, (dict, list, str)):
         return "it was restored without the structure of a state from init"
     return ""
 
@@ -426,7 +429,8 @@ def _stored_in(name, leaf, needed, fits):
     except (TypeError, ValueError):  # no array, or of a dtype that JAX does not have
         dtype = None
     if dtype is None or not fits(dtype):
-        found = type(leaf).__name__ if dtype is None else dtype.name
+        known = getattr(leaf, "dtype", type(leaf).__name__)
+        found = known if dtype is None else dtype.name
         raise ValueError(
             f"state has {name} in {found}, but needs {needed}: restore it in the dtype "
             "that init gives."

@@ -118,6 +118,15 @@ def _array(leaf):
     return layout.as_placed(leaf)
 
 
+def foreign(leaf) -> str:
+    """Why JAX does not take this array of NumPy, or nothing if it is no such array."""
+    if isinstance(leaf, np.ma.MaskedArray):
+        return "masked"
+    if isinstance(leaf, np.ndarray) and not leaf.dtype.isnative:
+        return f"in another byte order, {leaf.dtype.str!r}"
+    return ""
+
+
 def _check_real(kind, path, leaf):
     name = jax.tree_util.keystr(path)
     name = f"The {kind} {name}" if name else f"The {kind}"
@@ -130,11 +139,9 @@ def _check_real(kind, path, leaf):
             f"{name} must be an array, but is {leaf!r}: keep only the arrays, with "
             "equinox.filter(model, equinox.is_inexact_array) or with optax.masked."
         )
-    masked = isinstance(leaf, np.ma.MaskedArray)
-    if masked or not getattr(dtype, "isnative", True):
-        kind = "masked" if masked else f"in another byte order, {dtype.str!r}"
+    if why := foreign(leaf):
         raise ValueError(
-            f"{name} is a NumPy array that JAX does not take, because it is {kind}: "
+            f"{name} is a NumPy array that JAX does not take, because it is {why}: "
             "fill or convert it first."
         )
     try:

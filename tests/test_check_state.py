@@ -51,17 +51,19 @@ def test_what_is_no_array_is_named():
     tx, params = memoptax.sgd_c(0.1), jnp.ones(3)
     state = untyped(tx.init(params))
     shape = jax.eval_shape(lambda: state[0].buffer.slots)
+    swapped = np.dtype(np.float32).newbyteorder()
     for leaf, kind in (
-        ("abc", "type str"),
-        (object(), "type object"),
-        (shape, "type ShapeDtypeStruct"),
-        (np.zeros(shape.shape, "V2"), "void16"),  # bfloat16 from np.load
+        ("abc", "of type str"),
+        (object(), "of type object"),
+        (shape, "of type ShapeDtypeStruct"),
+        (np.zeros(shape.shape, "V2"), "of void16"),  # bfloat16 from np.load
+        (np.zeros(shape.shape, swapped), "in another byte order, '.f4'"),
+        (np.ma.masked_array(np.zeros(shape.shape, np.float32)), "masked"),
     ):
         buffer = state[0].buffer._replace(slots=leaf)
         forged = (state[0]._replace(buffer=buffer), *state[1:])
-        with pytest.raises(
-            ValueError, match=f"slots must be .* numbers, but is of {kind}"
-        ):
+        message = f"slots must be an array of numbers, but is {kind}"
+        with pytest.raises(ValueError, match=message):
             memoptax.check_state(tx, params, forged)
 
 

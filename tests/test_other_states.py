@@ -131,13 +131,17 @@ def test_critical_gradients_without_a_buffer_refuse_a_state(options, other):
         updated(tx, jax.eval_shape(other.init, PARAMS))
 
 
-def plain(node):
-    """What a restore without a target gives: dicts and lists."""
+def plain(node, sequence):
+    """What a restore without a target gives: dicts, and lists or dicts of numbers."""
     if hasattr(node, "_asdict"):
-        return {name: plain(x) for name, x in node._asdict().items()}
+        return {name: plain(x, sequence) for name, x in node._asdict().items()}
     if isinstance(node, tuple):
-        return [plain(x) for x in node]
+        return sequence(plain(x, sequence) for x in node)
     return node
+
+
+def numbered(nodes):
+    return {str(k): node for k, node in enumerate(nodes)}
 
 
 @pytest.mark.parametrize("scales", [(), [], {}, (jnp.ones(1),)], ids=str)
@@ -156,8 +160,9 @@ def test_a_restore_without_a_target_is_refused_by_name(opt, options):
     state = tx.init(PARAMS)
     if not jax.tree.leaves(state):  # of optax.sgd, which takes any empty node
         return
-    with pytest.raises(ValueError, match="state .* without the structure of"):
-        tx.update(PARAMS, plain(state), PARAMS)
+    for sequence in (list, numbered):  # the second by flax.serialization
+        with pytest.raises(ValueError, match="state .* without the structure of"):
+            tx.update(PARAMS, plain(state, sequence), PARAMS)
 
 
 @pytest.mark.parametrize("alone", [jnp.zeros(3), None, {"0": jnp.zeros(3)}], ids=type)
