@@ -416,7 +416,8 @@ def adam_c(
     sound = pytorch.adam_is_sound(b1, b2, eps, eps_root)
     sound &= _check.is_inside(weight_decay)
     entering = {0: weight_decay}
-    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound, entering)
+    options = _options.options(aggr=aggr, **buffer)
+    return _in_front_of(base, options, sound, entering, mu_dtype)
 
 
 @_options.flat
@@ -486,17 +487,19 @@ def adamw_c(
         pytorch.learning_rate(learning_rate),
     )
     sound = pytorch.adam_is_sound(b1, b2, eps, eps_root)
+    options = _options.options(aggr=aggr, **buffer)
     # Decoupled weight decay enters no state, so no schedule has to be finite for one.
-    return _in_front_of(base, _options.options(aggr=aggr, **buffer), sound)
+    return _in_front_of(base, options, sound, mu_dtype=mu_dtype)
 
 
 def _in_front_of(
-    base, options, sound, entering: dict[int, Any] | None = None
+    base, options, sound, entering: dict[int, Any] | None = None, mu_dtype=None
 ) -> optax.GradientTransformationExtraArgs:
     """The buffer in front of ``base``, which computes in float32. The state of both
     stays as it was while traced numbers are not ``sound``. ``entering`` has the
     schedules whose values enter the state of ``base``, by their places in the chain.
-    While one of them is not finite, that state stays too.
+    While one of them is not finite, that state stays too. ``mu_dtype`` is that of
+    ``base``.
 
     The updates may be sharded over more mesh axes than the gradients. They stay sharded
     like that from the buffer to the end of ``base``, and are gathered once there.
@@ -507,8 +510,10 @@ def _in_front_of(
     base = guards.while_finite(base, entering or {})
     base = precision.in_float32(guards.while_sound(base, sound))
     tx = optax.chain(_recalling(options, sound), base)
+    int8 = _options.is_int8(mu_dtype)
 
     def update_fn(updates, state, params=None, **extra_args):
+        _options.check_rows(options, updates, int8)
         updates = jax.tree.map(layout.as_placed, updates)
         new_updates, new_state = tx.update(updates, state, params, **extra_args)
         new_updates = _in_dtypes_of(updates, new_updates)

@@ -139,7 +139,8 @@ def critical_momenta(
         average = guards.checking_moments(optax.ema(b1, debias=False))
         average = guards.expecting(average, optax.EmaState, mu_dtype=mu_dtype)
         average = precision.stored_moment(average, "ema", mu_dtype)
-        return _without_buffer(average, in_range, CriticalMomentaState)
+        kind = CriticalMomentaState
+        return _without_buffer(average, in_range, kind, options, mu_dtype)
 
     def init_fn(params):
         mu, mu_scales = _momentum.zeros(params, mu_dtype)
@@ -243,7 +244,8 @@ def scale_by_adam_cm(
     in_range = pytorch.adam_is_sound(b1, b2, eps, eps_root)
     if options.keeps_nothing:
         adam = pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, amsgrad=amsgrad)
-        return _without_buffer(adam, in_range, ScaleByAdamCmState)
+        kind = ScaleByAdamCmState
+        return _without_buffer(adam, in_range, kind, options, mu_dtype)
 
     def init_fn(params):
         def zeros():
@@ -482,10 +484,16 @@ def adamw_cm(
     )
 
 
-def _without_buffer(base, in_range, kind):
+def _without_buffer(base, in_range, kind, options, mu_dtype):
     """``base`` in float32, which keeps no buffer and refuses a state that has one."""
-    base = guards.without_buffer(guards.while_sound(base, in_range), kind)
-    return precision.in_float32(base)
+    int8 = _options.is_int8(mu_dtype)
+
+    def check(state, updates):
+        del state
+        _options.check_rows(options, updates, int8)
+
+    base = guards.checking(guards.while_sound(base, in_range), check)
+    return precision.in_float32(guards.without_buffer(base, kind))
 
 
 def _second_moment(squared, state, b2, taken):

@@ -26,7 +26,7 @@ def check(options, updates, state, mu_dtype, params=None):
         if name in state._fields and not (name == "nu_max" and moments is None):
             _check.moments(name, moments, updates)
     storage.check_scales("mu_scales", state.mu, state.mu_scales)
-    _options.check_rows(options, updates, state.mu_scales)
+    _options.check_rows(options, updates, state.mu_scales is not None)
     found = {leaf.dtype for leaf in jax.tree.leaves(state.mu)}
     allowed = [mu_dtype] if mu_dtype else _check.WIDE
     _check.same_dtype("mu_dtype", mu_dtype, found, allowed)

@@ -160,10 +160,24 @@ def test_a_custom_rule_that_asks_all_devices_decides_alike(mesh):
 # Rows of int8 of which a device sees only a part
 
 
-SPLIT = {
-    "buffer_dtype": momentum(buffer_dtype="int8"),
-    "mu_dtype": functools.partial(memoptax.adam_cm, 0.1, mu_dtype="int8", **BUFFER),
-    "mu_dtype of sgd": functools.partial(memoptax.sgd_cm, 0.1, mu_dtype="int8"),
+BLOCKS = {
+    "critical_momenta": memoptax.critical_momenta,
+    "scale_by_adam_cm": memoptax.scale_by_adam_cm,
+    "scale_by_sm3_cm": memoptax.scale_by_sm3_cm,
+}
+FACTORIES = {
+    factory.__name__: functools.partial(factory, 0.1)
+    for factory in (
+        *(memoptax.adam_c, memoptax.adamw_c, memoptax.adam_cm, memoptax.adamw_cm),
+        *(memoptax.sgd_cm, memoptax.sm3_cm),
+    )
+}
+SPLIT = {"buffer_dtype": momentum(buffer_dtype="int8")} | {
+    f"mu_dtype of {name} {options}": functools.partial(
+        make, mu_dtype="int8", **BUFFER | options
+    )
+    for name, make in (BLOCKS | FACTORIES).items()
+    for options in ({}, {"topc": 1}, {"topc": 0}, {"kappa": 0.0})
 }
 
 
@@ -176,6 +190,7 @@ SPLIT = {
         ("auto", True, r"scales\[0\] is P.* could not infer replication"),  # by JAX
     ],
 )
+@pytest.mark.few(12)
 def test_int8_rows_across_devices_are_refused(make, axes, check_vma, message, mesh):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         on_eight(make, axes, mesh, few(values(8)), check_vma)

@@ -104,7 +104,7 @@ def recall_and_offer(
     if it has taken them.
     """
     matching.check(options, buffer, gradients, params)
-    check_rows(options, gradients, buffer.scales)
+    check_rows(options, gradients, buffer.scales is not None)
     if values is gradients:  # momenta have the sharding of m
         values = gradients = holding.beside(buffer, gradients)
     leaves, treedef = jax.tree.flatten(values)

@@ -139,13 +139,17 @@ def options(
     )
 
 
-def check_rows(options: Options, gradients, scales) -> None:
-    """Refuse rows of int8 that are divided between devices, if there are ``scales``.
+def is_int8(dtype) -> bool:
+    return dtype is not None and jnp.dtype(dtype) == jnp.int8
+
+
+def check_rows(options: Options, gradients, int8: bool) -> None:
+    """Refuse rows that are divided between devices, if values like them are in int8.
 
     Only the specs that sharded_norm was given show this.
     """
     norm = options.priority_fn
-    if isinstance(norm, sharded_norm.ShardedNorm) and scales is not None:
+    if isinstance(norm, sharded_norm.ShardedNorm) and int8:
         norm.check_rows(jax.tree.leaves(gradients))
 
 

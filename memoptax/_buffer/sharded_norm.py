@@ -138,7 +138,7 @@ class ShardedNorm:
         if isinstance(self.axes, str) and self.axes == "auto":
             return
         for leaf, entry in zip(leaves, self._entries(len(leaves))):
-            if isinstance(entry, PartitionSpec) and 0 < leaf.ndim == len(entry):
+            if isinstance(entry, PartitionSpec) and 0 < jnp.ndim(leaf) == len(entry):
                 parts = math.prod(map(_devices, layout.mesh_axes(entry[-1])))
                 if parts > 1:
                     raise ValueError(
