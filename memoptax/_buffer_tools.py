@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from memoptax import _check
+from memoptax import _check, _parameters
 from memoptax._buffer import algorithm, eviction, matching, resizing
 from memoptax._buffer import holding as _holding
 from memoptax._buffer import options as _options
-from memoptax._tensors import dtypes, flax_metadata, layout, norms
+from memoptax._tensors import dtypes, flax_metadata, layout, norms, storage
 
 State = TypeVar("State")
 
@@ -242,6 +242,12 @@ def _leaves_like(buffer, updates):
                 f"updates have a leaf of shape {np.shape(leaf)} at {name}, but the "
                 f"state was made for {rest}."
             )
+        why = _parameters.foreign(leaf)
+        if why or not _parameters.is_array(leaf):
+            raise ValueError(
+                f"updates have a leaf at {name} that JAX does not take: it is "
+                f"{why or f'of type {type(leaf).__name__}'}."
+            )
         if not dtypes.is_real(dtype := jnp.result_type(leaf)):
             raise ValueError(f"updates must be real, but have {dtype} at {name}.")
         found.append(leaf)
@@ -283,6 +289,8 @@ def _boxed(buffer, function):
     # JAX thinks that new counters are equal on all devices of a shard_map. If the keys
     # differ there, the counters must have the same type.
     new = layout.vary_together(for_each(function, bare), bare.keys)
+    if _is_hosted(bare):
+        new = jax.tree.map(storage.on_host, new)
     if jax.tree.structure(bare) == jax.tree.structure(buffer):  # there are no boxes
         return new
     batch = bare.keys.ndim - 2
@@ -306,11 +314,21 @@ def _boxed(buffer, function):
 def for_each(function, buffer, *rest):
     """``function`` of a buffer, or of each buffer of a batch. It takes shapes too."""
     buffer, rest = jax.tree.map(layout.as_placed, (buffer, rest))
+    if _is_hosted(buffer):
+        buffer = jax.tree.map(storage.on_device, buffer)
     for _ in range(buffer.keys.ndim - 2):
         function = jax.vmap(function)
     if any(map(_is_abstract, jax.tree.leaves((buffer, rest)))):
         return jax.eval_shape(function, buffer, *rest)
     return function(buffer, *rest)
+
+
+def _is_hosted(buffer) -> bool:
+    """Whether a whole buffer is in the memory of the host, where nothing computes.
+
+    If only its slots are there, one is fetched at a time.
+    """
+    return isinstance(buffer.keys, jax.Array) and storage.is_on_host(buffer.keys)
 
 
 def _is_abstract(array):

@@ -112,7 +112,7 @@ def memory_report(
 
     Raises:
       ValueError: if ``shardings`` is not like the state, or has something other than
-        shardings, such as specs.
+        shardings, such as specs, or a sharding that does not fit its array.
 
     Examples:
       >>> import memoptax, jax, jax.numpy as jnp
@@ -176,7 +176,7 @@ def memory_report(
     arrays = filter(_parameters.is_array, jax.tree.leaves(params))
     for (path, leaf), sharding in zip(bare_leaves, laid_out):
         name = _field(path, roots, inside)
-        part = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        part = leaf.shape if sharding is None else _shard(path, sharding, leaf.shape)
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         fields[name] += size
         per_device[name] += math.prod(part) * leaf.dtype.itemsize
@@ -188,6 +188,17 @@ def memory_report(
         per_device=None if shardings is None else dict(per_device),
         whole=None if shardings is None else dict(whole),
     )
+
+
+def _shard(path, sharding, shape):
+    """The shape of the part of an array that each device has."""
+    try:
+        return sharding.shard_shape(shape)
+    except (IndexError, ValueError) as error:
+        raise ValueError(
+            f"shardings{jax.tree_util.keystr(path)} is {sharding!r}, which does not "
+            f"fit an array of shape {shape}."
+        ) from error
 
 
 def _field(path, roots, inside):

@@ -150,6 +150,46 @@ def test_a_state_in_the_memory_of_the_host_is_checked(dtype):
         memoptax.check_state(tx, params, (wrong, *state[1:]))
 
 
+def kinds(tree):
+    return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)}
+
+
+@pytest.mark.cpu_only("several devices")
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit, None])
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(memoptax.adam_c, topc=3),
+        functools.partial(memoptax.adam_c, topc=3, holding="sum"),
+        functools.partial(memoptax.sm3_cm, topc=1),
+    ],
+    ids=["read", "sum", "select"],
+)
+@pytest.mark.few(6)
+def test_tools_take_a_whole_state_in_the_memory_of_the_host(make, dtype, mode):
+    """As between steps that fetch it. The state stays where it was."""
+    tx, params = make(0.1, buffer_dtype=dtype), jnp.ones((8, 4))
+    if mode is not None:
+        mesh = jax.make_mesh((2,), ("data",), (mode,))
+        params = jax.device_put(params, NamedSharding(mesh, P("data")))
+    _, state = jax.jit(tx.update)(params, tx.init(params), params)
+    host = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), state)
+    hosted = jax.device_put(state, host)
+    memoptax.check_state(tx, params, hosted)
+    for tool in (
+        memoptax.buffer_stats,
+        lambda state: memoptax.buffer_stats(state, params),
+        memoptax.reset_buffer,
+        lambda state: memoptax.resize_buffer(state, 2, holding="read"),
+        lambda state: memoptax.resize_buffer(state, 2, holding="sum"),
+    ):
+        found, wanted = tool(hosted), tool(state)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        if isinstance(found, tuple):
+            assert kinds(found) == {"pinned_host"}
+
+
 @pytest.mark.cpu_only("several devices")
 @pytest.mark.parametrize("topc", [1, 2])
 def test_a_buffer_in_the_memory_of_the_host_may_be_resized(topc):

@@ -40,6 +40,26 @@ def test_arrays_of_numpy_that_jax_does_not_take(opt, array):
             tx.init({"w": array})
 
 
+@pytest.mark.parametrize("array", [SWAPPED, MASKED], ids=["swapped", "masked"])
+def test_updates_that_jax_does_not_take_are_named_by_buffer_stats(array):
+    state = memoptax.sgd_c(0.1).init(ONES)
+    with pytest.raises(ValueError, match=r"a leaf at \['w'\] that JAX does not take"):
+        memoptax.buffer_stats(state, {"w": array})
+    state = memoptax.sgd_c(0.1).init(jnp.ones(()))
+    with pytest.raises(ValueError, match="at the root .* it is of type str"):
+        memoptax.buffer_stats(state, "text")
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, None, None, "data")], ids=str)
+def test_shardings_that_do_not_fit_are_named_by_memory_report(spec, mesh):
+    tx, params = memoptax.sgd_c(0.1), {"w": jnp.ones((8, 8))}
+    state = jax.eval_shape(tx.init, params)
+    shardings = jax.tree.map(lambda _: jax.NamedSharding(mesh, spec), state)
+    message = r"shardings\[0\].buffer.slots\['w'\] is .* does not fit .* \(6, 8, 8\)"
+    with pytest.raises(ValueError, match=message):
+        memoptax.memory_report(tx, params, shardings)
+
+
 NO_UPDATE = optax.GradientTransformation(lambda params: (), untyped(None))
 
 

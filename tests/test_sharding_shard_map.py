@@ -196,6 +196,17 @@ def test_int8_rows_across_devices_are_refused(make, axes, check_vma, message, me
         on_eight(make, axes, mesh, few(values(8)), check_vma)
 
 
+@pytest.mark.parametrize("make", FACTORIES.values(), ids=FACTORIES)
+@pytest.mark.parametrize("topc", [0, 2])
+def test_a_missing_gradient_is_named_before_its_row(make, topc):
+    params = {"w": jnp.ones((2, 8)), "b": jnp.ones(8)}
+    norm = memoptax.sharded_norm({"w": P(None, "data"), "b": P("data")})
+    tx = make(mu_dtype="int8", topc=topc, priority_fn=norm)
+    gradients = params | {"b": None}
+    with pytest.raises(ValueError, match="updates have the structure"):
+        tx.update(gradients, tx.init(params), params)
+
+
 def test_parts_of_an_int8_row_may_have_their_own_scales(mesh):
     """With scales for every device, in a state that says so."""
     names = {"matrix": BOTH, "vector": "model", "scalar": None}

@@ -376,6 +376,15 @@ def on_device(x):
     return _moved(x, jax.memory.Space.Device)
 
 
+def on_host(x):
+    """``x`` in the memory of the host."""
+    return _moved(x, jax.memory.Space.Host)
+
+
+def is_on_host(x) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
 def _moved(x, space):
     """``x`` in this memory space. A stack may be in the memory of the host."""
     return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
