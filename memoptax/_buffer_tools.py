@@ -80,8 +80,9 @@ def buffer_stats(state: Any, updates: Any = None) -> dict[str, jax.Array]:
 def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> State:
     """The state for the same optimizer with another ``topc``.
 
-    A smaller buffer keeps the most critical entries, and of equally critical ones those
-    with the lowest index. A larger one has empty slots. Keys, ages and counters stay,
+    A smaller buffer keeps the most critical entries. Of equally critical ones it keeps
+    those with the lowest index, or the youngest if their keys have decayed to 0. A
+    larger one has empty slots. Keys, ages and counters stay,
     and the sums are rebuilt. Restore a checkpoint with the ``topc`` that it was saved
     with, and then resize it.
 
@@ -242,7 +243,7 @@ def _leaves_like(buffer, updates):
                 f"updates have a leaf of shape {np.shape(leaf)} at {name}, but the "
                 f"state was made for {rest}."
             )
-        why = _parameters.foreign(leaf)
+        why = _check.foreign(leaf)
         if why or not _parameters.is_array(leaf):
             raise ValueError(
                 f"updates have a leaf at {name} that JAX does not take: it is "

@@ -376,11 +376,30 @@ def moments(name: str, tree, updates) -> None:
 def arrays(name: str, leaves) -> None:
     """Refuse leaves of a state, its field ``name``, that are no arrays."""
     for leaf in leaves:
+        native(f"An array of the state, in {name},", leaf)
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             raise ValueError(
                 f"state has an object of type {type(leaf).__name__} in {name}, but "
                 "needs arrays there."
             )
+
+
+def native(name: str, value) -> None:
+    """Refuse an array of NumPy that JAX does not take."""
+    if why := foreign(value):
+        raise ValueError(
+            f"{name} is a NumPy array that JAX does not take, because it is {why}: "
+            "fill or convert it first."
+        )
+
+
+def foreign(value) -> str:
+    """Why JAX does not take this array of NumPy, or nothing if it is no such array."""
+    if isinstance(value, np.ma.MaskedArray):
+        return "masked"
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
+        return f"in another byte order, {value.dtype.str!r}"
+    return ""
 
 
 def same_dtype(name: str, asked, found, allowed) -> None:

@@ -85,7 +85,7 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
         except (TypeError, ValueError):
             array = isinstance(leaf, np.ndarray)
             kind = leaf.dtype.name if array else f"type {type(leaf).__name__}"
-            kind = _parameters.foreign(leaf) or f"of {kind}"
+            kind = _check.foreign(leaf) or f"of {kind}"
             raise ValueError(
                 f"{name} must be an array of numbers, but is {kind}."
             ) from None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from memoptax import _check
 from memoptax._tensors import layout, row_sparse
 
 
@@ -97,13 +98,15 @@ def state_arrays(state):
     one under ``jax.jit``. Any other leaf stays as it is, and a later check names it.
     """
 
-    def array(leaf):
+    def array(path, leaf):
+        if isinstance(leaf, np.ndarray):
+            _check.native(f"state{jax.tree_util.keystr(path)}", leaf)
         try:
             return _array(leaf)
         except TypeError:  # a dtype that JAX does not have
             return leaf
 
-    return jax.tree.map(array, state)
+    return jax.tree.map_with_path(array, state)
 
 
 def _array(leaf):
@@ -118,15 +121,6 @@ def _array(leaf):
     return layout.as_placed(leaf)
 
 
-def foreign(leaf) -> str:
-    """Why JAX does not take this array of NumPy, or nothing if it is no such array."""
-    if isinstance(leaf, np.ma.MaskedArray):
-        return "masked"
-    if isinstance(leaf, np.ndarray) and not leaf.dtype.isnative:
-        return f"in another byte order, {leaf.dtype.str!r}"
-    return ""
-
-
 def _check_real(kind, path, leaf):
     name = jax.tree_util.keystr(path)
     name = f"The {kind} {name}" if name else f"The {kind}"
@@ -139,11 +133,7 @@ def _check_real(kind, path, leaf):
             f"{name} must be an array, but is {leaf!r}: keep only the arrays, with "
             "equinox.filter(model, equinox.is_inexact_array) or with optax.masked."
         )
-    if why := foreign(leaf):
-        raise ValueError(
-            f"{name} is a NumPy array that JAX does not take, because it is {why}: "
-            "fill or convert it first."
-        )
+    _check.native(name, leaf)
     try:
         real = jnp.issubdtype(dtype, jnp.floating)
     except TypeError:  # the dtype of another library

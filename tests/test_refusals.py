@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import each_factory
+from contract import each_factory, each_optimizer
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -38,6 +38,25 @@ def test_arrays_of_numpy_that_jax_does_not_take(opt, array):
     if opt.memory == "buffer":
         with pytest.raises(ValueError, match=message):
             tx.init({"w": array})
+
+
+@pytest.mark.parametrize("kind", ["swapped", "masked"])
+@each_optimizer
+@pytest.mark.few(8)
+def test_states_of_numpy_that_jax_does_not_take(opt, kind):
+    """JAX would compute with what is under a mask."""
+    tx = opt.build()
+    leaves, treedef = jax.tree.flatten(tx.init(ONES))
+    for place, leaf in enumerate(leaves):
+        wrong = np.asarray(leaf)
+        swapped = wrong.astype(wrong.dtype.newbyteorder())
+        if kind == "swapped" and swapped.dtype.isnative:  # int8
+            continue
+        wrong = swapped if kind == "swapped" else np.ma.masked_array(wrong)
+        state = treedef.unflatten([*leaves[:place], wrong, *leaves[place + 1 :]])
+        message = r"state\S* is a NumPy array that JAX does not take"
+        with pytest.raises(ValueError, match=message):
+            tx.update(ONES, state, ONES)
 
 
 @pytest.mark.parametrize("array", [SWAPPED, MASKED], ids=["swapped", "masked"])
