@@ -34,7 +34,8 @@ def sharded_norm(
     Args:
       axes: the mesh axes over which the leaves are sharded. A name or a tuple of names
         is for all leaves. A tree has a name, a tuple of names or a ``PartitionSpec``
-        for each leaf, such as the ``in_specs`` of the parameters. ``'auto'`` means the
+        for each leaf, such as the ``in_specs`` of the parameters. Use the containers of
+        the gradients, because leaves are paired in their order. ``'auto'`` means the
         axes over which JAX knows that a leaf varies. If JAX knows that a leaf does not
         vary over an axis, the leaf is not summed over that axis. Gradients must have
         been averaged over the axes that do not shard the parameters.
