@@ -82,9 +82,8 @@ def resize_buffer(state: State, topc: int, *, holding: str | None = None) -> Sta
 
     A smaller buffer keeps the most critical entries. Of equally critical ones it keeps
     those with the lowest index, or the youngest if their keys have decayed to 0. A
-    larger one has empty slots. Keys, ages and counters stay,
-    and the sums are rebuilt. Restore a checkpoint with the ``topc`` that it was saved
-    with, and then resize it.
+    larger one has empty slots. Keys, ages and counters stay, and the sums are rebuilt.
+    Restore a checkpoint with the ``topc`` that it was saved with, and then resize it.
 
     In one case a new sum has a different dtype than in ``init``: with a
     ``buffer_dtype``, and parameters in both float32 and float64. The state does not say

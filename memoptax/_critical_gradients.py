@@ -408,16 +408,20 @@ def adam_c(
       2. A κ of 0 is Adam. Theirs raises a KeyError.
     """
     learning_rate = _check.learning_rate(learning_rate)
+    options = _options.options(aggr=aggr, **buffer)
+    rows = options.check_rows
+    adam = pytorch.scale_by_adam(
+        b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad, check_rows=rows
+    )
     base = optax.chain(
         pytorch.weight_decay(weight_decay),
-        pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad),
+        adam,
         pytorch.learning_rate(learning_rate),
     )
     sound = pytorch.adam_is_sound(b1, b2, eps, eps_root)
     sound &= _check.is_inside(weight_decay)
     entering = {0: weight_decay}
-    options = _options.options(aggr=aggr, **buffer)
-    return _in_front_of(base, options, sound, entering, mu_dtype)
+    return _in_front_of(base, options, sound, entering)
 
 
 @_options.flat
@@ -481,25 +485,28 @@ def adamw_c(
          Theirs first multiplies the parameters by 1 − η·λ, which is rounded.
     """
     learning_rate = _check.learning_rate(learning_rate)
+    options = _options.options(aggr=aggr, **buffer)
+    rows = options.check_rows
+    adam = pytorch.scale_by_adam(
+        b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad, check_rows=rows
+    )
     base = optax.chain(
-        pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad),
+        adam,
         pytorch.weight_decay(weight_decay, mask),
         pytorch.learning_rate(learning_rate),
     )
     sound = pytorch.adam_is_sound(b1, b2, eps, eps_root)
-    options = _options.options(aggr=aggr, **buffer)
     # Decoupled weight decay enters no state, so no schedule has to be finite for one.
-    return _in_front_of(base, options, sound, mu_dtype=mu_dtype)
+    return _in_front_of(base, options, sound)
 
 
 def _in_front_of(
-    base, options, sound, entering: dict[int, Any] | None = None, mu_dtype=None
+    base, options, sound, entering: dict[int, Any] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The buffer in front of ``base``, which computes in float32. The state of both
     stays as it was while traced numbers are not ``sound``. ``entering`` has the
     schedules whose values enter the state of ``base``, by their places in the chain.
-    While one of them is not finite, that state stays too. ``mu_dtype`` is that of
-    ``base``.
+    While one of them is not finite, that state stays too.
 
     The updates may be sharded over more mesh axes than the gradients. They stay sharded
     like that from the buffer to the end of ``base``, and are gathered once there.
@@ -510,10 +517,8 @@ def _in_front_of(
     base = guards.while_finite(base, entering or {})
     base = precision.in_float32(guards.while_sound(base, sound))
     tx = optax.chain(_recalling(options, sound), base)
-    int8 = _options.is_int8(mu_dtype)
 
     def update_fn(updates, state, params=None, **extra_args):
-        _options.check_rows(options, updates, int8)
         updates = jax.tree.map(layout.as_placed, updates)
         new_updates, new_state = tx.update(updates, state, params, **extra_args)
         new_updates = _in_dtypes_of(updates, new_updates)

@@ -138,9 +138,9 @@ def critical_momenta(
     if options.keeps_nothing:
         average = guards.checking_moments(optax.ema(b1, debias=False))
         average = guards.expecting(average, optax.EmaState, mu_dtype=mu_dtype)
-        average = precision.stored_moment(average, "ema", mu_dtype)
-        kind = CriticalMomentaState
-        return _without_buffer(average, in_range, kind, options, mu_dtype)
+        rows = options.check_rows
+        average = precision.stored_moment(average, "ema", mu_dtype, rows)
+        return _without_buffer(average, in_range, CriticalMomentaState)
 
     def init_fn(params):
         mu, mu_scales = _momentum.zeros(params, mu_dtype)
@@ -243,9 +243,11 @@ def scale_by_adam_cm(
     options = _options.options(aggr=aggr, **buffer)
     in_range = pytorch.adam_is_sound(b1, b2, eps, eps_root)
     if options.keeps_nothing:
-        adam = pytorch.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, amsgrad=amsgrad)
-        kind = ScaleByAdamCmState
-        return _without_buffer(adam, in_range, kind, options, mu_dtype)
+        rows, numbers = options.check_rows, (b1, b2, eps, eps_root)
+        adam = pytorch.scale_by_adam(
+            *numbers, mu_dtype, amsgrad=amsgrad, check_rows=rows
+        )
+        return _without_buffer(adam, in_range, ScaleByAdamCmState)
 
     def init_fn(params):
         def zeros():
@@ -484,16 +486,10 @@ def adamw_cm(
     )
 
 
-def _without_buffer(base, in_range, kind, options, mu_dtype):
+def _without_buffer(base, in_range, kind):
     """``base`` in float32, which keeps no buffer and refuses a state that has one."""
-    int8 = _options.is_int8(mu_dtype)
-
-    def check(state, updates):
-        del state
-        _options.check_rows(options, updates, int8)
-
-    base = guards.checking(guards.while_sound(base, in_range), check)
-    return precision.in_float32(guards.without_buffer(base, kind))
+    base = guards.without_buffer(guards.while_sound(base, in_range), kind)
+    return precision.in_float32(base)
 
 
 def _second_moment(squared, state, b2, taken):

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 
 from memoptax import _check
 from memoptax._buffer import algorithm, matching
-from memoptax._buffer import options as _options
 from memoptax._tensors import dtypes, layout, storage
 
 
@@ -26,7 +25,8 @@ def check(options, updates, state, mu_dtype, params=None):
         if name in state._fields and not (name == "nu_max" and moments is None):
             _check.moments(name, moments, updates)
     storage.check_scales("mu_scales", state.mu, state.mu_scales)
-    _options.check_rows(options, updates, state.mu_scales is not None)
+    if state.mu_scales is not None:
+        options.check_rows(updates)
     found = {leaf.dtype for leaf in jax.tree.leaves(state.mu)}
     allowed = [mu_dtype] if mu_dtype else _check.WIDE
     _check.same_dtype("mu_dtype", mu_dtype, found, allowed)

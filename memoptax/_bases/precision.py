@@ -48,11 +48,12 @@ class StoredMomentState(NamedTuple):
     scales: Any  # int8: per leaf (*shape[:-1], 1), float32; else None
 
 
-def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
+def stored_moment(inner: optax.GradientTransformation, field: str, dtype, check_rows):
     """``inner`` with the moment ``field`` of its state stored in ``dtype``.
 
     None stores it as it is. Updates have the dtype of the arithmetic. Unlike optax's
     own ``mu_dtype``, this takes int8 too, and never computes in the dtype of storage.
+    ``check_rows`` sees the updates if their rows will have one scale each.
     """
     if dtype is None:
         return guards.checking(inner, _check_unstored)
@@ -67,6 +68,8 @@ def stored_moment(inner: optax.GradientTransformation, field: str, dtype):
 
     def update_fn(updates, state, params=None):
         _check_stored(updates, state, field, dtype)
+        if state.scales is not None:
+            check_rows(updates)
         leaves, treedef = jax.tree.flatten(updates)
         stored = storage.unpack(treedef, state.moment, state.scales)
         wide = [

@@ -5,6 +5,7 @@ bases. Everything else is optax's own.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,8 +67,13 @@ def scale_by_adam(
     mu_dtype: DTypeLike | None = None,
     nesterov: bool = False,
     amsgrad: bool = False,
+    *,
+    check_rows: Callable[[Any], None],
 ) -> optax.GradientTransformation:
-    """``optax.scale_by_adam``, or with ``amsgrad`` PyTorch's form of it."""
+    """``optax.scale_by_adam``, or with ``amsgrad`` PyTorch's form of it.
+
+    ``check_rows`` is as in :func:`precision.stored_moment`.
+    """
     b1, b2, eps, eps_root = check_adam(b1, b2, eps, eps_root)
     _check.flag("nesterov", nesterov)
     _check.flag("amsgrad", amsgrad)
@@ -80,7 +86,7 @@ def scale_by_adam(
         adam = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
         kind = optax.ScaleByAdamState
     adam = guards.expecting(guards.checking_moments(adam), kind, amsgrad=amsgrad)
-    return precision.stored_moment(adam, "mu", mu_dtype)
+    return precision.stored_moment(adam, "mu", mu_dtype, check_rows)
 
 
 def check_adam(b1, b2, eps, eps_root):

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoptax._buffer import aggregation, eviction, holding, matching
-from memoptax._buffer.options import Options, check_rows
+from memoptax._buffer.options import Options
 from memoptax._tensors import dtypes, flax_metadata, layout, storage
 from memoptax._tensors import norms as _norms
 
@@ -104,7 +104,8 @@ def recall_and_offer(
     if it has taken them.
     """
     matching.check(options, buffer, gradients, params)
-    check_rows(options, gradients, buffer.scales is not None)
+    if buffer.scales is not None:
+        options.check_rows(gradients)
     if values is gradients:  # momenta have the sharding of m
         values = gradients = holding.beside(buffer, gradients)
     leaves, treedef = jax.tree.flatten(values)

@@ -77,6 +77,14 @@ class Options(NamedTuple):
         _check.scalar("priority_fn", value)
         return jnp.asarray(value, dtype)
 
+    def check_rows(self, gradients) -> None:
+        """Refuse rows that are divided between devices, for values in int8.
+
+        Only the specs that sharded_norm was given show this.
+        """
+        if isinstance(self.priority_fn, sharded_norm.ShardedNorm):
+            self.priority_fn.check_rows(jax.tree.leaves(gradients))
+
     @property
     def keeps_nothing(self) -> bool:
         """A concrete C or κ of 0: no buffer exists, and updates pass through."""
@@ -137,20 +145,6 @@ def options(
         seed,
         holding,
     )
-
-
-def is_int8(dtype) -> bool:
-    return dtype is not None and jnp.dtype(dtype) == jnp.int8
-
-
-def check_rows(options: Options, gradients, int8: bool) -> None:
-    """Refuse rows that are divided between devices, if values like them are in int8.
-
-    Only the specs that sharded_norm was given show this.
-    """
-    norm = options.priority_fn
-    if isinstance(norm, sharded_norm.ShardedNorm) and int8:
-        norm.check_rows(jax.tree.leaves(gradients))
 
 
 def flat(function: Function) -> Function:

@@ -134,13 +134,12 @@ class ShardedNorm:
         """Refuse specs that divide a row of int8, which has one scale.
 
         Each device would compute the scale of its own shard, and the scales would
-        differ. A missing leaf is refused elsewhere.
+        differ.
         """
-        entries = self._listed(len(leaves))
-        if self.axes == "auto" or len(entries) != len(leaves):
+        if isinstance(self.axes, str) and self.axes == "auto":
             return
-        for leaf, entry in zip(leaves, entries):
-            if isinstance(entry, PartitionSpec) and 0 < jnp.ndim(leaf) == len(entry):
+        for leaf, entry in zip(leaves, self._entries(len(leaves))):
+            if isinstance(entry, PartitionSpec) and 0 < leaf.ndim == len(entry):
                 parts = math.prod(map(_devices, layout.mesh_axes(entry[-1])))
                 if parts > 1:
                     raise ValueError(
@@ -151,20 +150,17 @@ class ShardedNorm:
 
     def _entries(self, count) -> list[Any]:
         """The entry of ``axes`` for each of ``count`` leaves."""
-        entries = self._listed(count)
+        entries = jax.tree.leaves(self.axes, is_leaf=_is_entry)
+        if len(entries) > count:  # a None may belong to a None, not to a leaf
+            entries = [entry for entry in entries if entry is not None]
+        if _is_entry(self.axes):
+            entries *= count
         if len(entries) != count:
             raise ValueError(
                 f"sharded_norm was given axes for {len(entries)} leaves, but the "
                 f"gradients have {count}: {self.axes!r}."
             )
         return entries
-
-    def _listed(self, count) -> list[Any]:
-        """The entries of ``axes``, with one for all leaves repeated."""
-        entries = jax.tree.leaves(self.axes, is_leaf=_is_entry)
-        if len(entries) > count:  # a None may belong to a None, not to a leaf
-            entries = [entry for entry in entries if entry is not None]
-        return entries * count if _is_entry(self.axes) else entries
 
 
 def _sums(squares, names):
