@@ -289,8 +289,7 @@ def _boxed(buffer, function):
     # JAX thinks that new counters are equal on all devices of a shard_map. If the keys
     # differ there, the counters must have the same type.
     new = layout.vary_together(for_each(function, bare), bare.keys)
-    if _is_hosted(bare):
-        new = jax.tree.map(storage.on_host, new)
+    new = _in_memory_of(bare, new)
     if jax.tree.structure(bare) == jax.tree.structure(buffer):  # there are no boxes
         return new
     batch = bare.keys.ndim - 2
@@ -314,8 +313,7 @@ def _boxed(buffer, function):
 def for_each(function, buffer, *rest):
     """``function`` of a buffer, or of each buffer of a batch. It takes shapes too."""
     buffer, rest = jax.tree.map(layout.as_placed, (buffer, rest))
-    if _is_hosted(buffer):
-        buffer = jax.tree.map(storage.on_device, buffer)
+    buffer, rest = _fetched(buffer), jax.tree.map(_fetched_array, rest)
     for _ in range(buffer.keys.ndim - 2):
         function = jax.vmap(function)
     if any(map(_is_abstract, jax.tree.leaves((buffer, rest)))):
@@ -323,12 +321,42 @@ def for_each(function, buffer, *rest):
     return function(buffer, *rest)
 
 
-def _is_hosted(buffer) -> bool:
-    """Whether a whole buffer is in the memory of the host, where nothing computes.
+def _fetched(buffer):
+    """The buffer, fetched from the memory of the host, where nothing computes.
 
-    If only its slots are there, one is fetched at a time.
+    Stacks of slots stay there, because one slot is fetched at a time. Under vmap JAX
+    cannot do that.
     """
-    return isinstance(buffer.keys, jax.Array) and storage.is_on_host(buffer.keys)
+    fetched = jax.tree.map(_fetched_array, buffer)
+    if buffer.entries is None or buffer.keys.ndim > 2:
+        return fetched
+    return fetched._replace(slots=buffer.slots, scales=buffer.scales)
+
+
+def _fetched_array(x):
+    return storage.on_device(x) if isinstance(x, jax.Array) else x
+
+
+def _in_memory_of(old, new):
+    """The ``new`` buffer with every array in the memory where the ``old`` one had it.
+
+    A field that the old buffer lacks is where its keys are. So are slots that were a
+    stack and are no more, because a step cannot fetch one of them.
+    """
+    if (old.entries is None) != (new.entries is None):
+        old = old._replace(slots=None, scales=None)
+
+    def placed(name):
+        leaves, treedef = jax.tree.flatten(getattr(new, name))
+        like = jax.tree.leaves(getattr(old, name)) or [old.keys] * len(leaves)
+        return treedef.unflatten(
+            [
+                storage.in_memory_of(y, x) if isinstance(y, jax.Array) else x
+                for x, y in zip(leaves, like)
+            ]
+        )
+
+    return algorithm.Buffer(*map(placed, algorithm.Buffer._fields))
 
 
 def _is_abstract(array):

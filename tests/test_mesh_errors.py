@@ -151,10 +151,11 @@ def test_a_state_in_the_memory_of_the_host_is_checked(dtype):
 
 
 def kinds(tree):
-    return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)}
+    return [leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)]
 
 
 @pytest.mark.cpu_only("several devices")
+@pytest.mark.parametrize("smallest", [0, 32], ids=["whole", "large arrays"])
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit, None])
 @pytest.mark.parametrize("dtype", [None, "int8"])
 @pytest.mark.parametrize(
@@ -167,27 +168,39 @@ def kinds(tree):
     ids=["read", "sum", "select"],
 )
 @pytest.mark.few(6)
-def test_tools_take_a_whole_state_in_the_memory_of_the_host(make, dtype, mode):
-    """As between steps that fetch it. The state stays where it was."""
+def test_tools_take_a_state_in_the_memory_of_the_host(make, dtype, mode, smallest):
+    """As between steps that fetch it, whole or large arrays only. It stays there."""
     tx, params = make(0.1, buffer_dtype=dtype), jnp.ones((8, 4))
     if mode is not None:
         mesh = jax.make_mesh((2,), ("data",), (mode,))
         params = jax.device_put(params, NamedSharding(mesh, P("data")))
     _, state = jax.jit(tx.update)(params, tx.init(params), params)
-    host = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), state)
+    host = jax.tree.map(
+        lambda x: x.sharding.with_memory_kind(
+            "pinned_host" if x.size >= smallest else "device"
+        ),
+        state,
+    )
     hosted = jax.device_put(state, host)
     memoptax.check_state(tx, params, hosted)
+    updates = jax.device_put(params, params.sharding.with_memory_kind("pinned_host"))
     for tool in (
         memoptax.buffer_stats,
-        lambda state: memoptax.buffer_stats(state, params),
+        lambda state: memoptax.buffer_stats(state, updates),
         memoptax.reset_buffer,
+        lambda state: memoptax.resize_buffer(state, 1, holding="select"),
         lambda state: memoptax.resize_buffer(state, 2, holding="read"),
         lambda state: memoptax.resize_buffer(state, 2, holding="sum"),
     ):
         found, wanted = tool(hosted), tool(state)
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
-        if isinstance(found, tuple):
-            assert kinds(found) == {"pinned_host"}
+        if not isinstance(found, tuple):
+            continue
+        assert kinds(found[1:]) == kinds(hosted[1:])
+        new, old = found[0].buffer, hosted[0].buffer
+        assert kinds(new.keys) == kinds(old.keys)
+        alike = (new.entries is None) == (old.entries is None)
+        assert kinds(new.slots) == kinds(old.slots if alike else old.keys)
 
 
 @pytest.mark.cpu_only("several devices")

@@ -64,7 +64,10 @@ def _summed(buffer, like, rebuilds):
             for x in leaves
         ]
         like = treedef.unflatten(
-            [jnp.zeros_like(x[0], dtype=d) for x, d in zip(leaves, wide)]
+            [
+                jnp.zeros_like(storage.read(stack, 0).values, dtype=d)
+                for stack, d in zip(stacks, wide)
+            ]
         )
     zeros = [jnp.zeros_like(x) for x in jax.tree.leaves(like)]
     held = running_sum.in_slots(eviction.held(buffer), buffer.entries)

@@ -337,7 +337,7 @@ def write(stack: Stored, stored: Stored, slot) -> Stored:
     def written(x, new):
         x = layout.on_mesh_of(x, new)
         new = layout.like(new, x, leading=1)
-        new = _moved(new, jax.typeof(x).memory_space)
+        new = in_memory_of(x, new)
         return jax.lax.dynamic_update_index_in_dim(
             x, new, slot, 0, allow_negative_indices=False
         )
@@ -359,7 +359,7 @@ def select(stack: Stored, slots, filled, copies: int | None) -> Stored:
         if copies is None:
             return chosen[0]
         more = [(0, copies - chosen.shape[0])] + [(0, 0)] * (chosen.ndim - 1)
-        return _moved(jnp.pad(chosen, more), jax.typeof(x).memory_space)
+        return in_memory_of(x, jnp.pad(chosen, more))
 
     return jax.tree.map(taken, stack)
 
@@ -368,7 +368,7 @@ def emptied(array):
     """Zeros like a stack, or any array of a state, in the same memory."""
     # A vmap outside of jax.set_mesh hides the devices that zeros_like would need.
     zeros = jnp.where(False, on_device(array), 0)
-    return _moved(zeros, jax.typeof(array).memory_space)
+    return in_memory_of(array, zeros)
 
 
 def on_device(x):
@@ -376,13 +376,9 @@ def on_device(x):
     return _moved(x, jax.memory.Space.Device)
 
 
-def on_host(x):
-    """``x`` in the memory of the host."""
-    return _moved(x, jax.memory.Space.Host)
-
-
-def is_on_host(x) -> bool:
-    return jax.typeof(x).memory_space == jax.memory.Space.Host
+def in_memory_of(like, x):
+    """``x`` in the memory where ``like`` is."""
+    return _moved(x, jax.typeof(like).memory_space)
 
 
 def _moved(x, space):
