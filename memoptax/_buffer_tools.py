@@ -313,7 +313,8 @@ def _boxed(buffer, function):
 def for_each(function, buffer, *rest):
     """``function`` of a buffer, or of each buffer of a batch. It takes shapes too."""
     buffer, rest = jax.tree.map(layout.as_placed, (buffer, rest))
-    buffer, rest = _fetched(buffer), jax.tree.map(_fetched_array, rest)
+    buffer = _fetched(buffer)
+    rest = jax.tree.map(_of_arrays(storage.on_device), rest)
     for _ in range(buffer.keys.ndim - 2):
         function = jax.vmap(function)
     if any(map(_is_abstract, jax.tree.leaves((buffer, rest)))):
@@ -327,14 +328,19 @@ def _fetched(buffer):
     Stacks of slots stay there, because one slot is fetched at a time. Under vmap JAX
     cannot do that.
     """
-    fetched = jax.tree.map(_fetched_array, buffer)
-    if buffer.entries is None or buffer.keys.ndim > 2:
-        return fetched
-    return fetched._replace(slots=buffer.slots, scales=buffer.scales)
+    stays = buffer.entries is not None and buffer.keys.ndim == 2
+    stacks = {"slots", "scales"} if stays else set()
+
+    def fetched(name):
+        move = storage.as_typed if name in stacks else storage.on_device
+        return jax.tree.map(_of_arrays(move), getattr(buffer, name))
+
+    return algorithm.Buffer(*map(fetched, algorithm.Buffer._fields))
 
 
-def _fetched_array(x):
-    return storage.on_device(x) if isinstance(x, jax.Array) else x
+def _of_arrays(function):
+    """``function`` of JAX's arrays. Shapes and NumPy's arrays are in no memory."""
+    return lambda x: function(x) if isinstance(x, jax.Array) else x
 
 
 def _in_memory_of(old, new):

@@ -23,17 +23,33 @@ def transformation(
     """
 
     def checked_init_fn(params):
-        return init_fn(real_arrays(params))
+        return init_fn(whole_arrays(params))
 
     def checked_update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        updates, state = real_arrays(updates, "gradient"), state_arrays(state)
+        updates, state = whole_arrays(updates, "gradient"), state_arrays(state)
         if not by_rows:
             row_sparse.refuse(updates)
         params = jax.tree.map(layout.as_placed, params)
         return update_fn(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(checked_init_fn, checked_update_fn)
+
+
+def whole_arrays(tree, kind: str = "parameter"):
+    """Like :func:`real_arrays`. No array may be part of a sum over devices."""
+
+    def check(path, leaf):
+        spec = jax.typeof(leaf).sharding.spec if isinstance(leaf, jax.Array) else None
+        if layout.is_partial(spec):
+            raise ValueError(
+                f"{_called(kind, path)} has the sharding {spec}, but must not have "
+                "reduced or unreduced axes: use jax.sharding.reshard first."
+            )
+
+    tree = real_arrays(tree, kind)
+    jax.tree.map_with_path(check, tree, is_leaf=row_sparse.is_row_sparse)
+    return tree
 
 
 def real_arrays(tree, kind: str = "parameter"):
@@ -121,9 +137,13 @@ def _array(leaf):
     return layout.as_placed(leaf)
 
 
-def _check_real(kind, path, leaf):
+def _called(kind, path):
     name = jax.tree_util.keystr(path)
-    name = f"The {kind} {name}" if name else f"The {kind}"
+    return f"The {kind} {name}" if name else f"The {kind}"
+
+
+def _check_real(kind, path, leaf):
+    name = _called(kind, path)
     if isinstance(leaf, (bool, int, float, complex)):
         dtype = jnp.result_type(leaf)
     else:

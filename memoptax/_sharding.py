@@ -297,6 +297,11 @@ def _checked(path, shape, spec, mesh) -> PartitionSpec:
             f"{len(shape)} axes."
         )
     spec = PartitionSpec() if spec is None else spec
+    if layout.is_partial(spec):
+        raise ValueError(
+            f"specs has {spec} for {_called(path)}, but must not have reduced or "
+            "unreduced axes."
+        )
     for name in layout.mesh_axes(spec):
         if not isinstance(name, str):
             raise ValueError(

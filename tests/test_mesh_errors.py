@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract import each_factory
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,6 +17,9 @@ from untyped import untyped
 
 SMALLER = AbstractMesh((4,), ("data",))
 MAKERS = [memoptax.sgd_c, memoptax.adam_cm, memoptax.sm3, memoptax.sm3_cm]
+needs_host_memory = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="a CPU with jax before 0.10 has one memory"
+)
 each_maker = pytest.mark.parametrize("make", MAKERS, ids=lambda f: f.__name__)
 
 
@@ -58,6 +62,47 @@ def test_what_is_no_mesh_is_refused():
     for twice in (("data", "data"), P("data", "data"), {"w": P(("data", "data"))}):
         with pytest.raises(ValueError, match="axes must name each mesh axis once"):
             memoptax.sharded_norm(twice)
+
+
+@pytest.mark.cpu_only("several devices")
+@pytest.mark.parametrize("kind", ["reduced", "unreduced"])
+def test_specs_with_reduced_axes_are_refused(kind):
+    spec = P("data", **{kind: frozenset({"model"})})
+    tx, params = memoptax.sgd_c(0.1), jnp.ones(8)
+    with pytest.raises(ValueError, match=f"specs has .*{kind}.* for parameter"):
+        memoptax.state_partition_specs(tx, params, spec)
+    for axes in (spec, {"w": spec}):
+        with pytest.raises(ValueError, match=f"axes must not have .* has .*{kind}="):
+            memoptax.sharded_norm(axes)
+
+
+@pytest.mark.cpu_only("several devices")
+@each_factory
+@pytest.mark.few(3)
+def test_parts_of_a_sum_over_devices_are_refused(opt):
+    """As optax.adam refuses them, but by name. Parameters may be such parts where a
+    step does not use them.
+    """
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Explicit,) * 2)
+    spec = P(None, "model", reduced=frozenset({"data"}))
+    with jax.set_mesh(mesh):
+        whole, part = (
+            {"w": jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, s))}
+            for s in (P(None, "model"), spec)
+        )
+        tx, message = opt.build(), r"\['w'\] has the sharding .*reduced=.*reshard"
+        state = tx.init(whole)
+        for call in (
+            lambda: tx.init(part),
+            lambda: tx.update(part, state, whole),
+            lambda: jax.jit(tx.update)(part, state, whole),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+        with pytest.raises(ValueError, match=r"specs has .* for parameter \['w'\]"):
+            memoptax.state_shardings(tx, part)
+        if not opt.needs_params:
+            tx.update(whole, state, part)
 
 
 def test_a_norm_over_an_axis_that_is_not_there_is_refused(mesh):
@@ -133,6 +178,7 @@ def test_a_buffer_on_several_devices_is_refused_by_leaf():
         memoptax.check_state(tx, params, tx.init(params))
 
 
+@needs_host_memory
 @pytest.mark.cpu_only("several devices")
 @pytest.mark.parametrize("dtype", [None, "int8"])
 def test_a_state_in_the_memory_of_the_host_is_checked(dtype):
@@ -154,6 +200,7 @@ def kinds(tree):
     return [leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)]
 
 
+@needs_host_memory
 @pytest.mark.cpu_only("several devices")
 @pytest.mark.parametrize("smallest", [0, 32], ids=["whole", "large arrays"])
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit, None])
@@ -169,7 +216,10 @@ def kinds(tree):
 )
 @pytest.mark.few(6)
 def test_tools_take_a_state_in_the_memory_of_the_host(make, dtype, mode, smallest):
-    """As between steps that fetch it, whole or large arrays only. It stays there."""
+    """As between steps that fetch it, whole or large arrays only. It stays there.
+
+    The type of what a step has put there, on one device, says that it is on the device.
+    """
     tx, params = make(0.1, buffer_dtype=dtype), jnp.ones((8, 4))
     if mode is not None:
         mesh = jax.make_mesh((2,), ("data",), (mode,))
@@ -181,7 +231,8 @@ def test_tools_take_a_state_in_the_memory_of_the_host(make, dtype, mode, smalles
         ),
         state,
     )
-    hosted = jax.device_put(state, host)
+    hosted = jax.jit(lambda state: state, out_shardings=host)(state)
+    assert kinds(hosted) == [sharding.memory_kind for sharding in jax.tree.leaves(host)]
     memoptax.check_state(tx, params, hosted)
     updates = jax.device_put(params, params.sharding.with_memory_kind("pinned_host"))
     for tool in (
@@ -203,6 +254,7 @@ def test_tools_take_a_state_in_the_memory_of_the_host(make, dtype, mode, smalles
         assert kinds(new.slots) == kinds(old.slots if alike else old.keys)
 
 
+@needs_host_memory
 @pytest.mark.cpu_only("several devices")
 @pytest.mark.parametrize("topc", [1, 2])
 def test_a_buffer_in_the_memory_of_the_host_may_be_resized(topc):

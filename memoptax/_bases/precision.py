@@ -21,10 +21,10 @@ def in_float32(inner: optax.GradientTransformation):
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        return inner.init(_wide(params))
+        return inner.init(_wide(_parameters.whole_arrays(params)))
 
     def update_fn(updates, state, params=None, **extra_args):
-        updates = _parameters.real_arrays(updates, "gradient")
+        updates = _parameters.whole_arrays(updates, "gradient")
         old: Any = _parameters.state_arrays(state)
         wide = jax.tree.map(_widen, updates)
         params = _wide(_parameters.trained(updates, params))

@@ -77,6 +77,10 @@ def sharded_norm(
                 "axes must be 'auto', names of mesh axes or a tree of names, but has "
                 f"{entry!r}."
             )
+        if layout.is_partial(entry):
+            raise ValueError(
+                f"axes must not have reduced or unreduced axes, but has {entry!r}."
+            )
         if len(set(layout.mesh_axes(entry))) < len(layout.mesh_axes(entry)):
             raise ValueError(f"axes must name each mesh axis once, but has {entry!r}.")
     return ShardedNorm(axes, rule)
@@ -182,7 +186,8 @@ def _devices(name) -> int:
 def _is_entry(node) -> bool:
     """Whether this stands for one leaf: a name, names, a spec, or None."""
     if isinstance(node, PartitionSpec):
-        return all(part is None or _is_names(part) for part in node)
+        names = () if layout.is_partial(node) else node
+        return all(part is None or _is_names(part) for part in names)
     return node is None or _is_names(node)
 
 

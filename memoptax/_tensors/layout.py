@@ -215,6 +215,13 @@ def _with_spec(x, mesh, spec):
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
+def is_partial(spec) -> bool:
+    """Whether a spec says that an array, or its gradient, is still to be summed over
+    devices. JAX does not let such a spec be iterated over.
+    """
+    return any(getattr(spec, name, ()) for name in ("reduced", "unreduced"))
+
+
 def _whole(spec, rank):
     """The spec with an entry for every axis."""
     return tuple(spec) + (None,) * (rank - len(spec))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from memoptax import _check
 from memoptax._tensors import dtypes, flax_metadata, layout, tiles
@@ -378,12 +379,30 @@ def on_device(x):
 
 def in_memory_of(like, x):
     """``x`` in the memory where ``like`` is."""
-    return _moved(x, jax.typeof(like).memory_space)
+    return _moved(x, _space(like))
+
+
+def as_typed(x):
+    """``x``, whose type says in which memory it is. JAX can then take parts of it."""
+    space = _space(x)
+    return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
 def _moved(x, space):
     """``x`` in this memory space. A stack may be in the memory of the host."""
-    return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
+    return x if _space(x) == space else jax.device_put(x, space)
+
+
+def _space(x):
+    """The memory in which ``x`` is.
+
+    The type of an array that ``jax.jit`` has put into the memory of the host, beside a
+    single device, does not say so. Its sharding does.
+    """
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer):
+        if x.sharding.memory_kind == "pinned_host":
+            return jax.memory.Space.Host
+    return jax.typeof(x).memory_space
 
 
 def _repeat(one, copies):
