@@ -248,6 +248,7 @@ def _leaves_like(buffer, updates):
                 f"updates have a leaf at {name} that JAX does not take: it is "
                 f"{why or f'of type {type(leaf).__name__}'}."
             )
+        _parameters.check_whole(f"The leaf of updates at {name}", leaf)
         if not dtypes.is_real(dtype := jnp.result_type(leaf)):
             raise ValueError(f"updates must be real, but have {dtype} at {name}.")
         found.append(leaf)

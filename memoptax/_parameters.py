@@ -39,17 +39,20 @@ def transformation(
 def whole_arrays(tree, kind: str = "parameter"):
     """Like :func:`real_arrays`. No array may be part of a sum over devices."""
 
-    def check(path, leaf):
-        spec = jax.typeof(leaf).sharding.spec if isinstance(leaf, jax.Array) else None
-        if layout.is_partial(spec):
-            raise ValueError(
-                f"{_called(kind, path)} has the sharding {spec}, but must not have "
-                "reduced or unreduced axes: use jax.sharding.reshard first."
-            )
-
     tree = real_arrays(tree, kind)
-    jax.tree.map_with_path(check, tree, is_leaf=row_sparse.is_row_sparse)
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=row_sparse.is_row_sparse)
+    for path, leaf in leaves:
+        check_whole(_called(kind, path), leaf)
     return tree
+
+
+def check_whole(name: str, leaf) -> None:
+    """Refuse an array that is part of a sum over devices."""
+    if isinstance(leaf, jax.Array) and layout.is_part_of_sum(leaf):
+        raise ValueError(
+            f"{name} is {jax.typeof(leaf)}, but must not have reduced or unreduced "
+            "axes: use jax.sharding.reshard first, or jax.lax.psum in shard_map."
+        )
 
 
 def real_arrays(tree, kind: str = "parameter"):
@@ -115,8 +118,10 @@ def state_arrays(state):
     """
 
     def array(path, leaf):
+        name = f"state{jax.tree_util.keystr(path)}"
+        check_whole(name, leaf)
         if isinstance(leaf, np.ndarray):
-            _check.native(f"state{jax.tree_util.keystr(path)}", leaf)
+            _check.native(name, leaf)
         try:
             return _array(leaf)
         except TypeError:  # a dtype that JAX does not have

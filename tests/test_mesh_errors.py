@@ -90,19 +90,59 @@ def test_parts_of_a_sum_over_devices_are_refused(opt):
             {"w": jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, s))}
             for s in (P(None, "model"), spec)
         )
-        tx, message = opt.build(), r"\['w'\] has the sharding .*reduced=.*reshard"
+        tx, message = opt.build(), r"\['w'\] is .*{R:data}, but must .*reshard"
         state = tx.init(whole)
-        for call in (
+        wrong = jax.tree.map(lambda x: part["w"] if x.shape == (8, 4) else x, state)
+        calls = [
             lambda: tx.init(part),
             lambda: tx.update(part, state, whole),
             lambda: jax.jit(tx.update)(part, state, whole),
-        ):
+            lambda: memoptax.check_state(tx, part, state),
+        ]
+        if any(x is part["w"] for x in jax.tree.leaves(wrong)):
+            calls += [
+                lambda: tx.update(whole, wrong, whole),
+                lambda: memoptax.check_state(tx, whole, wrong),
+            ]
+        if opt.memory == "buffer":
+            calls += [lambda: memoptax.buffer_stats(state, part)]
+        for call in calls:
             with pytest.raises(ValueError, match=message):
                 call()
         with pytest.raises(ValueError, match=r"specs has .* for parameter \['w'\]"):
             memoptax.state_shardings(tx, part)
         if not opt.needs_params:
             tx.update(whole, state, part)
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="jax before 0.10 tracks no sums in shard_map"
+)
+@pytest.mark.cpu_only("several devices")
+@each_maker
+def test_parts_of_a_sum_are_refused_in_shard_map(make):
+    """They come from parameters that are reduced over a mesh axis."""
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    tx, params, batch = make(0.1), jnp.ones((3, 1)), jnp.ones((16, 3))
+    state = tx.init(params)
+
+    def step(summed, params, batch):
+        gradients = jax.grad(lambda x: jnp.mean((batch @ x) ** 2))(params)
+        if summed:
+            gradients = jax.lax.psum(gradients, "data")
+        return tx.update(gradients, state)[0]
+
+    def sharded(summed):
+        specs = (P(reduced=frozenset({"data"})), P("data"))
+        there = [NamedSharding(mesh, spec) for spec in specs]
+        function = functools.partial(step, summed)
+        function = jax.shard_map(function, in_specs=specs, out_specs=P())
+        return jax.jit(function)(*map(jax.device_put, (params, batch), there))
+
+    with jax.set_mesh(mesh):
+        sharded(summed=True)
+        with pytest.raises(ValueError, match="gradient is .*{U:data}, .*psum"):
+            sharded(summed=False)
 
 
 def test_a_norm_over_an_axis_that_is_not_there_is_refused(mesh):
@@ -196,6 +236,13 @@ def test_a_state_in_the_memory_of_the_host_is_checked(dtype):
         memoptax.check_state(tx, params, (wrong, *state[1:]))
 
 
+RESIZED = [
+    {"topc": 1, "holding": "select"},
+    {"topc": 2, "holding": "read"},
+    {"topc": 2, "holding": "sum"},
+]
+
+
 def kinds(tree):
     return [leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)]
 
@@ -235,18 +282,18 @@ def test_tools_take_a_state_in_the_memory_of_the_host(make, dtype, mode, smalles
     assert kinds(hosted) == [sharding.memory_kind for sharding in jax.tree.leaves(host)]
     memoptax.check_state(tx, params, hosted)
     updates = jax.device_put(params, params.sharding.with_memory_kind("pinned_host"))
-    for tool in (
-        memoptax.buffer_stats,
-        lambda state: memoptax.buffer_stats(state, updates),
-        memoptax.reset_buffer,
-        lambda state: memoptax.resize_buffer(state, 1, holding="select"),
-        lambda state: memoptax.resize_buffer(state, 2, holding="read"),
-        lambda state: memoptax.resize_buffer(state, 2, holding="sum"),
-    ):
-        found, wanted = tool(hosted), tool(state)
+    for beside in ((), (updates,)):
+        found, wanted = (memoptax.buffer_stats(s, *beside) for s in (hosted, state))
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
-        if not isinstance(found, tuple):
-            continue
+    for changes in ({}, *RESIZED):
+        found, wanted = (
+            memoptax.resize_buffer(s, **changes)
+            if changes
+            else memoptax.reset_buffer(s)
+            for s in (hosted, state)
+        )
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        memoptax.check_state(make(0.1, buffer_dtype=dtype, **changes), params, found)
         assert kinds(found[1:]) == kinds(hosted[1:])
         new, old = found[0].buffer, hosted[0].buffer
         assert kinds(new.keys) == kinds(old.keys)

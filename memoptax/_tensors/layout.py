@@ -222,6 +222,13 @@ def is_partial(spec) -> bool:
     return any(getattr(spec, name, ()) for name in ("reduced", "unreduced"))
 
 
+def is_part_of_sum(x) -> bool:
+    """Whether the type of an array says so, in explicit mode or in ``shard_map``."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "mat", None)  # since jax 0.10
+    return is_partial(kind.sharding.spec) or bool(getattr(manual, "unreduced", ()))
+
+
 def _whole(spec, rank):
     """The spec with an entry for every axis."""
     return tuple(spec) + (None,) * (rank - len(spec))
