@@ -38,7 +38,6 @@ def transformation(
 
 def whole_arrays(tree, kind: str = "parameter"):
     """Like :func:`real_arrays`. No array may be part of a sum over devices."""
-
     tree = real_arrays(tree, kind)
     leaves = jax.tree.leaves_with_path(tree, is_leaf=row_sparse.is_row_sparse)
     for path, leaf in leaves:

@@ -338,7 +338,7 @@ def write(stack: Stored, stored: Stored, slot) -> Stored:
     def written(x, new):
         x = layout.on_mesh_of(x, new)
         new = layout.like(new, x, leading=1)
-        new = in_memory_of(x, new)
+        new = _moved(new, jax.typeof(x).memory_space)
         return jax.lax.dynamic_update_index_in_dim(
             x, new, slot, 0, allow_negative_indices=False
         )
