@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from contract import each_factory
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import memoptax
@@ -318,3 +318,14 @@ def test_a_buffer_in_the_memory_of_the_host_may_be_resized(topc):
         updates, _ = smaller.update(params, state, params)
     want, _ = smaller.update(jnp.ones(8), smaller.init(jnp.ones(8)), jnp.ones(8))
     np.testing.assert_allclose(updates, want, rtol=1e-6)
+
+
+@needs_host_memory
+@pytest.mark.cpu_only("several devices")
+@pytest.mark.parametrize("params", [{}, jnp.ones(3)], ids=["empty", "vector"])
+def test_a_running_sum_is_made_on_the_device_of_its_buffer(params):
+    device = jax.devices()[1]
+    there = SingleDeviceSharding(device, memory_kind="pinned_host")
+    state = memoptax.sgd_c(0.1, topc=3).init(params)
+    state = memoptax.resize_buffer(jax.device_put(state, there), 4, holding="sum")
+    assert {d for x in jax.tree.leaves(state) for d in x.devices()} == {device}

@@ -50,7 +50,7 @@ def resize(buffer, topc: int, way: str):
 
 def _summed(buffer, like, rebuilds):
     """The buffer with the sum of its values, their norms and the error bounds."""
-    topc, dtype = buffer.keys.shape[1], buffer.keys.dtype
+    dtype = buffer.keys.dtype
     leaves, treedef = jax.tree.flatten(buffer.slots)
     stacks, _ = holding.stacks_of(buffer)
     if like is None:
@@ -72,7 +72,7 @@ def _summed(buffer, like, rebuilds):
     zeros = [jnp.zeros_like(x) for x in jax.tree.leaves(like)]
     held = running_sum.in_slots(eviction.held(buffer), buffer.entries)
     totals = running_sum.from_slots(zeros, stacks, held)
-    norms = _norms_of_entries(buffer) if leaves else jnp.zeros((1, topc), dtype)
+    norms = _norms_of_entries(buffer) if leaves else jnp.zeros_like(buffer.keys)
     norms = jnp.minimum(norms, jnp.finfo(dtype).max)  # as those that update takes
     units = running_sum.units(totals, dtype)
     return buffer._replace(
