@@ -79,7 +79,7 @@ def _summed(buffer, like, rebuilds):
         total=treedef.unflatten(totals),
         norms=norms,
         error=running_sum.fresh_error(norms, units),
-        rebuilds=jnp.sum(0 * buffer.ages) if rebuilds is None else rebuilds,
+        rebuilds=0 * jnp.max(buffer.ages) if rebuilds is None else rebuilds,
     )
 
 
