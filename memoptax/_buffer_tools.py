@@ -248,7 +248,8 @@ def _leaves_like(buffer, updates):
                 f"updates have a leaf at {name} that JAX does not take: it is "
                 f"{why or f'of type {type(leaf).__name__}'}."
             )
-        _parameters.check_whole(f"The leaf of updates at {name}", leaf)
+        if wrong := layout.part_of_sum(leaf):
+            raise ValueError(f"The leaf of updates at {name} is {wrong}")
         if not dtypes.is_real(dtype := jnp.result_type(leaf)):
             raise ValueError(f"updates must be real, but have {dtype} at {name}.")
         found.append(leaf)

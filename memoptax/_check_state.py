@@ -89,7 +89,8 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
             raise ValueError(
                 f"{name} must be an array of numbers, but is {kind}."
             ) from None
-        _parameters.check_whole(name, leaf)
+        if wrong := layout.part_of_sum(leaf):
+            raise ValueError(f"{name} is {wrong}")
         if leaf.shape != like.shape or leaf.dtype != like.dtype:
             raise ValueError(
                 f"{name} has shape {leaf.shape} and dtype {leaf.dtype},"

@@ -41,17 +41,9 @@ def whole_arrays(tree, kind: str = "parameter"):
     tree = real_arrays(tree, kind)
     leaves = jax.tree.leaves_with_path(tree, is_leaf=row_sparse.is_row_sparse)
     for path, leaf in leaves:
-        check_whole(_called(kind, path), leaf)
+        if wrong := layout.part_of_sum(leaf):
+            raise ValueError(f"{_called(kind, path)} is {wrong}")
     return tree
-
-
-def check_whole(name: str, leaf) -> None:
-    """Refuse an array that is part of a sum over devices."""
-    if isinstance(leaf, jax.Array) and layout.is_part_of_sum(leaf):
-        raise ValueError(
-            f"{name} is {jax.typeof(leaf)}, but must not have reduced or unreduced "
-            "axes: use jax.sharding.reshard first, or jax.lax.psum in shard_map."
-        )
 
 
 def real_arrays(tree, kind: str = "parameter"):
@@ -117,10 +109,10 @@ def state_arrays(state):
     """
 
     def array(path, leaf):
-        name = f"state{jax.tree_util.keystr(path)}"
-        check_whole(name, leaf)
+        if wrong := layout.part_of_sum(leaf):
+            raise ValueError(f"state{jax.tree_util.keystr(path)} is {wrong}")
         if isinstance(leaf, np.ndarray):
-            _check.native(name, leaf)
+            _check.native(f"state{jax.tree_util.keystr(path)}", leaf)
         try:
             return _array(leaf)
         except TypeError:  # a dtype that JAX does not have

@@ -222,11 +222,20 @@ def is_partial(spec) -> bool:
     return any(getattr(spec, name, ()) for name in ("reduced", "unreduced"))
 
 
-def is_part_of_sum(x) -> bool:
-    """Whether the type of an array says so, in explicit mode or in ``shard_map``."""
+def part_of_sum(x) -> str | None:
+    """What is wrong with an array that is part of a sum over devices, in explicit mode
+    or in ``shard_map``.
+    """
+    if not isinstance(x, jax.Array):
+        return None
     kind = jax.typeof(x)
     manual = getattr(kind, "mat", None)  # since jax 0.10
-    return is_partial(kind.sharding.spec) or bool(getattr(manual, "unreduced", ()))
+    if not is_partial(kind.sharding.spec) and not getattr(manual, "unreduced", ()):
+        return None
+    return (
+        f"{kind}, but must not have reduced or unreduced axes: use "
+        "jax.sharding.reshard first, or jax.lax.psum in shard_map."
+    )
 
 
 def _whole(spec, rank):
