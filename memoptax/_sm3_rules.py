@@ -35,7 +35,10 @@ def step(rule, path, boxes, gradient, accumulators, memory):
     del path
     if gradient.size == 0:
         return gradient, accumulators, memory
-    accumulators, dtype = tuple(accumulators), accumulators[0].dtype
+    # A state that was negated or extrapolated may have sums of squares below 0. The
+    # momentum would keep the NaN of their roots for ever.
+    accumulators = tuple(jnp.where(a < 0, 0, a) for a in accumulators)
+    dtype = accumulators[0].dtype
     momentum, beta = (_weights(x, dtype) for x in rule[:2])
     eps: Any = rule.eps
     if isinstance(eps, jax.Array):

@@ -128,7 +128,7 @@ def test_a_state_from_outside_a_mesh_takes_steps_in_it(opt, whose, compiled):
 @pytest.mark.few(8)
 def test_members_restored_without_a_mesh_take_steps_on_it(opt, compiled):
     """In explicit mode."""
-    tx, shapes = opt.build(), {"matrix": (8, 3), "vector": (8,)}
+    tx, shapes = opt.build(), {"matrix": (8, 3), "vector": (8,), "empty": (8, 0)}
     gradient = steps_of(gradients(shapes=shapes))[0]
     gradient, params = (
         jax.tree.map(lambda x: np.stack([x, 2 * x, -x]), tree)

@@ -250,6 +250,31 @@ def test_what_cannot_be_negative_is_refused(tx, name):
         memoptax.check_state(tx, PARAMS, state)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"variant": "I", "beta": 0.9},
+        {"momentum_dtype": "int8"},
+        {"cover": memoptax.covers.full},
+    ],
+    ids=["II", "I", "int8", "an entry each"],
+)
+def test_sm3_takes_accumulators_below_0_for_0(shape, options):
+    """They cannot make a momentum NaN that would stay so."""
+    tx = memoptax.sm3(0.1, momentum=0.9, **options)
+    gradient = jnp.ones(shape)
+    _, state = tx.update(gradient, tx.init(gradient))
+    sums = optax.tree.get(state, "accumulators")
+    spoiled, emptied = (
+        optax.tree.set(state, accumulators=jax.tree.map(function, sums))
+        for function in (jnp.negative, jnp.zeros_like)
+    )
+    found, want = (tx.update(gradient, s) for s in (spoiled, emptied))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
 def test_a_state_with_other_rows_is_refused_with_their_number():
     params = {"a": jnp.ones(3), "b": jnp.ones(3)}
     one, each = (memoptax.sgd_c(0.1, topc=4, synced=synced) for synced in (True, False))

@@ -70,7 +70,7 @@ def _squares_by_size(x):
     large, small = size > edge, size < 1 / edge
     parts = (
         jnp.where(large, x / scale, 0),
-        jnp.where(large | small, 0, x),  # NaN is among these
+        jnp.where(~(large | small), x, 0),  # NaN is among these
         jnp.where(small, x * scale, 0),
     )
     return jnp.stack([jnp.sum(jnp.square(part)) for part in parts])
