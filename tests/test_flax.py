@@ -184,6 +184,18 @@ def nnx_made(name, named):
     return model, nnx.Optimizer(model, OPTIMIZERS[name](), wrt=nnx.Param)
 
 
+@pytest.mark.skipif(not hasattr(nnx, "var_defaults"), reason="Flax has no hijax mode")
+@one_of_each_kind
+def test_init_takes_variables_that_are_their_own_leaves(name):
+    """In nnx's hijax mode. They have the methods of a box, and hold no other array."""
+    with nnx.var_defaults(hijax=True), jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        names = {"out_sharding": ("data", None)}
+        kernel = nnx.Linear(8, 4, rngs=nnx.Rngs(0), kernel_metadata=names).kernel
+        found = OPTIMIZERS[name]().init({"kernel": kernel})
+    want = OPTIMIZERS[name]().init({"kernel": jnp.zeros((8, 4))})
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, want)
+
+
 @functools.cache
 def nnx_losses_alone(name):
     return nnx_losses(nnx_made(name, named=False))

@@ -19,8 +19,12 @@ _KEYS = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names")
 
 
 def is_box(node) -> bool:
-    """Whether this is a box with one array in it."""
-    return _is_any_box(node) and len(_arrays(node)) == 1
+    """Whether this is a box with one array in it.
+
+    A Variable of nnx's hijax mode has the methods of a box, but JAX takes it for an
+    array: it is its own leaf.
+    """
+    return _is_any_box(node) and [x is node for x in _arrays(node)] == [False]
 
 
 def _is_emptied(node) -> bool:

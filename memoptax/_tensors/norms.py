@@ -67,6 +67,7 @@ def _squares_by_size(x):
     """
     edge, scale = _bounds(x.dtype)
     size = jnp.abs(x)
+    # Of an empty x jnp.where returns the first choice. A 0 would be on no mesh.
     large, small = size > edge, size < 1 / edge
     parts = (
         jnp.where(large, x / scale, 0),
