@@ -148,25 +148,43 @@ def test_members_restored_without_a_mesh_take_steps_on_it(opt, compiled):
         close(updates, want)
 
 
-@each_optimizer
-@pytest.mark.parametrize(
+off_a_mesh = pytest.mark.parametrize(
     "mode, compiled", [("Auto", True), ("Auto", False), ("Explicit", False)]
 )
-@pytest.mark.parametrize("rates", [(), ("learning_rate", "weight_decay")], ids=str)
+
+
+@each_optimizer
+@off_a_mesh
 @pytest.mark.cpu_only("a mesh of eight devices")
-@pytest.mark.few(8)
-def test_a_state_taken_off_a_mesh_takes_steps_on_one_device(opt, mode, compiled, rates):
+@pytest.mark.few(5)
+def test_a_state_taken_off_a_mesh_takes_steps_on_one_device(opt, mode, compiled):
     """The types still name the mesh. In explicit mode JAX then compiles no step."""
-    decaying = optax.linear_schedule(0.1, 0.05, 10)
-    schedules = {rate: decaying for rate in rates if opt.accepts(rate)}
-    tx, shapes = opt.build(**schedules), {"matrix": (8, 3), "vector": (8,)}
+    take_steps_off_a_mesh(opt.build(), opt, mode, compiled)
+
+
+@each_factory
+@off_a_mesh
+@pytest.mark.cpu_only("a mesh of eight devices")
+@pytest.mark.few(4)
+def test_schedules_taken_off_a_mesh_take_steps_on_one_device(opt, mode, compiled):
+    """Their counts too. Eager steps compile all their operations again."""
+    rates = filter(opt.accepts, ("learning_rate", "weight_decay"))
+    tx = opt.build(**dict.fromkeys(rates, optax.linear_schedule(0.1, 0.05, 10)))
+    # An operation of another test, once compiled, would work.
+    take_steps_off_a_mesh(tx, opt, mode, compiled, jax.set_mesh, jax.clear_caches)
+
+
+def take_steps_off_a_mesh(
+    tx, opt, mode, compiled, on=contextlib.nullcontext, before=lambda: None
+):
+    shapes = {"matrix": (8, 3), "vector": (8,)}
     params, gradient = params_like(shapes), steps_of(gradients(shapes=shapes))[0]
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType[mode],))
     there = NamedSharding(mesh, PartitionSpec("data"))
     step = jax.jit(tx.update)
     _, plain = step(gradient, tx.init(params), params)
     on_mesh = jax.device_put((params, gradient), there)
-    with jax.set_mesh(mesh) if rates else contextlib.nullcontext():  # counts too
+    with on(mesh):
         _, state = step(on_mesh[1], tx.init(on_mesh[0]), on_mesh[0])
     moved, state = jax.device_put((on_mesh, state), jax.devices()[0])
     memoptax.check_state(tx, params, state)
@@ -174,8 +192,7 @@ def test_a_state_taken_off_a_mesh_takes_steps_on_one_device(opt, mode, compiled,
         assert memoptax.buffer_stats(state)
         memoptax.buffer_stats(memoptax.reset_buffer(memoptax.resize_buffer(state, 4)))
     want, _ = step(gradient, plain, params)
-    if rates:
-        jax.clear_caches()  # an operation of another test, once compiled, would work
+    before()
     for p, g in ((params, gradient), moved, (moved[0], gradient)):
         updates, _ = (step if compiled else tx.update)(g, state, p)
         close(updates, want)
