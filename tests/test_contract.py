@@ -175,7 +175,7 @@ def test_schedules_taken_off_a_mesh_take_steps_on_one_device(opt, mode, compiled
 
 
 def take_steps_off_a_mesh(
-    tx, opt, mode, compiled, on=contextlib.nullcontext, before=lambda: None
+    tx, opt, mode, compiled, on: Any = contextlib.nullcontext, before=lambda: None
 ):
     shapes = {"matrix": (8, 3), "vector": (8,)}
     params, gradient = params_like(shapes), steps_of(gradients(shapes=shapes))[0]
