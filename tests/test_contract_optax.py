@@ -193,6 +193,23 @@ def test_apply_if_finite_skips_a_step_and_goes_on(opt):
     assert int(state.total_notfinite) == 1
 
 
+@pytest.mark.parametrize("gradient", ["bfloat16", "float32"])
+@pytest.mark.parametrize("opt", [o for o in OPTIMIZERS if o.accepts("mask")], ids=repr)
+def test_a_mask_sees_the_dtypes_of_the_parameters(opt, gradient):
+    """Although most optimizers compute in float32."""
+    params = {"half": jnp.ones((2, 3), jnp.bfloat16), "full": jnp.ones((2, 3))}
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, gradient), params)
+    decays = {"half": False, "full": True}
+
+    def of_dtype(tree):
+        return jax.tree.map(lambda leaf: leaf.dtype == jnp.float32, tree)
+
+    both = (opt.build(weight_decay=0.5, mask=mask) for mask in (of_dtype, decays))
+    found, want = (tx.update(zeros, tx.init(params), params)[0] for tx in both)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    assert jnp.all(found["full"] != 0) and not jnp.any(found["half"])
+
+
 def is_masked(node):
     return isinstance(node, optax.MaskedNode)
 

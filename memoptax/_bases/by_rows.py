@@ -31,24 +31,8 @@ def weight_decay(rate, mask=None) -> optax.GradientTransformation:
     _check.mask("mask", mask)
     if mask is None:
         return decay
-    decay = optax.masked(decay, _of_shapes(mask))
+    decay = pytorch.masked(decay, mask)
     return guards.expecting(decay, optax.MaskedState, mask=mask)
-
-
-def _of_shapes(mask):
-    """The mask. A function sees a row-sparse leaf as the shape of its table.
-
-    ``optax.masked`` calls it with the gradients, and ``jax.tree.map`` would enter them.
-    """
-    if not (callable(mask) and jax.tree.leaves(mask) == [mask]):
-        return mask
-
-    def shape(leaf):
-        if not row_sparse.is_row_sparse(leaf):
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-    return lambda tree: mask(row_sparse.tree_map(shape, tree))
 
 
 def _decay_of_dense(rate):

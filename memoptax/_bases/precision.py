@@ -16,18 +16,21 @@ def in_float32(inner: optax.GradientTransformation):
 
     Updates keep their dtype and, in JAX's explicit mode, their sharding. The state
     keeps the dtypes that it had at first, for gradients of any dtype. Float32 passes
-    through untouched.
+    through untouched. The extra argument ``given`` has the parameters in the dtypes
+    that they were given in.
     """
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        return inner.init(_wide(_parameters.whole_arrays(params)))
+        params = _parameters.whole_arrays(params)
+        return inner.init(jax.tree.map(_widen, params))
 
     def update_fn(updates, state, params=None, **extra_args):
         updates = _parameters.whole_arrays(updates, "gradient")
         old: Any = _parameters.state_arrays(state)
         wide = jax.tree.map(_widen, updates)
-        params = _wide(_parameters.trained(updates, params))
+        given = _parameters.real_arrays(_parameters.trained(updates, params))
+        params, extra_args = jax.tree.map(_widen, given), {**extra_args, "given": given}
         wide, new_state = inner.update(wide, old, params, **extra_args)
         # Leaf by leaf, because a restored state may have lists instead of tuples.
         leaves, treedef = jax.tree.flatten(new_state)
@@ -112,10 +115,6 @@ def _check_unstored(state, updates):
     if isinstance(state, StoredMomentState):
         found = {leaf.dtype for leaf in jax.tree.leaves(state.moment)}
         _check.same_dtype("mu_dtype", None, found, ())
-
-
-def _wide(params):
-    return jax.tree.map(_widen, _parameters.real_arrays(params))
 
 
 def _widen(leaf):

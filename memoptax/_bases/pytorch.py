@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from memoptax import _check
+from memoptax import _check, _parameters
 from memoptax._bases import guards, precision
 from memoptax._tensors import layout, storage
 
@@ -35,8 +35,27 @@ def weight_decay(
     decay = guards.expecting(decay, kind, weight_decay=rate, mask=mask)
     if mask is None:
         return decay
-    decay = optax.masked(decay, mask)
+    decay = masked(decay, mask)
     return guards.expecting(decay, optax.MaskedState, weight_decay=rate, mask=mask)
+
+
+def masked(inner: optax.GradientTransformation, mask):
+    """``optax.masked``, whose function sees the parameters and not the updates.
+
+    An update may have another dtype, or be row-sparse. ``given`` has the parameters
+    from outside of :func:`precision.in_float32`.
+    """
+    if not (callable(mask) and jax.tree.leaves(mask) == [mask]):  # a tree of booleans
+        return optax.masked(inner, mask)
+
+    def update_fn(updates, state, params=None, *, given=None, **extra_args):
+        del extra_args
+        seen = params if given is None else given
+        seen = updates if seen is None else _parameters.trained(updates, seen)
+        return optax.masked(inner, mask(seen)).update(updates, state, params)
+
+    init_fn = optax.masked(inner, mask).init
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def learning_rate(
