@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.experimental import multihost_utils
 
 from memoptax import _check, _parameters
 from memoptax._buffer import algorithm, eviction, matching, resizing
@@ -153,10 +154,21 @@ def check_numbers(buffer):
     numbers = buffer._replace(slots=None, scales=None, total=None)
     if any(isinstance(x, Tracer) or _is_abstract(x) for x in jax.tree.leaves(numbers)):
         return
-    numbers = jax.tree.map(np.asarray, numbers)  # JAX's own would be traced inside jit
+    numbers = jax.tree.map(_in_numpy, numbers)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-1:]), numbers)
     if problem := resizing.problem(flat):
         raise ValueError(f"state has a buffer whose {problem}.")
+
+
+def _in_numpy(x):
+    """The array in NumPy's. One of JAX would be traced inside jit.
+
+    The members of an ensemble may be divided over several processes.
+    """
+    local = not isinstance(x, jax.Array) or x.is_fully_addressable
+    if local or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 @jax.jit

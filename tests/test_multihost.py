@@ -2,20 +2,21 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "multihost.py"
+ROOT = pathlib.Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "multihost.py"
 
 
 def run(output, *arguments, devices):
     """The example in its own process, which may start others."""
-    root = str(EXAMPLE.parents[1])
     flags = f"--xla_force_host_platform_device_count={devices}"
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, EXAMPLE, "--steps", "10", "--output", output, *arguments],
         env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": paths},
@@ -41,6 +42,28 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path):
     for name in one.files:
         np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-5)
     assert one["losses"][-1] < one["losses"][0] - 0.1
+
+
+@pytest.mark.cpu_only("processes of simulated devices")
+@pytest.mark.slow
+@pytest.mark.long
+def test_tools_take_an_ensemble_divided_over_two_processes():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    script = pathlib.Path(__file__).with_name("processes.py")
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, coordinator, str(process)],
+            env=os.environ | {"PYTHONPATH": paths},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
 
 
 @pytest.mark.slow
