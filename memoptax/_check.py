@@ -194,9 +194,12 @@ def _with_sign(value):
 
 
 def _takes(function, count: int) -> bool:
-    """Whether a function takes ``count`` arguments, as far as Python knows."""
+    """Whether a function takes ``count`` arguments, as far as Python knows.
+
+    A decorator may take other arguments than the function that it wraps.
+    """
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)
     except (TypeError, ValueError):  # some built-in functions have none
         return True
     try:
@@ -226,7 +229,7 @@ def function(name: str, value, count: int) -> None:
 
 def mask(name: str, value) -> None:
     """Refuse what is neither None, nor a function, nor a tree of booleans."""
-    if value is None or callable(value):
+    if value is None or is_function(value):
         return function(name, value, 1)
     leaves = jax.tree.leaves(value)
     if not all(map(_is_truth, leaves)):
@@ -234,6 +237,11 @@ def mask(name: str, value) -> None:
             f"{name} must be None, a tree of booleans or a function that makes one, "
             f"but is {value!r}."
         )
+
+
+def is_function(mask) -> bool:
+    """Whether a mask is a function, and not a tree that can be called, as a model."""
+    return callable(mask) and [leaf is mask for leaf in jax.tree.leaves(mask)] == [True]
 
 
 def _is_truth(leaf) -> bool:

@@ -3,6 +3,7 @@
 To add an argument, add a line to ``ARGUMENTS``.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -46,6 +47,16 @@ def two_arguments(count, total):
     return 0.1 * count / total
 
 
+def completed(function):
+    """A function that a decorator gives one more argument, as gin does."""
+
+    @functools.wraps(function)
+    def with_one_more(*arguments):
+        return function(*arguments, 2)
+
+    return with_one_more
+
+
 NO_NUMBERS = [
     jnp.int4(1),  # JAX does not compute with these two next to float32
     jnp.float8_e4m3fn(0.5),
@@ -81,12 +92,16 @@ def optional(*outside):
 def rates():
     schedules = [optax.constant_schedule(0.5), jax.jit(lambda count: 0.5)]
     good = [*alike(0.0, 0.5), *schedules, lambda count=0, power=2: 0.5]
+    good.append(completed(two_arguments))
     return good, [*NO_NUMBERS, None, *alike(-5.0), *NO_SCHEDULES]
 
 
 FLAGS = [True, False, np.bool_(True)], ["x", None, 1, 0.0, [], jnp.array(True)]
 MASKS = (
-    [None, {"w": True}, {"w": np.bool_(True)}, lambda p: {"w": True}],
+    [
+        *(None, {"w": True}, {"w": np.bool_(True)}),
+        *(lambda p: {"w": True}, completed(lambda p, _: {"w": True})),
+    ],
     [
         *("x", {"w": "x"}, {"w": 1}, 1, [0.5], {"w": np.array([True, False])}),
         two_arguments,
@@ -103,7 +118,10 @@ FLOATING = (
         *("float8_e4m3fn", np.longdouble, ">f4"),
     ],
 )
-FUNCTIONS = [None, optax.tree.norm], ["x", 2, [], jnp.array(1.0), two_arguments]
+PRIORITIES = (
+    [None, optax.tree.norm, completed(optax.tree.norm)],
+    ["x", 2, [], jnp.array(1.0), two_arguments],
+)
 BETA = numbers(-0.1, 1.0, 5.0)
 
 ARGUMENTS = {
@@ -131,9 +149,12 @@ ARGUMENTS = {
     "decay": numbers(-0.1, 1.5),
     "kappa": numbers(),
     "fifo_probability": optional(-0.1, 1.5),
-    "priority_fn": FUNCTIONS,
+    "priority_fn": PRIORITIES,
     "aggr": (
-        ["sum", "mid", "mean", lambda u, mean, fill: u],
+        [
+            *("sum", "mid", "mean", lambda u, mean, fill: u),
+            completed(lambda u, mean, fill, _: u),
+        ],
         ["x", None, {}, [], 1, ["sum"], np.array(["sum"]), two_arguments],
     ),
     "topc": (

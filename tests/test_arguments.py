@@ -7,7 +7,9 @@ import inspect
 import itertools
 import pathlib
 import re
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,22 @@ def test_good_values_are_taken(factory):
         for value in good:
             tx = build(factory, **{name: value})
             jax.eval_shape(tx.init, {"w": jnp.zeros((2, 2))})
+
+
+class Model(eqx.Module):
+    w: Any
+
+    def __call__(self, x, key):
+        return self.w @ x
+
+
+@each_factory
+def test_a_mask_may_be_a_tree_that_can_be_called(factory):
+    if "mask" in inspect.signature(factory).parameters:
+        params = Model(jnp.ones((2, 2)))
+        tx = factory(0.1, weight_decay=0.1, mask=Model(w=True))
+        update, _ = tx.update(Model(jnp.zeros((2, 2))), tx.init(params), params)
+        assert jnp.all(update.w < 0)
 
 
 @each_factory

@@ -368,8 +368,10 @@ def test_a_state_is_checked_outside_of_its_mesh(topc):
         memoptax.adam_c(0.1, topc=2, buffer_dtype="int8"),
         memoptax.sgd_cm(0.1, topc=2, holding="sum"),
         memoptax.sm3_cm(0.1, topc=2, holding="sum", buffer_dtype="int8"),
+        memoptax.sgd_c(0.1, momentum=0.9, dampening=0.1, topc=2),
+        memoptax.adam_cm(0.1, topc=2, synced=False, skip_first=True),
     ],
-    ids=["one slot", "read", "sum", "sum in int8"],
+    ids=["one slot", "read", "sum", "sum in int8", "dampening", "skip_first"],
 )
 def test_a_divided_ensemble_needs_no_set_mesh(tx):
     """Its arrays know their mesh. So does one without numbers."""

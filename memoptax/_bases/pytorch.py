@@ -45,7 +45,7 @@ def masked(inner: optax.GradientTransformation, mask):
     An update may have another dtype, or be row-sparse. ``given`` has the parameters
     from outside of :func:`precision.in_float32`.
     """
-    if not (callable(mask) and jax.tree.leaves(mask) == [mask]):  # a tree of booleans
+    if not _check.is_function(mask):
         return optax.masked(inner, mask)
 
     def update_fn(updates, state, params=None, *, given=None, **extra_args):
@@ -213,7 +213,9 @@ def dampened_trace(momentum, dampening, nesterov, accumulator_dtype):
 
     def update_fn(updates, state, params=None):
         del params
-        scale = jnp.where(state.count == 0, 1, 1 - jnp.asarray(dampening))
+        # In a divided ensemble a choice between two constants would be on no mesh.
+        rate = jnp.asarray(dampening)
+        scale = 1 - rate * (state.count > 0).astype(rate.dtype)
         trace = jax.tree.map(
             lambda u, b: scale.astype(u.dtype) * u + momentum * b.astype(u.dtype),
             updates,
