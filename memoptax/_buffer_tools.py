@@ -280,6 +280,8 @@ def buffers_in(state):
 def _buffers(state, caller):
     buffers = buffers_in(flax_metadata.bare(state))
     for buffer in buffers:
+        for path, leaf in jax.tree.leaves_with_path(buffer):
+            _check.alive(f"buffer{jax.tree_util.keystr(path)} of the state", leaf)
         matching.check_shapes(buffer)
     if not buffers:
         raise ValueError(

@@ -75,11 +75,7 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
                 f"{name} is traced, but check_state looks at numbers: call it outside "
                 "of jax.jit."
             )
-        if isinstance(leaf, jax.Array) and leaf.is_deleted():
-            raise ValueError(
-                f"{name} was deleted, as donated arrays are: pass the state that the "
-                "step has returned."
-            )
+        _check.alive(name, leaf)
         try:
             leaf = storage.on_device(layout.as_placed(jnp.asarray(leaf)))
         except (TypeError, ValueError):

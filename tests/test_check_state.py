@@ -134,8 +134,14 @@ def test_a_donated_state_is_refused():
     tx, params = memoptax.sgd_c(0.1), jnp.ones(3)
     state = tx.init(params)
     jax.jit(lambda state: tx.update(params, state)[1], donate_argnums=0)(state)
-    with pytest.raises(ValueError, match="was deleted, as donated arrays are"):
-        memoptax.check_state(tx, params, state)
+    for tool in (
+        lambda: memoptax.check_state(tx, params, state),
+        lambda: memoptax.buffer_stats(state),
+        lambda: memoptax.resize_buffer(state, 3),
+        lambda: memoptax.reset_buffer(state),
+    ):
+        with pytest.raises(ValueError, match="was deleted, as donated arrays are"):
+            tool()
 
 
 @pytest.mark.parametrize("topc", [1, 3])
