@@ -197,9 +197,9 @@ def test_apply_if_finite_skips_a_step_and_goes_on(opt):
 @pytest.mark.parametrize("opt", [o for o in OPTIMIZERS if o.accepts("mask")], ids=repr)
 def test_a_mask_sees_the_dtypes_of_the_parameters(opt, gradient):
     """Although most optimizers compute in float32."""
-    params = {"half": jnp.ones((2, 3), jnp.bfloat16), "full": jnp.ones((2, 3))}
+    params = {"half": jnp.ones((2, 3), jnp.bfloat16), "full": np.ones((2, 3)), "n": 1.0}
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, gradient), params)
-    decays = {"half": False, "full": True}
+    decays = {"half": False, "full": True, "n": True}
 
     def of_dtype(tree):
         return jax.tree.map(lambda leaf: leaf.dtype == jnp.float32, tree)

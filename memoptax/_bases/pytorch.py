@@ -48,13 +48,16 @@ def masked(inner: optax.GradientTransformation, mask):
     if not _check.is_function(mask):
         return optax.masked(inner, mask)
 
+    def chosen(tree):
+        return mask(_parameters.real_arrays(tree))
+
     def update_fn(updates, state, params=None, *, given=None, **extra_args):
         del extra_args
         seen = params if given is None else given
         seen = updates if seen is None else _parameters.trained(updates, seen)
-        return optax.masked(inner, mask(seen)).update(updates, state, params)
+        return optax.masked(inner, chosen(seen)).update(updates, state, params)
 
-    init_fn = optax.masked(inner, mask).init
+    init_fn = optax.masked(inner, chosen).init
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
