@@ -281,7 +281,9 @@ def _buffers(state, caller):
     buffers = buffers_in(flax_metadata.bare(state))
     for buffer in buffers:
         for path, leaf in jax.tree.leaves_with_path(buffer):
-            _check.alive(f"buffer{jax.tree_util.keystr(path)} of the state", leaf)
+            if wrong := _check.deleted(leaf):
+                name = f"buffer{jax.tree_util.keystr(path)} of the state"
+                raise ValueError(f"{name} {wrong}")
         matching.check_shapes(buffer)
     if not buffers:
         raise ValueError(

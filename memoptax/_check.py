@@ -227,14 +227,14 @@ def function(name: str, value, count: int) -> None:
         raise ValueError(f"{name} must be a function of {many}, but is {value!r}.")
 
 
-def alive(name: str, leaf) -> None:
-    """Refuse an array of a state that was donated to an earlier step."""
+def deleted(leaf) -> str | None:
+    """What is wrong with an array of a state that was donated to an earlier step."""
     known = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
-    if known and leaf.is_deleted():
-        raise ValueError(
-            f"{name} was deleted, as donated arrays are: pass the state that the step "
-            "has returned."
-        )
+    if not (known and leaf.is_deleted()):
+        return None
+    return (
+        "was deleted, as donated arrays are: pass the state that the step has returned."
+    )
 
 
 def mask(name: str, value) -> None:

@@ -75,7 +75,8 @@ def check_state(tx: _check.Optimizer, params: Any, state: Any) -> None:
                 f"{name} is traced, but check_state looks at numbers: call it outside "
                 "of jax.jit."
             )
-        _check.alive(name, leaf)
+        if wrong := _check.deleted(leaf):
+            raise ValueError(f"{name} {wrong}")
         try:
             leaf = storage.on_device(layout.as_placed(jnp.asarray(leaf)))
         except (TypeError, ValueError):

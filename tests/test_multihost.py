@@ -11,15 +11,15 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "multihost.py"
+PATHS = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def run(output, *arguments, devices):
     """The example in its own process, which may start others."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, EXAMPLE, "--steps", "10", "--output", output, *arguments],
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": paths},
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": PATHS},
         capture_output=True,
         text=True,
         timeout=300,
@@ -52,11 +52,10 @@ def test_tools_take_an_ensemble_divided_over_two_processes():
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     script = pathlib.Path(__file__).with_name("processes.py")
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     processes = [
         subprocess.Popen(
             [sys.executable, script, coordinator, str(process)],
-            env=os.environ | {"PYTHONPATH": paths},
+            env=os.environ | {"PYTHONPATH": PATHS},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -30,7 +30,8 @@ def in_float32(inner: optax.GradientTransformation):
         old: Any = _parameters.state_arrays(state)
         wide = jax.tree.map(_widen, updates)
         given = _parameters.real_arrays(_parameters.trained(updates, params))
-        params, extra_args = jax.tree.map(_widen, given), {**extra_args, "given": given}
+        params = jax.tree.map(_widen, given)
+        extra_args = {**extra_args, "given": given}
         wide, new_state = inner.update(wide, old, params, **extra_args)
         # Leaf by leaf, because a restored state may have lists instead of tuples.
         leaves, treedef = jax.tree.flatten(new_state)

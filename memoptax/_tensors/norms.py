@@ -67,8 +67,8 @@ def _squares_by_size(x):
     """
     edge, scale = _bounds(x.dtype)
     size = jnp.abs(x)
-    # Of an empty x jnp.where returns the first choice. A 0 would be on no mesh.
     large, small = size > edge, size < 1 / edge
+    # Of an empty x jnp.where returns the first choice. A 0 would be on no mesh.
     parts = (
         jnp.where(large, x / scale, 0),
         jnp.where(~(large | small), x, 0),  # NaN is among these
