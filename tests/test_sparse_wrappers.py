@@ -92,6 +92,19 @@ def test_a_mask_may_be_a_function():
         np.testing.assert_array_equal(*rows)
 
 
+def test_a_mask_may_be_a_function_where_there_are_no_parameters():
+    def by_name(params):
+        return jax.tree.map_with_path(lambda path, _: path[-1].key == "w", params)
+
+    masked, bare = (
+        memoptax.sm3(0.1, cover=cover_of_tables, mask=mask) for mask in (by_name, None)
+    )
+    # An extra argument is for other transformations, whatever its name.
+    updates, _ = masked.update(duplicated(), masked.init(TABLES), given=3)
+    want, _ = bare.update(duplicated(), bare.init(TABLES))
+    jax.tree.map(np.testing.assert_array_equal, densely(updates), densely(want))
+
+
 def test_apply_if_finite_goes_around_it():
     tx = optax.apply_if_finite(
         optax.chain(

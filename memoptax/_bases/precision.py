@@ -10,13 +10,16 @@ from memoptax import _check, _parameters
 from memoptax._bases import guards
 from memoptax._tensors import dtypes, flax_metadata, layout, storage
 
+# No extra argument of a user has this name, because of the space.
+GIVEN = "given parameters"
+
 
 def in_float32(inner: optax.GradientTransformation):
     """``inner`` in float32 for parameters and gradients of half precision.
 
     Updates keep their dtype and, in JAX's explicit mode, their sharding. The state
     keeps the dtypes that it had at first, for gradients of any dtype. Float32 passes
-    through untouched. The extra argument ``given`` has the parameters in the dtypes
+    through untouched. The extra argument :data:`GIVEN` has the parameters in the dtypes
     that they were given in.
     """
     inner = optax.with_extra_args_support(inner)
@@ -31,7 +34,7 @@ def in_float32(inner: optax.GradientTransformation):
         wide = jax.tree.map(_widen, updates)
         given = _parameters.real_arrays(_parameters.trained(updates, params))
         params = jax.tree.map(_widen, given)
-        extra_args = {**extra_args, "given": given}
+        extra_args = {**extra_args, GIVEN: given}
         wide, new_state = inner.update(wide, old, params, **extra_args)
         # Leaf by leaf, because a restored state may have lists instead of tuples.
         leaves, treedef = jax.tree.flatten(new_state)

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from memoptax import _check, _parameters
 from memoptax._bases import guards, precision
-from memoptax._tensors import layout, storage
+from memoptax._tensors import layout, row_sparse, storage
 
 
 def weight_decay(
@@ -42,18 +42,23 @@ def weight_decay(
 def masked(inner: optax.GradientTransformation, mask):
     """``optax.masked``, whose function sees the parameters and not the updates.
 
-    An update may have another dtype, or be row-sparse. ``given`` has the parameters
-    from outside of :func:`precision.in_float32`.
+    An update may have another dtype, or be row-sparse. Without parameters, it sees a
+    row-sparse update as the shape of its table, which ``jax.tree.map`` does not enter.
     """
     if not _check.is_function(mask):
         return optax.masked(inner, mask)
 
-    def chosen(tree):
-        return mask(_parameters.real_arrays(tree))
+    def whole(leaf):
+        if not row_sparse.is_row_sparse(leaf):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
-    def update_fn(updates, state, params=None, *, given=None, **extra_args):
-        del extra_args
-        seen = params if given is None else given
+    def chosen(tree):
+        return mask(row_sparse.tree_map(whole, _parameters.real_arrays(tree)))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        seen = extra_args.get(precision.GIVEN)
+        seen = params if seen is None else seen
         seen = updates if seen is None else _parameters.trained(updates, seen)
         return optax.masked(inner, chosen(seen)).update(updates, state, params)
 
