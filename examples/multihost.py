@@ -154,14 +154,15 @@ def main(arguments=None):
     )
     options = parser.parse_args(arguments)
     if options.local:
-        if options.devices % options.local or BATCH % options.devices:
+        devices, local = options.devices, options.local
+        if min(devices, local) < 1 or devices % local or BATCH % devices:
             parser.error(
                 f"--devices must be a multiple of --local and divide {BATCH}, the "
-                f"batch, but they are {options.devices} and {options.local}."
+                f"batch, but they are {devices} and {local}."
             )
         passed = ["--steps", str(options.steps)]
         passed += ["--output", options.output] if options.output else []
-        return start_local(options.local, options.devices, passed)
+        return start_local(local, devices, passed)
     if options.cluster:
         jax.distributed.initialize()
     elif options.coordinator:

@@ -76,7 +76,7 @@ def as_released(options, gradients, state, b1, sound, norms):
     joined, buffer = algorithm.recall_and_offer(
         options, state.buffer, offered, gradients, sound, norms=norms
     )
-    return jax.tree.map(lambda x: jnp.where(first, 0, x), joined), mu, buffer
+    return jax.tree.map(lambda x: jnp.where(~first, x, 0), joined), mu, buffer
 
 
 def average(gradients, state, b1, taken):

@@ -160,8 +160,19 @@ def _check_real(kind, path, leaf):
             "out with optax.masked or optax.partition; for complex parameters see "
             "optax.contrib.split_real_and_imaginary."
         )
+    if isinstance(leaf, jax.Array) and dtype == jnp.float64 and _is_explicit_only():
+        raise ValueError(
+            f"{name} has dtype float64, which needs jax_enable_x64: with "
+            "jax_explicit_x64_dtypes='allow' JAX still takes Python numbers as float32."
+        )
     if jnp.dtype(dtype).itemsize < 2:  # JAX promotes these to no other dtype
         raise ValueError(
             f"{name} has dtype {dtype}, but needs 16 bits or more: keep it in bfloat16 "
             "or float32, and cast it in the model."
         )
+
+
+def _is_explicit_only() -> bool:
+    """Whether JAX has float64, but only where a program names it."""
+    allowed = jax.config.jax_explicit_x64_dtypes.name == "ALLOW"
+    return allowed and not jax.config.jax_enable_x64

@@ -370,8 +370,17 @@ def test_a_state_is_checked_outside_of_its_mesh(topc):
         memoptax.sm3_cm(0.1, topc=2, holding="sum", buffer_dtype="int8"),
         memoptax.sgd_c(0.1, momentum=0.9, dampening=0.1, topc=2),
         memoptax.adam_cm(0.1, topc=2, synced=False, skip_first=True),
+        memoptax.adam_c(0.1, topc=2, amsgrad=True),
     ],
-    ids=["one slot", "read", "sum", "sum in int8", "dampening", "skip_first"],
+    ids=[
+        "one slot",
+        "read",
+        "sum",
+        "sum in int8",
+        "dampening",
+        "skip_first",
+        "amsgrad",
+    ],
 )
 def test_a_divided_ensemble_needs_no_set_mesh(tx):
     """Its arrays know their mesh. So does one without numbers."""
@@ -384,13 +393,17 @@ def test_a_divided_ensemble_needs_no_set_mesh(tx):
         want, state = step(params, state, params)
         found, divided = step(divided_params, divided, divided_params)
         np.testing.assert_allclose(found["w"], want["w"], rtol=1e-6)
+    eager, _ = jax.vmap(tx.update)(divided_params, divided, divided_params)
+    want, _ = step(params, state, params)
+    np.testing.assert_allclose(eager["w"], want["w"], rtol=1e-6)
     found, want = map(memoptax.buffer_stats, (divided, state))
     for name, value in want.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5)
     empty = memoptax.reset_buffer(divided)
     assert not memoptax.buffer_stats(empty)["fill"].any()
-    resized = memoptax.resize_buffer(divided, 3)
-    assert (memoptax.buffer_stats(resized)["fill"] == want["fill"]).all()
+    for holding in (None, "sum"):
+        resized = memoptax.resize_buffer(divided, 3, holding=holding)
+        assert (memoptax.buffer_stats(resized)["fill"] == want["fill"]).all()
     updates, _ = step(divided_params, empty, divided_params)
     assert updates["empty"].sharding.is_equivalent_to(over, 2)
 

@@ -235,3 +235,17 @@ def test_ids_of_64_bits_and_tables_without_rows():
     _, nothing = memoptax.sparse.row_value_and_grad(total, empty, np.array([1]))
     moved = untyped(memoptax.sparse.apply_updates(empty, nothing))
     assert moved.shape == (0, 3)
+
+
+def test_float64_needs_more_than_the_flag_for_explicit_dtypes():
+    before = jax.config.jax_explicit_x64_dtypes
+    jax.config.update("jax_explicit_x64_dtypes", "allow")
+    try:
+        wide = jnp.ones(3, jnp.float64)
+        for tx in (memoptax.sgd_c(0.1), memoptax.sm3(0.1), memoptax.adam_cm(0.1)):
+            with pytest.raises(ValueError, match="float64, which needs jax_enable_x64"):
+                tx.init({"w": wide})
+            state = tx.init({"w": np.ones(3)})  # JAX takes it as float32
+            tx.update({"w": np.ones(3)}, state, {"w": np.ones(3)})
+    finally:
+        jax.config.update("jax_explicit_x64_dtypes", before.name.lower())

@@ -182,6 +182,31 @@ def test_a_sum_whose_products_vanish_is_taken_for_its_slots():
 # In a buffer that is used
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("holding", ["sum", "read"])
+def test_a_gradient_has_no_more_bits_than_its_dtype(dtype, holding):
+    """XLA may skip a conversion to 16 bits that ends the computation of a gradient.
+
+    Here it is that of the sum of the two parts of the loss.
+    """
+    tx = memoptax.adam_c(1e-2, topc=5, holding=holding)
+    params = jnp.ones((64, 64), dtype)
+
+    def loss(params, x):
+        return jnp.mean(jnp.square(x @ params - x)) + 1e-3 * jnp.sum(params**2)
+
+    @jax.jit
+    def step(params, state, x):
+        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        return params + updates, state
+
+    state = tx.init(params)
+    for seed in range(7):
+        x = jax.random.normal(jax.random.key(seed), (32, 64), dtype)
+        params, state = step(params, state, x)
+        memoptax.check_state(tx, params, state)
+
+
 def outliers(random, steps, scale=1e4):
     """Gradients of 1e-4 and a few huge ones, in leaves of all sizes."""
     shapes = {"large": (64, 32), "small": (3,), "scalar": ()}

@@ -330,7 +330,7 @@ def normalize(mu, nu, count, b1, b2, eps, eps_root):
 def _root(x):
     """√x with derivatives of 0 at 0, where v has only seen zeros."""
     zero = x == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
+    return jnp.where(~zero, jnp.sqrt(jnp.where(~zero, x, 1)), 0)
 
 
 def bias_correction(decay, count):

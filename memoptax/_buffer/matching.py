@@ -80,11 +80,12 @@ def _holds(dtype, param) -> bool:
 def _check_way(options, buffer):
     asked, found = options.way(buffer.slots), way_of(buffer)
     if asked != found:
+        topc, holding = options.topc, options.holding
+        chosen = f", which for topc={topc} is {asked!r}" if holding is None else ""
         raise ValueError(
-            f"holding is {options.holding!r}, which for topc={options.topc} is "
-            f"{asked!r}, but the state holds values by {found!r}: pass "
-            f"holding={found!r}, or convert it with memoptax.resize_buffer(state, "
-            f"{options.topc}, holding={asked!r})."
+            f"holding is {holding!r}{chosen}, but the state holds values by {found!r}: "
+            f"pass holding={found!r}, or convert it with memoptax.resize_buffer(state, "
+            f"{topc}, holding={asked!r})."
         )
 
 

@@ -65,11 +65,11 @@ def _summed(buffer, like, rebuilds):
         ]
         like = treedef.unflatten(
             [
-                jnp.zeros_like(storage.read(stack, 0).values, dtype=d)
+                storage.emptied(storage.read(stack, 0).values).astype(d)
                 for stack, d in zip(stacks, wide)
             ]
         )
-    zeros = [jnp.zeros_like(x) for x in jax.tree.leaves(like)]
+    zeros = list(map(storage.emptied, jax.tree.leaves(like)))
     held = running_sum.in_slots(eviction.held(buffer), buffer.entries)
     totals = running_sum.from_slots(zeros, stacks, held)
     norms = _norms_of_entries(buffer) if leaves else jnp.zeros_like(buffer.keys)
@@ -135,7 +135,7 @@ def has_wrong_sum(buffer):
     stacks, _ = holding.stacks_of(buffer)
     totals, dtype = jax.tree.leaves(buffer.total), buffer.keys.dtype
     held = running_sum.in_slots(eviction.held(buffer), buffer.entries)
-    zeros = [jnp.zeros_like(total) for total in totals]
+    zeros = list(map(storage.emptied, totals))
     found = running_sum.from_slots(zeros, stacks, held)
     # Equal infinities are no gap.
     gaps = [jnp.where(a == b, 0, a - b) for a, b in zip(totals, found)]

@@ -162,6 +162,17 @@ def _rounded(x, like: Stored) -> Stored:
     return Stored(x, None)
 
 
+def in_own_precision(x):
+    """``x``, whose numbers have no more bits than its dtype.
+
+    XLA may skip a conversion to 16 bits that ends the computation of ``x``. Of a number
+    that is used twice, one use may then see all bits and the other the rounded number.
+    """
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return x
+    return _rounded_to(jnp.finfo(x.dtype), x).astype(x.dtype)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _rounded_to(info, x):
     """``x`` rounded to a dtype of 16 bits.
