@@ -4,6 +4,8 @@ Parameters may be Python numbers or NumPy arrays, as in optax. If a leaf is not 
 floating-point, it is refused with its path.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,5 +176,6 @@ def _check_real(kind, path, leaf):
 
 def _is_explicit_only() -> bool:
     """Whether JAX has float64, but only where a program names it."""
-    allowed = jax.config.jax_explicit_x64_dtypes.name == "ALLOW"
-    return allowed and not jax.config.jax_enable_x64
+    flags: Any = jax.config
+    allowed = flags.jax_explicit_x64_dtypes.name == "ALLOW"
+    return allowed and not flags.jax_enable_x64

@@ -238,7 +238,7 @@ def test_ids_of_64_bits_and_tables_without_rows():
 
 
 def test_float64_needs_more_than_the_flag_for_explicit_dtypes():
-    before = jax.config.jax_explicit_x64_dtypes
+    before = untyped(jax.config).jax_explicit_x64_dtypes
     jax.config.update("jax_explicit_x64_dtypes", "allow")
     try:
         wide = jnp.ones(3, jnp.float64)
