@@ -76,7 +76,7 @@ def as_released(options, gradients, state, b1, sound, norms):
     joined, buffer = algorithm.recall_and_offer(
         options, state.buffer, offered, gradients, sound, norms=norms
     )
-    return jax.tree.map(lambda x: jnp.where(~first, x, 0), joined), mu, buffer
+    return jax.tree.map(lambda x: layout.where(~first, x, 0), joined), mu, buffer
 
 
 def average(gradients, state, b1, taken):
@@ -125,7 +125,7 @@ def or_nan(sound, updates, gradients, squared=None):
         taken = sound
         if x is not None:
             taken &= jnp.isfinite(layout.like(x * x, update))
-        update = jnp.where(taken, update, jnp.nan).astype(gradient.dtype)
+        update = layout.where(taken, update, jnp.nan).astype(gradient.dtype)
         return layout.like(update, gradient)
 
     squares = [] if squared is None else [squared]

@@ -72,7 +72,7 @@ def step(rule, path, boxes, gradient, accumulators, memory):
         raised = _select(finite, raised, accumulators)
 
         def accept(new, old):
-            return jnp.where(finite, new, old)
+            return layout.where(finite, new, old)
 
     direction = functools.partial(_direction, nu, eps)
     if memory is None:

@@ -382,13 +382,17 @@ def test_a_state_is_checked_outside_of_its_mesh(topc):
         "amsgrad",
     ],
 )
-def test_a_divided_ensemble_needs_no_set_mesh(tx):
+@pytest.mark.parametrize("spec", [P("data"), P("data", None, "model")], ids=repr)
+def test_a_divided_ensemble_needs_no_set_mesh(tx, spec):
     """Its arrays know their mesh. So does one without numbers."""
-    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Explicit,) * 2)
     over = NamedSharding(mesh, P("data"))
-    params = {"w": jnp.arange(24.0).reshape(8, 3), "empty": jnp.zeros((8, 0))}
+    params = {"w": jnp.arange(96.0).reshape(8, 3, 4), "empty": jnp.zeros((8, 0))}
     state, step = jax.vmap(tx.init)(params), jax.jit(jax.vmap(tx.update))
-    divided_params, divided = jax.device_put((params, state), over)
+    place = {"w": NamedSharding(mesh, spec), "empty": over}
+    divided_params = jax.device_put(params, place)
+    with jax.set_mesh(mesh):
+        divided = jax.vmap(tx.init)(divided_params)
     for _ in range(3):
         want, state = step(params, state, params)
         found, divided = step(divided_params, divided, divided_params)

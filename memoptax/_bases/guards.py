@@ -126,6 +126,6 @@ def _chosen(taken, updates, new, old):
         for a, b in zip(leaves, jax.tree.leaves(old))
     ]
     updates = jax.tree.map(
-        lambda u: jnp.where(taken, u, jnp.nan).astype(u.dtype), updates
+        lambda u: layout.where(taken, u, jnp.nan).astype(u.dtype), updates
     )
     return updates, treedef.unflatten(leaves)

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from memoptax._tensors import dtypes
+from memoptax._tensors import dtypes, layout
 
 
 def _sum(fill, kappa):
@@ -82,8 +82,8 @@ def _called(aggr, update, total, fill, kappa, sound):
             f"aggr must return a real array of shape {x.shape}, as its update has, but "
             f"returned {joined!r}."
         )
-    joined = jnp.where(untouched, x, jnp.asarray(joined, dtype))
-    return jnp.where(sound, joined, jnp.nan).astype(update.dtype)
+    joined = layout.where(untouched, x, jnp.asarray(joined, dtype))
+    return layout.where(sound, joined, jnp.nan).astype(update.dtype)
 
 
 def _weight(fill, kappa, dtype):

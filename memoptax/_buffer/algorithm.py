@@ -107,7 +107,10 @@ def recall_and_offer(
     if buffer.scales is not None:
         options.check_rows(gradients)
     if values is gradients:  # momenta have the sharding of m
-        gradients = jax.tree.map(storage.in_own_precision, gradients)
+        summed = options.way(buffer.slots) == "sum"
+        gradients = jax.tree.map(
+            lambda g: storage.in_own_precision(g, summed), gradients
+        )
         values = gradients = holding.beside(buffer, gradients)
     leaves, treedef = jax.tree.flatten(values)
     stored = [None] * len(leaves) if stored is None else stored

@@ -150,7 +150,7 @@ def _by_choice(stack, slots, zero):
     every = [storage.decoded(stack, k, zero.dtype) for k in range(len(slots))]
     # Of empty slots jnp.where returns the first choice. A zero would be on no mesh.
     *terms, last, spare = [
-        jnp.where(slots[-1] != k, slot, zero) for k, slot in enumerate(every)
+        layout.where(slots[-1] != k, slot, 0) for k, slot in enumerate(every)
     ]
     return [*terms, last + spare]
 
@@ -283,7 +283,8 @@ def value(buffer, leaf: int, entry: int, dtype):
     row = 0 if buffer.keys.shape[0] == 1 else leaf
     if buffer.entries is not None:
         stack = storage.read(stack, slots_of(buffer.entries)[row, entry])
-    return jnp.where(eviction.held(buffer)[row, entry], storage.decode(stack, dtype), 0)
+    held = eviction.held(buffer)[row, entry]
+    return layout.where(held, storage.decode(stack, dtype), 0)
 
 
 def shape_of(buffer, leaf, batch: int = 0) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ def _change(value, stack, stored, row, total):
     # What is accepted was offered, so the change needs no second choice.
     new = storage.decode(storage.to_write(value, stack, stored), total.dtype)
     old = storage.decoded(stack, row.evicted, total.dtype)
-    change = layout.like(jnp.where(row.accepted, new - old, 0), total)
+    change = layout.like(layout.where(row.accepted, new - old, 0), total)
     return total + change, change, stack, written
 
 
@@ -195,11 +195,11 @@ def from_slots(totals, stacks, held, wanted: Any = True):
 def _add(turn, places, taken, total, stack):
     """``total`` plus those of these slots that are ``taken``. Turn 0 starts from 0."""
     terms = [
-        jnp.where(one, storage.decoded(stack, k, total.dtype), 0)
+        layout.where(one, storage.decoded(stack, k, total.dtype), 0)
         for one, k in zip(taken, places)
     ]
     more = layout.like(_pairwise(terms), total)
-    return jnp.where(turn == 0, 0, total) + more
+    return layout.where(turn > 0, total, 0) + more
 
 
 def _block(slots):

@@ -35,8 +35,11 @@ def where(condition, new, old):
 
     In JAX's explicit mode every member of a batch can have a condition of its own only
     if both are on one mesh. So an ``old`` on no mesh is put on that of ``new``. So is
-    the condition, unless it is a scalar.
+    the condition, unless it is a scalar. A number as ``old`` becomes an array like
+    ``new``, because outside of ``jax.set_mesh`` JAX does not divide it.
     """
+    if isinstance(old, (int, float)):
+        old = jnp.where(False, new, old)
     new = like(new, old)
     if jnp.ndim(condition):
         condition = like(condition, new)

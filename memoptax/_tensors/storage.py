@@ -144,7 +144,7 @@ def _chosen(rounded: Stored, like: Stored, wanted, other) -> Stored:
         if wanted is not True:
             new = new.astype(dtypes.widest(new.dtype, like.dtype))
             if other is None:
-                new = jnp.where(wanted, new, 0)
+                new = layout.where(wanted, new, 0)
             else:
                 new = layout.where(wanted, new, other.astype(new.dtype))
         return new.astype(like.dtype)
@@ -162,15 +162,18 @@ def _rounded(x, like: Stored) -> Stored:
     return Stored(x, None)
 
 
-def in_own_precision(x):
-    """``x``, whose numbers have no more bits than its dtype.
+def in_own_precision(x, summed: bool):
+    """``x``, whose numbers have no more bits than its dtype, where that matters.
 
-    XLA may skip a conversion to 16 bits that ends the computation of ``x``. Of a number
-    that is used twice, one use may then see all bits and the other the rounded number.
+    XLA may skip a conversion to 16 bits that ends the computation of ``x``. One use of
+    a number may then see all its bits, and another the rounded number. What is
+    ``summed`` must be what the slot stores. A norm must see the infinity of float16
+    that a slot would store. For other uses of bfloat16, the rounding would cost a CPU
+    another copy of it.
     """
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return x
-    return _rounded_to(jnp.finfo(x.dtype), x).astype(x.dtype)
+    if x.dtype == jnp.float16 or (summed and x.dtype == jnp.bfloat16):
+        return _rounded_to(jnp.finfo(x.dtype), x).astype(x.dtype)
+    return x
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
