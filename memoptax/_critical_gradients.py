@@ -71,7 +71,7 @@ def critical_gradients(
     Args:
       topc: the capacity C of the buffer, a static integer. None means 5. The papers'
         grid is 5, 10, 20. A concrete 0 keeps no buffer and gives the base optimizer,
-        bit for bit in float32.
+        bit for bit in float32 unless XLA fuses the two programs differently.
       decay: the factor in [0, 1] that multiplies the buffer's keys at every step. It is
         not the decay of a moment. With a larger ``decay``, values may stay longer. The
         papers' grid is 0.7, 0.9, 0.99. The keys are multiplied in float32 or better.
