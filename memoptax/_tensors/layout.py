@@ -35,15 +35,24 @@ def where(condition, new, old):
 
     In JAX's explicit mode every member of a batch can have a condition of its own only
     if both are on one mesh. So an ``old`` on no mesh is put on that of ``new``. So is
-    the condition, unless it is a scalar. A number as ``old`` becomes an array like
-    ``new``, because outside of ``jax.set_mesh`` JAX does not divide it.
+    the condition, unless it is a scalar. ``old`` may be a number.
     """
     if isinstance(old, (int, float)):
-        old = jnp.where(False, new, old)
+        return _where_number(condition, new, old)
     new = like(new, old)
     if jnp.ndim(condition):
         condition = like(condition, new)
     return jnp.where(condition, new, like(old, new))
+
+
+@jax.jit  # so that no eager step makes an array of NaN, which jax.debug_nans refuses
+def _where_number(condition, new, number):
+    """The number as an array like ``new``.
+
+    Outside of ``jax.set_mesh``, jax 0.12 divides no number that a member of a batch may
+    choose.
+    """
+    return jnp.where(condition, new, jnp.where(False, new, number))
 
 
 def on_mesh_of(stack, one):
