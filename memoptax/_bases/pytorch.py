@@ -329,8 +329,9 @@ def normalize(mu, nu, count, b1, b2, eps, eps_root):
 
 def _root(x):
     """√x with derivatives of 0 at 0, where v has only seen zeros."""
-    zero = x == 0
-    return jnp.where(~zero, jnp.sqrt(jnp.where(~zero, x, 1)), 0)
+    seen = x != 0
+    # Of an empty x jnp.where returns the first choice. A 0 would be on no mesh.
+    return jnp.where(seen, jnp.sqrt(jnp.where(seen, x, 1)), 0)
 
 
 def bias_correction(decay, count):

@@ -148,7 +148,6 @@ def _by_index(stack, slots, zero):
 def _by_choice(stack, slots, zero):
     """The same from every slot, the spare one too."""
     every = [storage.decoded(stack, k, zero.dtype) for k in range(len(slots))]
-    # Of empty slots jnp.where returns the first choice. A zero would be on no mesh.
     *terms, last, spare = [
         layout.where(slots[-1] != k, slot, 0) for k, slot in enumerate(every)
     ]
